@@ -1,0 +1,302 @@
+"""Datasets: endless shuffled streams to train on, pairs to score on, folders to dehaze.
+
+A stream is a pure function of the position: item k is the same whatever was read before, by how many workers, in
+which process. To resume is to start at a position.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data import haze, images
+from utils.errors import UserError, nearest
+
+RULES = ("short_side", "random")
+SOTS_BORDER = 10  # pixels by which SOTS-indoor's official ground truth is larger on every side
+
+
+def crop(image: Tensor, rng: np.random.Generator, size: int, rule: str, flip: bool) -> Tensor:
+    """Cut a random square out of (C,H,W) in [0,1]: (C,size,size) in [0,1]. Stack what must be cut alike on C.
+
+    ``short_side``, the released rule of NeDR and D4: a square of the full short side, resized (bicubic, antialiased).
+    ``random``: a square of ``size``; raises `UserError` if the picture is smaller. ``flip``: mirrored half the time.
+    """
+    height, width = image.shape[1:]
+    side = min(height, width) if rule == "short_side" else size
+    if side > min(height, width):
+        raise UserError(
+            f"{width}x{height} is smaller than the crop of {size}; set a smaller data.crop_size or data.crop=short_side"
+        )
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    image = image[:, top : top + side, left : left + side]
+    if side != size:
+        image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if rng.random() < 0.5 and flip:
+        image = image.flip(2)
+    return image.contiguous()
+
+
+class Stream(Dataset):
+    """Pictures in an order that is shuffled anew for every epoch, without end.
+
+    ``stream[k]``, k >= 0, is ``{name: transform(picture, rng), "skipped": [...]}``. Each picture comes once an
+    epoch of ``len(paths)``; streams of different ``name`` are shuffled independently. A picture that cannot be used
+    is replaced by the next one in the order, and ``skipped`` says why. Raises `UserError` if none can be used.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: Callable, seed: int, name: str):
+        self.paths, self.transform, self.name = list(paths), transform, name
+        self.entropy = [seed, zlib.crc32(name.encode())]
+        self.epoch_length = len(self.paths)
+        self._shuffled = (-1, np.empty(0, dtype=int))  # the last epoch asked for, and its order
+
+    def __getitem__(self, k: int) -> dict:
+        if k < 0:
+            raise IndexError(f"position {k}: a stream starts at 0 and has no end")
+        epoch, place = divmod(k, len(self.paths))
+        order, skipped = self._order(epoch), []
+        for step in range(len(order)):
+            # Orders draw from [..., epoch], pictures from [..., k + 2^32]: never the same numbers.
+            rng = np.random.default_rng([*self.entropy, 2**32 + k])
+            try:
+                item = self._load(order[(place + step) % len(order)], rng)
+            except UserError as error:
+                skipped.append(str(error))
+            else:
+                return {**item, "skipped": skipped}
+        raise UserError(f"none of the {len(order)} {self.name} pictures can be used; the first: {skipped[0]}")
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._shuffled[0] != epoch:
+            rng = np.random.default_rng([*self.entropy, epoch])
+            self._shuffled = epoch, rng.permutation(len(self.paths))
+        return self._shuffled[1]
+
+    def _load(self, index: int, rng: np.random.Generator) -> dict:
+        path = self.paths[index]
+        return {self.name: _named(path, self.transform, images.read(path), rng)}
+
+
+class Synthetic(Stream):
+    """A stream of clear pictures made hazy on the fly: the items of `haze.random_haze`, cropped, with ``skipped``.
+
+    Depth maps are matched to the pictures by stem; without ``depth_paths`` smooth ones are made up. Raises `UserError`
+    at once if a picture has no depth map; a map of another size than its picture is skipped like an unreadable one.
+    """
+
+    def __init__(
+        self,
+        clear_paths: Sequence[Path],
+        depth_paths: Sequence[Path] | None,
+        *,
+        size: int,
+        rule: str,
+        flip: bool,
+        seed: int,
+        density: tuple[float, float] = haze.DENSITY,
+        airlight: tuple[float, float] = haze.AIRLIGHT,
+        colour: float = 0.0,
+        name: str = "synthetic",
+    ):
+        super().__init__(clear_paths, _cropper(size, rule, flip), seed, name)
+        self.depth = None if depth_paths is None else images.match_depth(self.paths, depth_paths)
+        self.add_haze = partial(haze.random_haze, density=density, airlight=airlight, colour=colour)
+
+    def _load(self, index: int, rng: np.random.Generator) -> dict:
+        path = self.paths[index]
+        picture, depth = haze.read_with_depth(path, self.depth and self.depth[index])
+        both = picture if depth is None else torch.cat([picture, depth])
+        both = _named(path, self.transform, both, rng)
+        return self.add_haze(both[:3], None if depth is None else both[3:], rng)
+
+
+class Unpaired(Dataset):
+    """Hazy and clear pictures of different scenes: item k holds item k of each stream, {hazy, clear, skipped}.
+
+    ``epoch_length`` is the size of the larger pool.
+    """
+
+    def __init__(self, hazy: Stream, clear: Stream):
+        self.hazy, self.clear = hazy, clear
+        self.epoch_length = max(hazy.epoch_length, clear.epoch_length)
+
+    def __getitem__(self, k: int) -> dict:
+        hazy, clear = self.hazy[k], self.clear[k]
+        return {"hazy": hazy["hazy"], "clear": clear["clear"], "skipped": hazy["skipped"] + clear["skipped"]}
+
+
+class Paired(Dataset):
+    """Whole pictures with their ground truth, to score on: {hazy, clear, name}; see `images.pair`.
+
+    A ground truth that is 20 pixels larger both ways is cut at the centre: SOTS-indoor as RESIDE ships it, 640x480
+    against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]]):
+        self.pairs = list(pairs)
+        self.names = _names([hazy for hazy, _ in self.pairs])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        paths = self.pairs[index]
+        hazy, clear = (images.read(path) for path in paths)
+        border = SOTS_BORDER
+        if all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
+            clear = clear[:, border:-border, border:-border].contiguous()
+        if hazy.shape != clear.shape:
+            (_, h, w), (_, H, W) = hazy.shape, clear.shape
+            raise UserError(f"{paths[0]} is {w}x{h} but its ground truth {paths[1]} is {W}x{H}; crop them to one size")
+        return {"hazy": hazy, "clear": clear, "name": self.names[index]}
+
+
+class Folder(Dataset):
+    """Whole hazy pictures to dehaze: {hazy, name}, the name being the path below ``root`` (or what they share)."""
+
+    def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
+        self.paths = list(paths)
+        self.names = _names(self.paths, root)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"hazy": images.read(self.paths[index]), "name": self.names[index]}
+
+
+def unpaired(
+    hazy_source: str | Path | None,
+    clear_source: str | Path,
+    depth_source: str | Path | None = None,
+    *,
+    size: int,
+    rule: str,
+    flip: bool,
+    seed: int,
+    density: tuple[float, float] = haze.DENSITY,
+    airlight: tuple[float, float] = haze.AIRLIGHT,
+    colour: float = 0.0,
+) -> Unpaired:
+    """Find the pictures for unpaired training; see `images.find` for what a source may be. Raises `UserError`.
+
+    Without ``hazy_source`` the hazy pictures are clear ones of another, independently shuffled stream, with haze
+    added; only then do the depth and the ranges matter.
+    """
+    clear_paths = images.find(clear_source)
+    clear = Stream(clear_paths, _cropper(size, rule, flip), seed, "clear")
+    if hazy_source is not None:
+        return Unpaired(Stream(images.find(hazy_source), _cropper(size, rule, flip), seed, "hazy"), clear)
+    look = {"density": density, "airlight": airlight, "colour": colour}
+    crops = {"size": size, "rule": rule, "flip": flip, "seed": seed}
+    return Unpaired(Synthetic(clear_paths, _find_depth(depth_source), **crops, **look, name="hazy"), clear)
+
+
+def synthetic(
+    clear_source: str | Path,
+    depth_source: str | Path | None = None,
+    *,
+    size: int,
+    rule: str,
+    flip: bool,
+    seed: int,
+    density: tuple[float, float] = haze.DENSITY,
+    airlight: tuple[float, float] = haze.AIRLIGHT,
+    colour: float = 0.0,
+    name: str = "synthetic",
+) -> Synthetic:
+    """Find the pictures for training on synthetic haze; see `images.find` and `Synthetic`. Raises `UserError`."""
+    look = {"density": density, "airlight": airlight, "colour": colour}
+    crops = {"size": size, "rule": rule, "flip": flip, "seed": seed}
+    return Synthetic(images.find(clear_source), _find_depth(depth_source), **crops, **look, name=name)
+
+
+def loader(dataset: Dataset, start: int, stop: int, batch: int, workers: int = 0, pin: bool = False) -> DataLoader:
+    """Batches of the positions start, ..., stop - 1 in order, the last one perhaps smaller.
+
+    Tensors are stacked, ``skipped`` lists are joined, all else becomes a list. A `UserError` in a worker arrives as
+    it was raised. Leaves the global random state alone.
+    """
+    return _Loader(
+        _Carried(dataset),
+        sampler=range(start, stop),
+        batch_size=batch,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator().manual_seed(0),  # else every iterator takes a number from the global one
+    )
+
+
+class _Carried(Dataset):
+    """Hands a `UserError` over as an item: raised in a worker, it would arrive as a page of traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, k: int) -> dict | UserError:
+        try:
+            return self.dataset[k]
+        except UserError as error:
+            return error
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _collate(items: list) -> dict | UserError:
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    batch = {key: torch.stack(value) if isinstance(value[0], Tensor) else value for key, value in columns.items()}
+    if "skipped" in batch:
+        batch["skipped"] = [message for messages in batch["skipped"] for message in messages]
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the cores
+
+
+def _cropper(size: int, rule: str, flip: bool) -> Callable[[Tensor, np.random.Generator], Tensor]:
+    if rule not in RULES:
+        raise UserError(f"data.crop={rule}: no such rule{nearest(str(rule), RULES)}")
+    if size < 1:
+        raise UserError(f"data.crop_size={size}: wanted 1 or more")
+    return partial(crop, size=size, rule=rule, flip=flip)
+
+
+def _named(path: Path, transform: Callable, image: Tensor, rng: np.random.Generator) -> Tensor:
+    try:
+        return transform(image, rng)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _find_depth(source: str | Path | None) -> list[Path] | None:
+    return None if source is None else images.find(source, images.DEPTH_EXTENSIONS)
+
+
+def _names(paths: list[Path], root: str | Path | None = None) -> list[str]:
+    """Paths relative to ``root`` if all lie below it, else to the folder that they share."""
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    root = None if root is None else Path(os.path.abspath(root))
+    if root is None or not all(root in path.parents for path in whole):
+        root = os.path.commonpath([path.parent for path in whole]) if whole else "."
+    return [path.relative_to(root).as_posix() for path in whole]

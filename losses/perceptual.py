@@ -1,0 +1,84 @@
+"""Perceptual loss on VGG features (Johnson et al., 1603.08155), by torchvision."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from utils.checkpoint import read_weights
+from utils.errors import UserError, nearest
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+CONVS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+
+
+def layer_names(network: str) -> dict[str, int]:
+    """relu1_1, relu1_2, relu2_1 ... -> index in torchvision's ``features``."""
+    names, index = {}, 0
+    for stage, count in enumerate(CONVS[network], 1):
+        for conv in range(1, count + 1):
+            names[f"relu{stage}_{conv}"] = index + 1
+            index += 2
+        index += 1  # the pooling
+    return names
+
+
+class PerceptualLoss(nn.Module):
+    """Mean L1 distance of VGG feature maps, averaged over layers. Two (N,3,H,W) in [0,1] -> scalar.
+
+    ``network`` vgg16 or vgg19; ``layers`` names such as relu3_3; ``weights`` ``hub`` (torchvision's ImageNet weights)
+    or a file of them (.pth or .safetensors). The network is frozen. Raises `UserError` where weights cannot be had.
+    """
+
+    def __init__(self, network: str = "vgg16", layers: list[str] | None = None, weights: str = "hub"):
+        super().__init__()
+        known = layer_names(network)
+        for name in (layers := layers or ["relu1_2", "relu2_2", "relu3_3"]):
+            if name not in known:
+                raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
+        self.indices = {known[name] for name in layers}
+        self.features = _vgg(network, weights)[: max(self.indices) + 1].eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self._maps(target)
+        return torch.stack([F.l1_loss(a, b) for a, b in zip(self._maps(x), wanted, strict=True)]).mean()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        return super().train(False)  # the features are a ruler: nothing in them may move
+
+    def _maps(self, image: Tensor) -> list[Tensor]:
+        x, maps = (image - self.mean) / self.std, []
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in self.indices:
+                maps.append(x)
+        return maps
+
+
+def _vgg(network: str, weights: str) -> nn.Sequential:
+    make = {"vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}[network]
+    if weights == "hub":
+        try:
+            features = make(weights="IMAGENET1K_V1").features
+        except Exception as error:  # offline: URLError, HTTPError, a half-made file; one remedy
+            raise UserError(
+                f"the ImageNet weights of {network} cannot be had from the hub ({type(error).__name__}); put "
+                f"torchvision's file on this machine and set nedr.perceptual.weights=FILE, or switch the loss off "
+                f"with nedr.perceptual_weight=0"
+            ) from None
+    else:
+        features = make(weights=None).features
+        state = {k.removeprefix("features."): v for k, v in read_weights(Path(weights)).items() if "features." in k}
+        try:
+            features.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(f"{weights} does not hold torchvision's {network} (features.0.weight ...)") from None
+    for layer in features:
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False  # a collected map must not change under the next layer
+    return features

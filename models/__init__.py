@@ -1,0 +1,87 @@
+"""The registry of methods: build one from settings, or load one from a file."""
+
+from pathlib import Path
+
+import torch
+
+from models.dcp import DCP
+from models.method import Method
+from models.nedr import NeDR
+from utils import checkpoint, config
+from utils.errors import UserError, nearest
+
+METHODS: dict[str, type[Method]] = {"nedr": NeDR, "dcp": DCP}
+
+
+def names() -> list[str]:
+    """The methods' names, as ``--model`` takes them."""
+    return list(METHODS)
+
+
+def settings_types() -> dict[str, type]:
+    """Each method's settings dataclass by name: what `utils.config.load` wants."""
+    return {name: method.Settings for name, method in METHODS.items()}
+
+
+def build(settings: config.Settings) -> Method:
+    """The method that ``settings`` describe, with all its networks, on the CPU, untrained."""
+    method = METHODS[settings.model]
+    method.check(settings)
+    return method(settings.method)
+
+
+def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
+    """A trained method from a file, in eval mode: our .pt or .safetensors, or an official state dict.
+
+    Keyword arguments change settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
+    ``ema`` prefers the averaged weights where the file has them. The networks are those that the file holds.
+    Raises `UserError` for a missing, damaged or foreign file, and for settings that the method cannot take.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a checkpoint file in it, such as {path / 'best.pt'}")
+    if path.suffix == ".safetensors":
+        weights, metadata = checkpoint.read_safetensors(path)
+        if metadata is None:
+            weights, metadata = None, weights
+            method = _official(metadata, path)
+        else:
+            method = _ours(metadata["model"], metadata["settings"], weights, path)
+    else:
+        state = checkpoint.read(path)
+        if state.get("format") == checkpoint.FORMAT:
+            averaged = state.get("ema", {}).get("weights", {}) if ema else {}
+            method = _ours(state["model"], state["settings"], state["networks"] | averaged, path)
+        else:
+            method = _official(state, path)
+    change(method, test_time)
+    return method.to(device).eval()
+
+
+def change(method: Method, test_time: dict) -> None:
+    """Change settings of ``method`` that may change after training; refuse others by name."""
+    for key, value in test_time.items():
+        if key not in method.test_time:
+            raise UserError(f"'{key}' cannot change after training{nearest(key, method.test_time)}")
+        setattr(method.settings, key, value)
+
+
+def name_of(method: Method) -> str:
+    """The registry's name of a method."""
+    return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def _ours(model: str, saved: dict, weights: dict, path: Path) -> Method:
+    settings = config.load(model, settings_types(), saved=saved)
+    networks = tuple(dict.fromkeys(key.split(".")[0] for key in weights))
+    method = METHODS[model](settings.method, networks)
+    checkpoint.load_strict(method, weights, str(path))
+    return method
+
+
+def _official(state: dict, path: Path) -> Method:
+    for name, kind in METHODS.items():
+        method = kind.from_official(state, config.load(name, settings_types()).method)
+        if method is not None:
+            return method
+    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {', '.join(METHODS)}")

@@ -1,0 +1,28 @@
+"""The dark channel prior (He, Sun, Tang, TPAMI 2011): the floor that every method must beat."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.method import Method
+from utils import physics
+
+
+@dataclass
+class DCPSettings:
+    guided_filter: bool
+
+
+class DCP(Method):
+    """Dehazing without weights, with the constants of D4's code (airlight capped at 220/255, guided-filter refined)."""
+
+    Settings = DCPSettings
+    test_time = ("guided_filter",)
+
+    def restore(self, hazy: Tensor) -> Tensor:
+        airlight = physics.dark_channel_airlight(hazy)
+        t = physics.dark_channel_transmission(hazy, airlight)
+        if self.settings.guided_filter:
+            t = physics.guided_filter(hazy, t)
+        # Not below 0.05 (the prior itself never is, the filter may be): restore divides by it.
+        return physics.restore(hazy, t.clamp(min=0.05), airlight)

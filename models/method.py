@@ -1,0 +1,104 @@
+"""Method: what train.py and test.py need from any published system, and nothing more."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.config import Settings
+from utils.errors import UserError
+
+
+class Loss(NamedTuple):
+    """One loss of a training step: which optimiser it moves, the scalar, and its parts by name."""
+
+    optimiser: str
+    value: Tensor
+    terms: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """A dehazing system: networks as named children and four verbs.
+
+    A subclass gives `Settings` (its block of configs.yml), `restore`, and, unless it is free of training,
+    `optimisers`, `losses` and `pictures`. ``stage`` is ``warm_start`` (supervised, on haze made by the haze law) or
+    ``train`` (the method's own game).
+    """
+
+    Settings: ClassVar[type]
+    multiple: ClassVar[int] = 1  # sides must be multiples of this ...
+    minimum: int = 1  # ... and at least this; `dehaze` pads to it
+    test_time: ClassVar[tuple[str, ...]] = ()  # settings that may change after training
+    inference: ClassVar[tuple[str, ...]] = ()  # the children that `dehaze` needs
+    averaged: ClassVar[tuple[str, ...]] = ()  # the children whose weights are averaged (EMA)
+    stages: ClassVar[tuple[str, ...]] = ()  # what it can be trained by; () for training-free methods
+
+    def __init__(self, settings: Any):
+        super().__init__()
+        self.settings = settings
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """Refuse settings that cannot work together, before anything is loaded. Raises `UserError`."""
+
+    @classmethod
+    def from_official(cls, state: dict, settings: Any) -> "Method | None":
+        """The method that the authors' released file holds, or None if it is not one of this method's."""
+        return None
+
+    def optimisers(self, stage: str) -> dict[str, Optimizer]:
+        """The optimisers of a stage by name."""
+        raise UserError(f"{type(self).__name__} has nothing to train; score it with test.py")
+
+    def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
+        """One training step's losses in order; the caller steps each loss's optimiser before asking for the next."""
+        yield from ()
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pictures worth looking at, (N,1 or 3,H,W) in [0,1], by name."""
+        return {}
+
+    def restore(self, hazy: Tensor) -> Tensor:
+        """Clear pictures for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1]."""
+        raise UserError(f"{type(self).__name__} cannot dehaze")
+
+    @torch.no_grad()
+    def dehaze(self, hazy: Tensor) -> Tensor:
+        """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
+
+        Sides that do not suit the networks are padded by reflection, to the right and below, and cropped again.
+        """
+        if hazy.dim() != 4 or hazy.shape[1] != 3 or 0 in hazy.shape:
+            raise UserError(f"dehaze needs pictures of shape (N,3,H,W), got {tuple(hazy.shape)}")
+        height, width = hazy.shape[-2:]
+        padded = reflect(reflect(hazy, 2, self._fit(height)), 3, self._fit(width))
+        return self.restore(padded)[..., :height, :width]
+
+    def _fit(self, side: int) -> int:
+        return -(-max(side, self.minimum) // self.multiple) * self.multiple
+
+
+def reflect(x: Tensor, dim: int, size: int) -> Tensor:
+    """``x`` grown to ``size`` along ``dim`` by reflection at its far end, back and forth as often as needed."""
+    n = x.shape[dim]
+    if n == size:
+        return x
+    period = max(1, 2 * (n - 1))
+    index = torch.arange(size, device=x.device) % period
+    return x.index_select(dim, torch.where(index < n, index, period - index))
+
+
+@contextlib.contextmanager
+def frozen(*modules: nn.Module):
+    """No gradient for these modules' parameters from what is computed inside; gradients still flow through."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

@@ -1,0 +1,153 @@
+"""The three generators: haze removal, haze production and depth (NeDR, arXiv 2511.13110, after D4, CVPR 2022)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.nedr.implicit import IDRM
+from models.nedr.kan import KANCID
+from models.nedr.residual import DREM
+from models.pyramid import ENCODER_CHANNELS, Head, Pyramid, squash
+from utils import physics
+
+TRANSMISSION_RANGE = (0.05, 0.95)
+LEARNED_AIRLIGHT_RANGE = (0.5, 1.0)
+
+
+class Removal(NamedTuple):
+    """What the removal network finds in hazy pictures (N,3,H,W)."""
+
+    clear: Tensor  # J (N,3,H,W) in [0,1]
+    depth: Tensor  # d (N,1,H,W), -ln(t) / beta
+    density: Tensor  # beta (N,1,1,1)
+    transmission: Tensor  # t (N,1,H,W)
+    airlight: Tensor  # A (N,3,1,1)
+
+
+class RemovalNet(nn.Module):
+    """Haze removal (`net_h2c`): hazy -> transmission, density and airlight, and by them the clear picture.
+
+    H and W are multiples of 32, at least 64, with KAN-CID at least 128 (it reflects by 3 at 1/32).
+    ``kan_cid``, ``idrm`` and ``drem`` switch the published modules; with all three off this is D4's network.
+    ``learned_airlight`` adds the head that the paper draws: one airlight a channel from the pooled encoder maps.
+    """
+
+    def __init__(
+        self,
+        features: int = 32,
+        density_range: tuple[float, float] = (0.6, 1.8),
+        kan_cid: bool = True,
+        idrm: bool = True,
+        drem: bool = True,
+        positional: bool = True,
+        learned_airlight: bool = False,
+    ):
+        super().__init__()
+        self.density_range = density_range
+        self.pyramid = Pyramid(features, KANCID if kan_cid else None)
+        self.idrm = IDRM(features, out_channels=features, positional=positional) if idrm else nn.Identity()
+        self.drem = DREM(features) if drem else nn.Identity()
+        self.head = Head(features)
+        pooled = sum(ENCODER_CHANNELS)
+        self.density = nn.Sequential(nn.Linear(pooled, 64), nn.Linear(64, 1))
+        self.airlight = nn.Sequential(nn.Linear(pooled, 64), nn.ReLU(), nn.Linear(64, 3)) if learned_airlight else None
+
+    def forward(self, hazy: Tensor, airlight: str = "max", guided: bool = False) -> Removal:
+        """``airlight``: max | dark_channel | learned; ``guided`` refines t by the guided filter before its use."""
+        x, pooled = self.pyramid(hazy)
+        beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
+        t = squash(self.head(self.drem(self.idrm(x))), 0, 1).clamp(*TRANSMISSION_RANGE)
+        A = self.estimate_airlight(hazy, pooled, airlight)
+        if guided:
+            t = physics.guided_filter(hazy, t)
+        return Removal(physics.restore(hazy, t, A), -t.log() / beta, beta, t, A)
+
+    def estimate_airlight(self, hazy: Tensor, pooled: Tensor, kind: str) -> Tensor:
+        """(N,3,1,1) by the per-channel maximum, the dark channel or the learned head."""
+        if kind == "max":
+            return physics.max_airlight(hazy)
+        if kind == "dark_channel":
+            return physics.dark_channel_airlight(hazy)
+        return squash(self.airlight(pooled), *LEARNED_AIRLIGHT_RANGE)[..., None, None]
+
+
+class DepthNet(nn.Module):
+    """Depth of a clear picture (`net_depth`): (N,3,H,W) -> (N,1,H,W) in ``depth_range``; H, W multiples of 32."""
+
+    def __init__(self, features: int = 32, depth_range: tuple[float, float] = (0.2, 5.0)):
+        super().__init__()
+        self.depth_range = depth_range
+        self.pyramid = Pyramid(features)
+        self.head = Head(features)
+
+    def forward(self, clear: Tensor) -> Tensor:
+        return squash(self.head(self.pyramid(clear)[0]), *self.depth_range)
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution with reflection padding, batch norm where asked, LeakyReLU 0.2 where asked."""
+
+    def __init__(self, a: int, b: int, stride: int = 1, norm: bool = True, active: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(a, b, 3, stride, padding=1, padding_mode="reflect")
+        self.norm = nn.BatchNorm2d(b) if norm else nn.Identity()
+        self.activation = nn.LeakyReLU(0.2) if active else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.conv(x)))
+
+
+class ProductionNet(nn.Module):
+    """Haze production (`net_c2h`): the scattering model, then a residual refiner of what it gives.
+
+    clear (N,3,H,W) in [0,1], depth (N,1,H,W), density (N,1,1,1) -> hazy (N,3,H,W) in [0,1]; H, W multiples of 4.
+    ``airlight`` (N,3,1,1): by default the per-channel maximum of the clear picture.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        b = width
+        self.encode = nn.ModuleList(
+            [
+                ConvBlock(3, b // 2, norm=False),
+                ConvBlock(b // 2, b),
+                ConvBlock(b, 2 * b, stride=2),
+                ConvBlock(2 * b, 4 * b, stride=2),
+            ]
+        )
+        self.residual = nn.ModuleList(
+            nn.Sequential(ConvBlock(4 * b, 4 * b), ConvBlock(4 * b, 4 * b, active=False)) for _ in range(4)
+        )
+        self.decode = nn.ModuleList(
+            [
+                ConvBlock(8 * b, 2 * b),
+                ConvBlock(4 * b, b, norm=False),
+                ConvBlock(2 * b, b, norm=False),
+                ConvBlock(b, 3, norm=False),
+            ]
+        )
+
+    def forward(self, clear: Tensor, depth: Tensor, density: Tensor, airlight: Tensor | None = None) -> Tensor:
+        A = physics.max_airlight(clear) if airlight is None else airlight
+        simple = physics.scatter(clear, physics.transmission(depth, density), A)
+        residual = self._refine(simple).float().tanh()
+        return ((2 * simple - 1 + residual).clamp(-1, 1) + 1) / 2
+
+    def _refine(self, x: Tensor) -> Tensor:
+        enc0, enc1, enc2, enc3 = self.encode
+        x1 = enc1(enc0(x))
+        x2 = enc2(x1)
+        x3 = enc3(x2)
+        y = x3
+        for block in self.residual:
+            y = y + block(y)
+        dec1, dec2, dec3, dec4 = self.decode
+        y = dec1(_double(torch.cat([y, x3], 1)))
+        y = dec2(_double(torch.cat([y, x2], 1)))
+        return dec4(dec3(torch.cat([y, x1], 1)))
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)

@@ -1,0 +1,68 @@
+"""IDRM: the implicit neural degradation representation (NeDR, arXiv 2511.13110; local ensemble of LIIF, 2012.09161)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OCTAVES = 4
+
+
+def pixel_centres(size: int, device=None) -> Tensor:
+    """The ``size`` pixel centres of the interval [-1,1]: (size,)."""
+    return (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1) / size - 1
+
+
+def position_encoding(height: int, width: int, device=None) -> Tensor:
+    """Coordinates and their encoding for every pixel centre: (1, 2 + 4 OCTAVES, height, width).
+
+    Channels: row, column; then, axis by axis, sin(2^k pi p) and cos(2^k pi p) for k = 0..OCTAVES-1.
+    """
+    rows, columns = pixel_centres(height, device), pixel_centres(width, device)
+    point = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2,H,W)
+    octaves = math.pi * 2.0 ** torch.arange(OCTAVES, device=device)
+    waves = point.unsqueeze(1) * octaves[None, :, None, None]  # (2,OCTAVES,H,W)
+    encoded = torch.cat([waves.sin(), waves.cos()], 1).flatten(0, 1)
+    return torch.cat([point, encoded]).unsqueeze(0)
+
+
+class IDRM(nn.Module):
+    """Implicit degradation representation: an MLP of local features, position and cell size, at every pixel.
+
+    (N,C,H,W) -> (N,out,h,w); ``size`` = (h,w) queries the field at another resolution (default: that of the features).
+    The first layer sees, in this order, the 3x3 neighbourhood of the features (9 C, as torch's unfold), the pixel
+    centre in [-1,1] and its encoding (2 + 16), and the cell size in feature pixels times two (2).
+    The neighbourhood's share of that layer is a 3x3 convolution, computed as one.
+
+    ``positional=False`` is the released network, in which query and feature coordinates are the same points: their
+    difference, which is what it encodes, is zero everywhere and its cell is the constant (2,2).
+    """
+
+    def __init__(self, channels: int = 32, hidden: int = 256, out_channels: int = 32, positional: bool = True):
+        super().__init__()
+        self.channels, self.positional = channels, positional
+        widths = [9 * channels + 2 + 4 * OCTAVES + 2, hidden, hidden, hidden, out_channels]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        height, width = size or features.shape[-2:]
+        x = self._first(features, height, width)
+        for layer in self.layers[1:]:
+            x = F.conv2d(x.relu(), layer.weight[..., None, None], layer.bias)
+        return x
+
+    def _first(self, features: Tensor, height: int, width: int) -> Tensor:
+        """The first layer, split by what it sees; bilinear between features, so the field is continuous."""
+        local, position, cell = self.layers[0].weight.split([9 * self.channels, 2 + 4 * OCTAVES, 2], 1)
+        bias = self.layers[0].bias + cell @ self._cell(features, height, width)
+        x = F.conv2d(features, local.reshape(-1, self.channels, 3, 3), bias, padding=1)
+        if (height, width) != tuple(features.shape[-2:]):
+            x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+        if self.positional:
+            x = x + F.conv2d(position_encoding(height, width, features.device), position[..., None, None])
+        return x
+
+    def _cell(self, features: Tensor, height: int, width: int) -> Tensor:
+        h, w = features.shape[-2:]
+        return features.new_tensor([2 * h / height, 2 * w / width] if self.positional else [2.0, 2.0])

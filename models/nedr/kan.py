@@ -1,0 +1,76 @@
+"""KAN-CID: channel mixing by Kolmogorov-Arnold layers (NeDR, arXiv 2511.13110; KAN, arXiv 2404.19756).
+
+A KAN layer puts a learned one-dimensional function on every edge: y_o = sum_i f_oi(x_i), where
+f_oi(x) = w_oi SiLU(x) + s_oi sum_b c_oib B_b(x) and the B_b are cubic B-splines on a uniform grid.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ORDER = 3  # cubic splines
+INTERVALS = 5  # of the grid on [-1, 1]
+STEP = 2 / INTERVALS
+BASES = INTERVALS + ORDER
+CENTRES = tuple(-1 + STEP * (b - 1) for b in range(BASES))  # basis b lives on CENTRES[b] +- 2 STEP
+
+
+def knots() -> Tensor:
+    """The extended uniform grid (12,), from -2.2 to 2.2: what official files hold in ``grid`` for every input."""
+    return torch.arange(-ORDER, INTERVALS + ORDER + 1, dtype=torch.float32) * STEP - 1
+
+
+def bspline_bases(x: Tensor) -> Tensor:
+    """The eight cubic B-spline bases of every value: (N,C,...) -> (N,8C,...), basis-major, float32.
+
+    On a uniform grid each basis is the cardinal cubic B-spline of u = (x - centre) / step, whose closed form
+    (max(2-|u|,0)^3 - 4 max(1-|u|,0)^3) / 6 needs no recursion. They sum to 1 on [-1,1] and vanish outside [-2.2,2.2].
+    """
+    x = x.float() / STEP
+    u = torch.stack([(x - centre / STEP).abs() for centre in CENTRES], 1)
+    outer, inner = (2 - u).clamp(min=0), (1 - u).clamp(min=0)
+    return ((outer.pow(3) - 4 * inner.pow(3)) / 6).flatten(1, 2)
+
+
+class KANLinear(nn.Module):
+    """A KAN layer over the channel dimension: (N,in,H,W) -> (N,out,H,W).
+
+    The SiLU branch and the eight bases are stacked as 9 in channels, so that the layer is one 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.base_weight = nn.Parameter(torch.empty(out_channels, in_channels))
+        self.spline_weight = nn.Parameter(torch.empty(out_channels, in_channels, BASES))
+        self.spline_scaler = nn.Parameter(torch.empty(out_channels, in_channels))
+        nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.spline_scaler, a=math.sqrt(5))
+        with torch.no_grad():  # a least-squares fit of small noise at the grid points
+            points = knots()[ORDER:-ORDER]
+            bases = bspline_bases(points[:, None]).reshape(len(points), BASES)
+            noise = (torch.rand(len(points), in_channels * out_channels) - 0.5) * 0.1 / INTERVALS
+            fit = torch.linalg.lstsq(bases, noise, driver="gelsd").solution  # under-determined: minimum norm
+            self.spline_weight.copy_(fit.T.reshape(out_channels, in_channels, BASES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spline = (self.spline_weight * self.spline_scaler.unsqueeze(-1)).transpose(1, 2).flatten(1)
+        weight = torch.cat([self.base_weight, spline], 1)[..., None, None]
+        return F.conv2d(torch.cat([F.silu(x.float()), bspline_bases(x)], 1), weight)
+
+
+class KANCID(nn.Module):
+    """KAN-CID: channel-independent 7x7 depthwise convolution, then channel-dependent KAN layers at every pixel.
+
+    (N,C,H,W) -> (N,C,H,W), H and W at least 4 (reflection by 3). No residual around it.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.spatial = nn.Conv2d(channels, channels, 7, padding=3, padding_mode="reflect", groups=channels)
+        self.fc1 = KANLinear(channels, channels)
+        self.fc2 = KANLinear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.spatial(x))))

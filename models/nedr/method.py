@@ -1,0 +1,280 @@
+"""NeDR's unpaired game (arXiv 2511.13110; the game is D4's, CVPR 2022), and its supervised warm start."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+
+from losses.adversarial import discriminator_loss, generator_loss
+from losses.perceptual import PerceptualLoss
+from losses.priors import dark_channel_loss, total_variation
+from models.method import Loss, Method, frozen
+from models.nedr import official
+from models.nedr.discriminator import Discriminator
+from models.nedr.generators import DepthNet, ProductionNet, Removal, RemovalNet
+from models.pyramid import STRIDE, initialise, load_encoder
+from utils.checkpoint import load_strict
+from utils.config import Interval, Range, Rate, Settings, Weight, check_interval
+from utils.errors import UserError
+
+
+@dataclass
+class Perceptual:
+    network: Literal["vgg16", "vgg19"]
+    layers: list[str]
+    weights: str
+
+
+@dataclass
+class NeDRSettings:
+    variant: Literal["published", "released"]
+    kan_cid: bool
+    idrm: bool
+    drem: bool
+    base_channels: Annotated[int, Range(8, 512)]
+    encoder_weights: str
+    airlight: Literal["max", "dark_channel", "learned"]
+    guided_filter: bool
+    density_range: Interval
+    depth_range: Interval
+    airlight_range: Interval
+    learning_rate: Rate
+    betas: tuple[float, float]
+    discriminator_rate: Weight
+    gan: Literal["lsgan", "vanilla", "hinge"]
+    gan_weight: Weight
+    cycle_weight: Weight
+    density_weight: Weight
+    depth_weight: Weight
+    airlight_weight: Weight
+    perceptual_weight: Weight
+    perceptual: Perceptual
+    dark_channel_weight: Weight
+    tv_weight: Weight
+    identity_weight: Weight
+
+    def __post_init__(self):
+        check_interval("nedr.density_range", self.density_range, low=1e-3)
+        check_interval("nedr.depth_range", self.depth_range)
+        check_interval("nedr.airlight_range", self.airlight_range, high=1)
+        check_interval("nedr.betas", self.betas, high=0.999999)
+        if self.base_channels % 4:
+            raise UserError(f"nedr.base_channels={self.base_channels}: must be a multiple of 4 (64 as published)")
+        if self.variant == "released" and self.airlight == "learned":
+            raise UserError("nedr.airlight=learned: the released variant has no airlight head; set max or dark_channel")
+
+
+class NeDR(Method):
+    """NeDR, and with its three modules off D4: removal, production and depth networks and two discriminators.
+
+    ``networks`` names the children to make; an inference file needs ``removal`` alone.
+    """
+
+    Settings = NeDRSettings
+    multiple = STRIDE
+    test_time = ("airlight", "guided_filter")
+    inference = ("removal",)
+    averaged = ("removal", "production", "depth")
+    stages = ("warm_start", "train")
+    children_names = ("removal", "production", "depth", "judge_clear", "judge_hazy")
+
+    def __init__(self, settings: NeDRSettings, networks: tuple[str, ...] = children_names):
+        super().__init__(settings)
+        s, features = settings, settings.base_channels // 2
+        makers = {
+            "removal": lambda: RemovalNet(
+                features,
+                s.density_range,
+                s.kan_cid,
+                s.idrm,
+                s.drem,
+                positional=s.variant == "published",
+                learned_airlight=s.airlight == "learned",
+            ),
+            "production": lambda: ProductionNet(features),
+            "depth": lambda: DepthNet(features, s.depth_range),
+            "judge_clear": Discriminator,
+            "judge_hazy": Discriminator,
+        }
+        for name in networks:
+            self.add_module(name, makers[name]())
+        self.minimum = minimum_side(s)
+        self.ruler: list[PerceptualLoss] = []  # in a list: a loss is no part of the method's weights
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        size, least = settings.data.crop_size, minimum_side(settings.method)
+        if size % STRIDE or size < least:
+            raise UserError(f"data.crop_size={size}: nedr needs a multiple of {STRIDE}, at least {least}")
+
+    @classmethod
+    def from_official(cls, state: dict, settings: NeDRSettings) -> "NeDR | None":
+        """An official NeDR or D4 file. ``settings`` gives what such files do not say (ranges, airlight)."""
+        if not official.recognise(state):
+            return None
+        found = official.translate(state)
+        for key, value in {"variant": "released", "airlight": "max", "base_channels": 2 * found.features}.items():
+            setattr(settings, key, value)
+        for key, value in found.modules.items():
+            setattr(settings, key, value)
+        method = cls(settings, tuple(found.networks))
+        if settings.drem and not found.has_drem:
+            method.removal.drem.make_identity()
+            found.networks["removal"] |= {f"drem.{k}": v for k, v in method.removal.drem.state_dict().items()}
+        for name, weights in found.networks.items():
+            load_strict(getattr(method, name), weights, f"the official file's {name} network")
+        method.imported = found
+        return method
+
+    def start(self) -> None:
+        """Weights as training begins: the released initialisation, then the encoders' own weights."""
+        for network in (self.removal, self.production, self.depth):
+            encoder = network.pyramid.encoder if hasattr(network, "pyramid") else None
+            kept = {k: v.clone() for k, v in encoder.state_dict().items()} if encoder else {}
+            initialise(network)
+            if encoder:
+                encoder.load_state_dict(kept)
+        load_encoder([self.removal.pyramid, self.depth.pyramid], self.settings.encoder_weights)
+        if self.settings.perceptual_weight:
+            p = self.settings.perceptual
+            self.ruler = [PerceptualLoss(p.network, p.layers, p.weights)]
+
+    def optimisers(self, stage: str) -> dict[str, Optimizer]:
+        s = self.settings
+        generators = [*self.removal.parameters(), *self.production.parameters()]
+        judges = [*self.judge_clear.parameters(), *self.judge_hazy.parameters()]
+        if stage == "warm_start":
+            return {"generators": AdamW(generators), "depth": AdamW(self.depth.parameters())}
+        made = {
+            "generators": Adam(generators, s.learning_rate, s.betas),
+            "depth": Adam(self.depth.parameters(), s.learning_rate, s.betas),
+        }
+        if s.gan_weight:
+            made["discriminators"] = Adam(judges, s.learning_rate * s.discriminator_rate, s.betas)
+        return made
+
+    def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
+        return self._supervised(batch) if stage == "warm_start" else self._game(batch)
+
+    def restore(self, hazy: Tensor) -> Tensor:
+        return self.removal(hazy, self.settings.airlight, self.settings.guided_filter).clear
+
+    # The supervised stage: haze made by the haze law, so everything is known.
+
+    def _supervised(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
+        """L1 on t and J, and on A where it is learned; MSE on beta; haze production and depth learn along."""
+        hazy, clear, t, beta = (batch[key] for key in ("hazy", "clear", "transmission", "density"))
+        beta = beta.view(-1, 1, 1, 1)
+        found = self.removal(hazy, self.settings.airlight)
+        depth = (-t.log() / beta).clamp(*self.settings.depth_range)
+        made = self.production(clear, depth, beta, batch["airlight"])
+        terms = {
+            "transmission": F.l1_loss(found.transmission, t),
+            "clear": F.l1_loss(found.clear, clear),
+            "density": F.mse_loss(found.density, beta),
+            "production": F.l1_loss(made, hazy),
+        }
+        if self.settings.airlight == "learned":
+            terms["airlight"] = F.l1_loss(found.airlight, batch["airlight"])
+        yield Loss("generators", sum(terms.values()), terms)
+        depth_loss = F.l1_loss(self.depth(clear), depth)
+        yield Loss("depth", depth_loss, {"depth": depth_loss})
+
+    # The unpaired game.
+
+    def _game(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
+        hazy, clear, s = batch["hazy"], batch["clear"], self.settings
+        with frozen(self.depth):  # gradients pass through it; its weights learn from pseudo-depth alone
+            found = self.removal(hazy, s.airlight)
+            rehazed = self.production(found.clear, self.depth(found.clear), found.density, self._own(found))
+            beta, airlight = self._random_haze(clear)
+            made = self.production(clear, self.depth(clear), beta, airlight)
+            refound = self.removal(made, s.airlight)
+        if s.gan_weight:
+            yield self._judge(clear, found.clear.detach(), hazy, made.detach())
+        terms = self._generator_terms(hazy, clear, found, rehazed, beta, airlight, made, refound)
+        yield Loss("generators", sum(weight * term for weight, term in terms.values()), {k: v for k, (_, v) in terms.items()})
+        if s.depth_weight:
+            loss = s.depth_weight * F.l1_loss(self.depth(found.clear.detach()), found.depth.detach())
+            yield Loss("depth", loss, {"pseudo_depth": loss})
+
+    def _judge(self, clear: Tensor, fake_clear: Tensor, hazy: Tensor, fake_hazy: Tensor) -> Loss:
+        """Spectral normalisation turns at each pass, so the order matters: real first."""
+        terms = {
+            "judge_clear": discriminator_loss(self.judge_clear(clear), self.judge_clear(fake_clear), self.settings.gan),
+            "judge_hazy": discriminator_loss(self.judge_hazy(hazy), self.judge_hazy(fake_hazy), self.settings.gan),
+        }
+        return Loss("discriminators", sum(terms.values()), terms)
+
+    def _generator_terms(
+        self,
+        hazy: Tensor,
+        clear: Tensor,
+        found: Removal,
+        rehazed: Tensor,
+        beta: Tensor,
+        airlight: Tensor | None,
+        made: Tensor,
+        refound: Removal,
+    ) -> dict[str, tuple[float, Tensor]]:
+        """name -> (weight, loss); what has no weight is not computed."""
+        s, terms = self.settings, {}
+        if s.gan_weight:
+            with frozen(self.judge_clear, self.judge_hazy):
+                fooled = generator_loss(self.judge_clear(found.clear), s.gan) + generator_loss(self.judge_hazy(made), s.gan)
+            terms["gan"] = (s.gan_weight, fooled / 2)
+        if s.cycle_weight:
+            terms["cycle_clear"] = (s.cycle_weight, F.l1_loss(refound.clear, clear))
+            terms["cycle_hazy"] = (s.cycle_weight, F.l1_loss(rehazed, hazy))
+        if s.density_weight:
+            terms["density"] = (s.density_weight, F.mse_loss(refound.density, beta))
+        if s.airlight_weight and airlight is not None:
+            terms["airlight"] = (s.airlight_weight, F.l1_loss(refound.airlight, airlight))
+        if s.perceptual_weight:
+            ruler = self.ruler[0].to(hazy.device)
+            terms["perceptual"] = (s.perceptual_weight, ruler(refound.clear, clear) + ruler(rehazed, hazy))
+        if s.dark_channel_weight:
+            terms["dark_channel"] = (s.dark_channel_weight, dark_channel_loss(found.clear))
+        if s.tv_weight:
+            terms["tv"] = (s.tv_weight, total_variation(found.clear))
+        if s.identity_weight:
+            terms["identity"] = (s.identity_weight, F.l1_loss(self.removal(clear, s.airlight).clear, clear))
+        return terms
+
+    def _own(self, found: Removal) -> Tensor | None:
+        """The airlight with which haze is produced again: the learned one, else production's own rule (None)."""
+        return found.airlight if self.settings.airlight == "learned" else None
+
+    def _random_haze(self, clear: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Random density, one an image; with a learned airlight also that, grey, so that it is known."""
+        n, s = len(clear), self.settings
+        beta = clear.new_empty(n, 1, 1, 1).uniform_(*s.density_range)
+        if s.airlight != "learned":
+            return beta, None
+        return beta, clear.new_empty(n, 1, 1, 1).uniform_(*s.airlight_range).expand(n, 3, 1, 1)
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """hazy, dehazed, rehazed, clear, synthetic (hazy), transmission and depth (of the clear pictures)."""
+        hazy, clear, s = batch["hazy"], batch["clear"], self.settings
+        found = self.removal(hazy, s.airlight)
+        depth = self.depth(clear)
+        beta, airlight = self._random_haze(clear)
+        return {
+            "hazy": hazy,
+            "dehazed": found.clear,
+            "rehazed": self.production(found.clear, self.depth(found.clear), found.density, self._own(found)),
+            "transmission": found.transmission,
+            "clear": clear,
+            "synthetic": self.production(clear, depth, beta, airlight),
+            "depth": depth / depth.amax((1, 2, 3), keepdim=True),
+        }
+
+
+def minimum_side(settings: NeDRSettings) -> int:
+    """KAN-CID reflects by 3 at 1/32, so it needs 4 pixels there; the residual units need 2."""
+    return 4 * STRIDE if settings.kan_cid else 2 * STRIDE

@@ -1,0 +1,257 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import datasets, images
+from data.datasets import Folder, Paired, Stream, Synthetic, Unpaired, crop, loader
+from utils.errors import UserError
+
+
+def whole(image, rng):
+    return image
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Seven flat pictures 24x20; number n has brightness 10 n."""
+    for n in range(7):
+        images.write(tmp_path / "pool" / f"{n}.png", torch.full((3, 20, 24), 10 * n / 255))
+    return images.find(tmp_path / "pool")
+
+
+def number(tensor):
+    return round(tensor.flatten()[0].item() * 255 / 10)
+
+
+def stream(pool, seed=1, name="hazy", transform=whole):
+    return Stream(pool, transform, seed, name)
+
+
+def test_each_once_an_epoch_and_orders_differ(pool):
+    numbers = [number(stream(pool)[k]["hazy"]) for k in range(70)]
+    epochs = [numbers[start : start + 7] for start in range(0, 70, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+
+
+def test_a_stream_is_a_function_of_the_position(pool):
+    noisy = lambda image, rng: image + rng.random()  # noqa: E731
+    one, two = stream(pool, transform=noisy), stream(pool, transform=noisy)
+    forward = [one[k]["hazy"] for k in range(30)]
+    for k in (29, 3, 14, 3, 0):
+        assert torch.equal(two[k]["hazy"], forward[k])
+    assert len({tensor.flatten()[0].item() for tensor in forward}) == 30  # each position has its own randomness
+    with pytest.raises(IndexError):
+        one[-1]
+
+
+def test_names_and_seeds_shuffle_independently(pool):
+    orders = {
+        (seed, name): [number(stream(pool, seed, name)[k][name]) for k in range(140)]
+        for seed, name in [(1, "hazy"), (1, "clear"), (2, "hazy")]
+    }
+    for a, b in [((1, "hazy"), (1, "clear")), ((1, "hazy"), (2, "hazy"))]:
+        agree = sum(x == y for x, y in zip(orders[a], orders[b], strict=True))
+        assert agree < 45  # 20 expected
+
+
+def test_bad_pictures_are_skipped_and_told(pool):
+    pool[2].write_bytes(b"junk")
+    items = [stream(pool)[k] for k in range(7)]
+    messages = [message for item in items for message in item["skipped"]]
+    assert len(messages) == 1
+    assert str(pool[2]) in messages[0]
+    assert 2 not in Counter(number(item["hazy"]) for item in items)
+    for path in pool:
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"none of the 7 hazy pictures can be used; the first: .*png"):
+        stream(pool)[0]
+
+
+def batches(dataset, start, stop, workers):
+    return list(loader(dataset, start, stop, 3, workers))
+
+
+def test_workers_change_nothing(pool, tmp_path):
+    pool[4].write_bytes(b"junk")
+    folder = pool[0].parent
+    dataset = datasets.unpaired(folder, folder, size=8, rule="random", flip=True, seed=5)
+    state = torch.get_rng_state()
+    alone, two = batches(dataset, 0, 14, 0), batches(dataset, 0, 14, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(alone) == len(two) == 5
+    for a, b in zip(alone, two, strict=True):
+        assert torch.equal(a["hazy"], b["hazy"])
+        assert torch.equal(a["clear"], b["clear"])
+        assert a["skipped"] == b["skipped"]
+    assert sum(len(batch["skipped"]) for batch in alone) == 4  # once an epoch and stream
+    resumed = batches(dataset, 6, 14, 0)
+    assert torch.equal(resumed[0]["hazy"], alone[2]["hazy"])
+    assert resumed[-1]["hazy"].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_workers_arrive_as_one_line(pool, workers):
+    pool[1].write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"1\.png: cannot be read") as refusal:
+        batches(Folder(pool), 0, 7, workers)
+    assert "\n" not in str(refusal.value)
+
+
+def ramp(height, width):
+    """Every pixel tells its row (channel 0) and column (channel 1), in [0,1]; channel 2 is a mix."""
+    rows, columns = torch.meshgrid(torch.arange(height) / 100, torch.arange(width) / 100, indexing="ij")
+    return torch.stack([rows, columns, (rows + columns) / 2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(5, 60), st.integers(5, 60), st.booleans())
+def test_random_crop_is_a_window(seed, height, width, flip):
+    image = ramp(height, width)
+    window = crop(image, np.random.default_rng(seed), 5, "random", flip)
+    top, lefts = round(window[0, 0, 0].item() * 100), (window[1, 0] * 100).round().int().tolist()
+    assert flip or lefts[0] < lefts[-1]
+    left = min(lefts[0], lefts[-1])
+    want = image[:, top : top + 5, left : left + 5]
+    assert torch.equal(window, want.flip(2) if lefts[0] > lefts[-1] else want)
+
+
+def test_flip_happens_half_the_time():
+    flips = [crop(ramp(5, 5), np.random.default_rng(seed), 5, "random", True)[1, 0, 0] > 0.01 for seed in range(200)]
+    assert 70 < sum(flips) < 130
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 60))
+def test_short_side_crop_takes_the_whole_short_side(seed, height, width):
+    image = ramp(height, width)
+    out = crop(image, np.random.default_rng(seed), 16, "short_side", False)
+    assert out.shape == (3, 16, 16)
+    assert out.min() >= 0
+    assert out.max() <= 1
+    side = min(height, width)
+    if height == side and side >= 16:  # all rows are in it: their mean survives the resize
+        torch.testing.assert_close(out[0].mean(), image[0].mean(), atol=1e-3, rtol=0)
+
+
+def test_short_side_crop_of_the_right_size_is_exact():
+    assert torch.equal(crop(ramp(16, 16), np.random.default_rng(0), 16, "short_side", False), ramp(16, 16))
+
+
+@pytest.mark.parametrize("rule", datasets.RULES)
+def test_picture_and_depth_are_cut_alike(rule):
+    image = ramp(40, 50)
+    out = crop(torch.cat([image, image[2:]]), np.random.default_rng(4), 12, rule, True)
+    assert torch.equal(out[2], out[3])
+
+
+def test_small_pictures_are_refused_or_skipped(pool):
+    folder = pool[0].parent
+    with pytest.raises(
+        UserError, match=r"24x20 is smaller than the crop of 32; set a smaller data\.crop_size or .*short_side"
+    ):
+        crop(torch.rand(3, 20, 24), np.random.default_rng(0), 32, "random", False)
+    dataset = datasets.unpaired(folder, folder, size=32, rule="random", flip=True, seed=5)
+    with pytest.raises(UserError, match=r"none of the 7 hazy .*\d\.png: 24x20 is smaller"):
+        dataset[0]
+    images.write(folder / "big.png", torch.ones(3, 40, 40))
+    item = datasets.unpaired(folder, folder, size=32, rule="random", flip=True, seed=5)[0]
+    assert item["hazy"].min() == 1
+    with pytest.raises(UserError, match="did you mean 'short_side'"):
+        datasets.unpaired(folder, folder, size=32, rule="shortside", flip=True, seed=5)
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Five pictures whose red channel is their depth, so that a wrong match or crop shows."""
+    for n in range(5):
+        depth = torch.rand(1, 30, 40).mul(200).round() + 1
+        depth[0, 0, 0] = 255
+        images.write(tmp_path / "clear" / f"{n}.png", (depth / 255).expand(3, -1, -1))
+        images.write(tmp_path / "depth" / f"{n}.png", depth / 255)
+    return tmp_path
+
+
+ROOM = {"size": 16, "flip": True, "seed": 3}
+
+
+@pytest.mark.parametrize("rule", datasets.RULES)
+def test_synthetic_items_obey_the_scattering_model(scenes, rule):
+    dataset = datasets.synthetic(scenes / "clear", scenes / "depth", rule=rule, colour=0.1, **ROOM)
+    assert dataset.epoch_length == 5
+    item = dataset[3]
+    assert item["skipped"] == []
+    t, light = item["transmission"], item["airlight"]
+    torch.testing.assert_close(item["hazy"], item["clear"] * t + light * (1 - t), atol=1e-6, rtol=0)
+    depth = (item["clear"][:1] * 255 + 0.5) / 255.5
+    if rule == "random":
+        torch.testing.assert_close(t, torch.exp(-item["density"] * depth), atol=1e-5, rtol=0)
+    batch = next(iter(loader(dataset, 0, 4, 4)))
+    assert batch["airlight"].shape == (4, 3, 1, 1)
+    assert batch["density"].shape == (4, 1)
+
+
+def test_synthetic_without_depth_and_refusals(scenes):
+    clear, depth = images.find(scenes / "clear"), images.find(scenes / "depth")
+    assert Synthetic(clear, None, rule="random", **ROOM)[0]["transmission"].shape == (1, 16, 16)
+    with pytest.raises(UserError, match=r"4\.png: no depth map"):
+        Synthetic(clear, depth[:-1], rule="random", **ROOM)
+    images.write(depth[1], torch.rand(1, 30, 41))
+    dataset = Synthetic(clear, depth, rule="random", **ROOM)
+    messages = [message for k in range(5) for message in dataset[k]["skipped"]]
+    assert len(messages) == 1
+    assert "40x30 but its depth map" in messages[0]
+
+
+def test_clear_only_training(scenes):
+    dataset = datasets.unpaired(None, scenes / "clear", scenes / "depth", rule="random", **ROOM)
+    assert isinstance(dataset, Unpaired)
+    assert dataset.epoch_length == 5
+    items = [dataset[k] for k in range(10)]
+    assert all(item.keys() == {"hazy", "clear", "skipped"} for item in items)
+    assert dataset.hazy.name != dataset.clear.name
+
+
+def test_epoch_length_is_the_larger_pool(pool, scenes):
+    assert datasets.unpaired(pool[0].parent, scenes / "clear", rule="random", **ROOM).epoch_length == 7
+    assert datasets.unpaired(scenes / "clear", pool[0].parent, rule="random", **ROOM).epoch_length == 7
+
+
+def test_sources_are_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        datasets.unpaired(None, tmp_path / "nowhere", rule="random", **ROOM)
+    with pytest.raises(UserError, match="no pictures"):
+        datasets.synthetic(tmp_path, rule="random", **ROOM)
+
+
+def test_paired(tmp_path):
+    truth = torch.rand(3, 50, 60).mul(255).round() / 255
+    images.write(tmp_path / "hazy" / "1_1.png", truth[:, 10:-10, 10:-10])
+    images.write(tmp_path / "clear" / "1.png", truth)
+    pairs = images.pair(tmp_path / "hazy", tmp_path / "clear")
+    item = Paired(pairs)[0]
+    assert item["name"] == "1_1.png"
+    assert torch.equal(item["hazy"], item["clear"])
+    images.write(tmp_path / "hazy" / "1_1.png", truth[:, :30])
+    with pytest.raises(UserError, match=r"1_1\.png is 60x30 but its ground truth .*1\.png is 60x50"):
+        Paired(pairs)[0]
+    images.write(tmp_path / "hazy" / "1_1.png", truth)
+    batch = next(iter(loader(Paired(pairs), 0, 1, 1)))
+    assert batch["name"] == ["1_1.png"]
+    assert batch["hazy"].shape == (1, 3, 50, 60)
+
+
+def test_folder_names(pool, tmp_path):
+    images.write(tmp_path / "pool" / "deep" / "1.png", torch.rand(3, 4, 4))
+    paths = images.find(tmp_path / "pool")
+    dataset = Folder(paths, tmp_path / "pool")
+    assert len(dataset) == 8
+    assert dataset.names[-2:] == ["6.png", "deep/1.png"]
+    assert dataset[7]["hazy"].shape == (3, 4, 4)
+    assert Folder(paths).names == dataset.names
+    assert Folder(paths, tmp_path / "elsewhere").names == dataset.names
+    assert Folder(paths[:1], paths[0]).names == ["0.png"]

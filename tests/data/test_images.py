@@ -1,0 +1,327 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import images
+from utils.errors import UserError
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def expected(pixels: np.ndarray) -> torch.Tensor:
+    """(H,W,3) or (H,W) in 0..255 -> what read() must give."""
+    pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 255)
+
+
+def saved(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("extension", ["png", "bmp", "tif", "webp", "ppm", "tga", "PNG"])
+def test_lossless_formats_are_read_exactly(tmp_path, extension):
+    options = {"lossless": True} if extension == "webp" else {}
+    image = images.read(saved(tmp_path / f"a.{extension}", Image.fromarray(RGB), **options))
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    assert torch.equal(image, expected(RGB))
+
+
+def test_one_pixel(tmp_path):
+    image = images.read(saved(tmp_path / "a.png", Image.new("RGB", (1, 1), (255, 0, 51))))
+    torch.testing.assert_close(image.flatten(), torch.tensor([1, 0, 0.2]))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1", "P"])
+def test_modes_become_rgb_and_alpha_is_dropped(tmp_path, mode):
+    alpha = Image.fromarray(GREY)
+    image = {
+        "L": lambda: Image.fromarray(GREY),
+        "LA": lambda: Image.merge("LA", [Image.fromarray(GREY), alpha]),
+        "RGBA": lambda: Image.merge("RGBA", [*Image.fromarray(RGB).split(), alpha]),
+        "1": lambda: Image.fromarray(GREY > 127),
+        "P": lambda: Image.fromarray(GREY // 4).convert("P"),
+    }[mode]()
+    want = {"L": GREY, "LA": GREY, "RGBA": RGB, "1": (GREY > 127) * np.uint8(255), "P": GREY // 4}[mode]
+    path = saved(tmp_path / "a.png", image)
+    assert Image.open(path).mode == mode
+    assert torch.equal(images.read(path), expected(want))
+
+
+@pytest.mark.parametrize("transparency", [3, bytes([0, 128, 255])])
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency(tmp_path, transparency):
+    palette = Image.fromarray((GREY % 3).astype(np.uint8), "L").copy()
+    palette = palette.convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255] + [0] * 9)
+    path = saved(tmp_path / "a.png", palette, transparency=transparency)
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    assert torch.equal(images.read(path), expected(colours[GREY % 3]))
+
+
+def test_cmyk(tmp_path):
+    path = saved(tmp_path / "a.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=100)
+    image = images.read(path)
+    assert image[0].min() > 0.98
+    assert image[1:].max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bit_grey_is_divided_by_65535(tmp_path, name):
+    values = RNG.integers(0, 65536, (5, 7), dtype=np.uint16)
+    image = images.read(saved(tmp_path / name, Image.fromarray(values)))
+    assert image.shape == (3, 5, 7)
+    torch.testing.assert_close(image[1], torch.from_numpy(values.astype(np.float32) / 65535))
+
+
+def test_integer_mode_is_16_bit_or_refused(tmp_path):
+    values = np.array([[0, 65535, 13107]], np.int32)
+    image = images.read(saved(tmp_path / "a.tif", Image.fromarray(values)))
+    torch.testing.assert_close(image[0, 0], torch.tensor([0, 1, 0.2]))
+    with pytest.raises(UserError, match="beyond 16 bit"):
+        images.read(saved(tmp_path / "b.tif", Image.fromarray(values * 2)))
+
+
+def test_float_pixels_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.tif.*float"):
+        images.read(saved(tmp_path / "a.tif", Image.fromarray(np.ones((4, 4), np.float32))))
+
+
+def turned(orientation: int) -> np.ndarray:
+    """What a camera stores when the picture RGB is to be seen and the EXIF tag says ``orientation``."""
+    inverse = [0, 1, 2, 3, 4, 5, 8, 7, 6][orientation]  # 6 and 8, the quarter turns, undo each other
+    image = Image.fromarray(RGB)
+    if inverse > 1:
+        image = image.transpose([None, None, 0, 3, 1, 5, 4, 6, 2][inverse])
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["png", "webp"])
+def test_exif_orientation(tmp_path, orientation, extension):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if extension == "webp" else {}
+    path = saved(tmp_path / f"a.{extension}", Image.fromarray(turned(orientation)), exif=exif, **options)
+    assert torch.equal(images.read(path), expected(RGB))
+
+
+def test_16_bit_grey_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
+    assert images.read(saved(tmp_path / "a.png", Image.fromarray(values), exif=exif)).shape == (3, 4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_refuse_the_picture(tmp_path):
+    path = saved(tmp_path / "a.jpg", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12junk")
+    assert images.read(path).shape == (3, 13, 17)
+
+
+def test_content_decides_not_the_extension(tmp_path):
+    assert torch.equal(images.read(saved(tmp_path / "a.jpg", Image.fromarray(RGB), format="PNG")), expected(RGB))
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4), v, np.uint8)) for v in (0, 255)]
+    path = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert images.read(path).max() == 0
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "tif", "webp"])
+def test_truncated_pictures_are_refused(tmp_path, extension, share):
+    noise = RNG.integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    whole = saved(tmp_path / f"whole.{extension}", Image.fromarray(noise)).read_bytes()
+    path = tmp_path / f"a.{extension}"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=rf"a\.{extension}: cannot be read"):
+        images.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b"no picture at all\n", "no known picture format"), (bytes(100), "no known picture format")],
+)
+def test_what_is_no_picture_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refusal:
+        images.read(path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_and_folder_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.png: no such picture"):
+        images.read(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match="a folder, not a picture"):
+        images.read(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_size_limits(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", Image.new("L", (120, 100)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # read() sets it: put it back afterwards
+    monkeypatch.setattr(images, "MAX_PIXELS", 12_000)
+    assert images.read(path).shape == (3, 100, 120)
+    monkeypatch.setattr(images, "MAX_PIXELS", 5_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        images.read(path)
+
+
+def test_large_photographs_are_legal():
+    assert images.MAX_PIXELS >= 5436 * 3612 * 10
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_depth_is_divided_by_its_own_maximum(tmp_path, dtype):
+    values = np.array([[0, 50], [100, 199]], dtype)
+    want = torch.tensor([[0.5, 50.5], [100.5, 199.5]]) / 199.5
+    torch.testing.assert_close(images.read_depth(saved(tmp_path / "a.png", Image.fromarray(values)))[0], want)
+    np.save(tmp_path / "a.npy", values[None])
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.npy")[0], want)
+
+
+def test_depth_in_fractions(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0, 1.0], [2, 4]]))
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.npy")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+
+
+def test_grey_depth_saved_as_rgb_is_taken(tmp_path):
+    path = saved(tmp_path / "a.png", Image.fromarray(GREY).convert("RGB"))
+    assert torch.equal(images.read_depth(path), images.read_depth(saved(tmp_path / "b.png", Image.fromarray(GREY))))
+
+
+def test_depth_refusals(tmp_path):
+    with pytest.raises(UserError, match="coloured"):
+        images.read_depth(saved(tmp_path / "a.png", Image.fromarray(RGB)))
+    for array in (np.zeros((2, 2)), np.array([[1, np.nan]]), -np.ones((2, 2)), np.array([[np.inf, 1]])):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(UserError, match=r"a\.npy: depth must be"):
+            images.read_depth(tmp_path / "a.npy")
+    np.save(tmp_path / "a.npy", np.ones((2, 2, 3)))
+    with pytest.raises(UserError, match="no depth map"):
+        images.read_depth(tmp_path / "a.npy")
+    (tmp_path / "a.npy").write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot be read"):
+        images.read_depth(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_write_rounds_and_reads_back(tmp_path, channels):
+    image = torch.rand(channels, 5, 6)
+    path = tmp_path / "deep" / "er" / "a.png"
+    images.write(path, image)
+    assert torch.equal(images.read(path), (image.mul(255).round() / 255).expand(3, -1, -1))
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+def test_write_jpeg_and_refusals(tmp_path):
+    images.write(tmp_path / "a.jpg", torch.full((3, 8, 8), 0.5))
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+    with pytest.raises(UserError, match=r"\.png or \.jpg"):
+        images.write(tmp_path / "a.bmp", torch.zeros(3, 2, 2))
+    with pytest.raises(UserError, match="cannot be written"):
+        images.write(tmp_path / "a.jpg" / "b.png", torch.zeros(3, 2, 2))
+
+
+def test_write_depth_reads_back(tmp_path):
+    depth = torch.rand(1, 5, 6)
+    depth /= depth.max()
+    images.write_depth(tmp_path / "a.png", depth)
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.png"), depth, atol=2e-5, rtol=0)
+
+
+def touch(folder: Path, *names: str) -> list[Path]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return [folder / name for name in names]
+
+
+def test_find_sorts_naturally_and_below(tmp_path):
+    want = touch(tmp_path, "1.png", "2.JPG", "10.png", "b/1.Tif", "b/02.png", "b/10.webp")
+    touch(tmp_path, "notes.txt", "._1.png", ".hidden/1.png", "depth.npy")
+    assert images.find(tmp_path) == want
+    assert images.find(tmp_path / "1.png") == [tmp_path / "1.png"]
+
+
+def test_find_follows_links_but_not_in_circles(tmp_path):
+    touch(tmp_path, "real/1.png")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "real").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "all")
+    assert images.find(tmp_path / "all") == [tmp_path / "all" / "real" / "1.png"]
+
+
+def test_flist(tmp_path, monkeypatch):
+    touch(tmp_path, "here/b.png", "lists/a.png")
+    (tmp_path / "lists" / "x.flist").write_bytes(b"\xef\xbb\xbf# a comment\r\n\r\nhere/b.png\r\na.png\r\n")
+    monkeypatch.chdir(tmp_path)
+    assert images.find("lists/x.flist") == [Path("here/b.png"), Path("lists/a.png")]
+    (tmp_path / "y.flist").write_text("here/b.png\ngone.png\nalso.png\n")
+    with pytest.raises(UserError, match=r"2 of its 3 files are absent, the first gone\.png"):
+        images.find("y.flist")
+    (tmp_path / "y.flist").write_text("# nothing\n")
+    with pytest.raises(UserError, match="names no files"):
+        images.find("y.flist")
+
+
+def test_find_refusals(tmp_path):
+    touch(tmp_path, "hazy/notes.txt")
+    with pytest.raises(UserError, match="did you mean 'hazy'"):
+        images.find(tmp_path / "hasy")
+    with pytest.raises(UserError, match="no pictures"):
+        images.find(tmp_path / "hazy")
+    with pytest.raises(UserError, match=r"nor a \.flist"):
+        images.find(tmp_path / "hazy" / "notes.txt")
+    with pytest.raises(UserError, match="did you mean 'test/hazy'"):
+        images.find("sample:test/hazi")
+
+
+@pytest.mark.parametrize(
+    ("hazy", "clear"),
+    [
+        ("1_1_0.90179.png", "1.png"),  # ITS
+        ("0005_0.8_0.04.jpg", "0005.jpg"),  # OTS
+        ("1400_1.png", "1400.png"),  # SOTS-indoor
+        ("0001_0.8_0.2.jpg", "0001.png"),  # SOTS-outdoor
+        ("0586.jpg", "0586.jpg"),  # HSTS
+        ("01_indoor_hazy.jpg", "01_indoor_GT.jpg"),  # I-HAZE
+        ("01_outdoor_hazy.JPG", "01_outdoor_GT.jpg"),  # O-HAZE
+        ("01_hazy.png", "01_GT.png"),  # NH-HAZE, Dense-HAZE
+        ("1_0.79_1.44.png", "1.png"),  # Haze4K
+        ("0006R0_f01020_1_0.9.png", "0006R0_f01020.png"),  # python -m data.haze on a stem with _
+    ],
+)
+def test_pairs_of_every_benchmark(tmp_path, hazy, clear):
+    touch(tmp_path, f"hazy/{hazy}", f"clear/{clear}", "clear/14.png", "clear/010.png")
+    assert images.pair(tmp_path / "hazy", tmp_path / "clear") == [
+        (tmp_path / "hazy" / hazy, tmp_path / "clear" / clear)
+    ]
+
+
+def test_pair_refusals(tmp_path):
+    touch(tmp_path, "hazy/1_1.png", "hazy/2_1.png", "clear/1.png")
+    with pytest.raises(UserError, match=r"2_1\.png: no ground truth in .*clear \(1 of 2"):
+        images.pair(tmp_path / "hazy", tmp_path / "clear")
+    touch(tmp_path, "clear/2.png", "clear/2.jpg")
+    with pytest.raises(UserError, match=r"2_1\.png: has two ground truths, .*2\.(png|jpg) and .*2\.(png|jpg)"):
+        images.pair(tmp_path / "hazy", tmp_path / "clear")
+    with pytest.raises(UserError, match="are one file"):
+        images.pair(tmp_path / "hazy", tmp_path / "hazy")
+
+
+def test_match_depth(tmp_path):
+    clear, depth = touch(tmp_path, "c/1.jpg", "c/2.jpg"), touch(tmp_path, "d/2.png", "d/1.npy")
+    assert images.match_depth(clear, depth) == [tmp_path / "d/1.npy", tmp_path / "d/2.png"]
+    with pytest.raises(UserError, match=r"2\.jpg: no depth map"):
+        images.match_depth(clear, depth[1:])

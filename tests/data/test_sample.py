@@ -1,0 +1,82 @@
+import os
+
+import pytest
+import torch
+
+from data import images, sample
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return sample.make(tmp_path_factory.mktemp("sample") / "set")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_layout_and_pairs(folder):
+    for part in sample.PARTS:
+        assert images.find(folder / part)
+    assert len(images.pair(folder / "test/hazy", folder / "test/clear")) == 6
+    assert len(images.pair(folder / "train/hazy", folder / "train/clear")) == 12
+    clear = images.find(folder / "train/clear")
+    for picture, depth in zip(clear, images.match_depth(clear, images.find(folder / "train/depth")), strict=True):
+        assert images.read(picture).shape[1:] == images.read_depth(depth).shape[1:]
+
+
+def test_held_out_scenes_are_not_trained_on(folder):
+    scenes = {
+        split: {
+            path.stem.removesuffix("_left").removesuffix("_right") for path in images.find(folder / split / "clear")
+        }
+        for split in ("train", "test")
+    }
+    assert scenes == {"train": {"astronaut", "rocket", "motorcycle"}, "test": {"coffee", "chelsea"}}
+
+
+def test_haze_grows_with_the_number(folder):
+    for clear in images.find(folder / "test/clear"):
+        truth = images.read(clear)
+        errors = [(images.read(folder / f"test/hazy/{clear.stem}_{n}.png") - truth).abs().mean() for n in (1, 2, 3)]
+        assert 0.03 < errors[0] < errors[1] < errors[2]
+
+
+def test_the_same_every_time(folder, tmp_path):
+    assert contents(sample.make(tmp_path / "again")) == contents(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_complete_sets_are_left_alone_and_damaged_ones_mended(folder):
+    picture = folder / "test/clear/coffee.png"
+    os.utime(picture, (0, 0))
+    sample.make(folder)
+    assert picture.stat().st_mtime == 0
+    before = contents(folder)
+    picture.unlink()
+    sample.make(folder)
+    assert contents(folder) == before
+
+
+def test_other_folders_are_never_replaced(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError, match="not the sample set"):
+        sample.make(tmp_path)
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_source_names(folder, monkeypatch):
+    monkeypatch.setattr(sample, "FOLDER", folder)
+    assert images.find("sample:test/clear") == [folder / "test/clear/chelsea.png", folder / "test/clear/coffee.png"]
+
+
+def test_motorcycle_depth_fits_its_pictures():
+    """Disparity moves the left view onto the right one, and both maps are whole."""
+    for right in (False, True):
+        depth = sample.motorcycle_depth(right)
+        assert depth.shape == (1, 500, 741)
+        assert torch.isfinite(depth).all()
+        assert 0 < depth.min() < depth.max() <= 1
+    left = sample.motorcycle_depth(False)[0]
+    assert left[:100].mean() > left[-100:].mean()

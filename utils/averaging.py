@@ -1,0 +1,78 @@
+"""Averaged weights (EMA) and batch-norm statistics taken anew: what validation and export use."""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+
+class EMA:
+    """Exponential moving average of some children of ``method``, parameters and buffers alike.
+
+    The decay rises from 0.1 to ``decay`` as (1 + n) / (10 + n) over the first n steps, so that short runs are not
+    ruled by their random start. With ``decay`` 0 the average is the model itself and costs nothing.
+    """
+
+    def __init__(self, method: nn.Module, names: Iterable[str], decay: float):
+        self.method, self.decay = method, decay
+        self.live = nn.ModuleDict({name: getattr(method, name) for name in names})
+        self.average = AveragedModel(self.live, multi_avg_fn=self._mix, use_buffers=True) if decay else None
+
+    def update(self) -> None:
+        """Take the present weights into the average; call it after every step."""
+        if self.average is not None:
+            self.average.update_parameters(self.live)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, ``method`` runs with the averaged children, in eval mode; afterwards it is as it was."""
+        children = self.average.module if self.average is not None else self.live
+        modes = {module: module.training for module in self.method.modules()}
+        try:
+            for name, child in children.items():
+                setattr(self.method, name, child)
+            yield self.method.eval()
+        finally:
+            for name, child in self.live.items():
+                setattr(self.method, name, child)
+            for module, mode in modes.items():
+                module.training = mode
+
+    def state_dict(self) -> dict:
+        """Weights by the names that they have in ``method``, and how many steps were averaged; {} without EMA."""
+        if self.average is None:
+            return {}
+        return {"weights": self.average.module.state_dict(), "steps": self.average.n_averaged}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from ``state``, or, where it is {} (averaging was off until now), from the present weights."""
+        if self.average is None:
+            return
+        if state:
+            self.average.module.load_state_dict(state["weights"])
+            self.average.n_averaged.copy_(state["steps"])
+        else:
+            self.average.module.load_state_dict(self.live.state_dict())
+
+    @torch.no_grad()
+    def _mix(self, averaged: list[Tensor], present: list[Tensor], n: Tensor | int) -> None:
+        n = int(n)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, present, 1 - decay)
+        else:  # counters
+            for a, p in zip(averaged, present, strict=True):
+                a.copy_(p)
+
+
+def recalibrate(networks: Iterable[nn.Module], batches: Iterable[Tensor]) -> None:
+    """Take batch-norm statistics anew as plain means over ``batches``, in place; modes are left as they were.
+
+    Running averages from tiny batches jump from step to step; these do not.
+    """
+    batches = list(batches)
+    for network in networks:
+        if batches and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
+            update_bn(batches, network)

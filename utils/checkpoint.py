@@ -1,0 +1,134 @@
+"""One file holds a run: written whole or not at all, read without executing anything in it."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+FORMAT = "nedr-dehaze"
+VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic(path: Path):
+    """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or change the rights") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors and plain values) with this project's mark and version, atomically."""
+    with atomic(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a .pt, .pth or .pkl file by torch, weights only, on the CPU. Raises `UserError` if it is damaged."""
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise UserError(f"{path} is empty; the download or copy was cut short, fetch it again")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and not path.is_file():
+            raise UserError(f"no checkpoint {path}; train one with train.py or name another file") from None
+        if "weights_only" in str(error).lower():
+            why = "it holds more than weights, and code in checkpoints is never run"
+        else:
+            why = "it is damaged, cut short or not a PyTorch file"
+        raise UserError(f"cannot read {path}: {why}; fetch it again or name another file") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint; name another file")
+    if state.get("format") == FORMAT and state.get("version", 0) > VERSION:
+        raise UserError(f"{path} was written by a newer version of this project; update it to read this file")
+    return state
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write inference weights as safetensors; ``metadata`` (JSON-able) goes into the header."""
+    header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(metadata)}
+    with atomic(path) as temporary:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, temporary, header)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Weights and this project's metadata (None if another program wrote the file)."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = json.loads(header["metadata"]) if header.get("format") == FORMAT else None
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}; train one with train.py or name another file") from None
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError):
+        raise UserError(f"cannot read {path}: it is damaged, cut short or not safetensors; fetch it again") from None
+    return weights, metadata
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A flat state dict from .safetensors, or from a torch file (also one that wraps it as ``state_dict``)."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    state = read(path)
+    return state.get("state_dict", state)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every random generator in use, as plain values that weights_only loading admits."""
+    kind, keys, *rest = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` gave; CUDA's only where the number of devices is the same."""
+    torch.set_rng_state(states["torch"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    if torch.cuda.is_available() and len(states.get("cuda", [])) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def load_strict(module: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load ``state`` into ``module`` exactly, or raise `UserError` with a short key difference and change nothing."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    faults = [
+        f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for word, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+        if keys
+    ]
+    if faults:
+        raise UserError(f"{what} does not fit this model: {'; '.join(faults)}; use a file made for this model")
+    module.load_state_dict(state)

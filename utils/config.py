@@ -1,0 +1,329 @@
+"""Settings: typed dataclasses filled in layers, every value checked before anything is loaded.
+
+The layers are configs.yml (every setting, its default and why), the experiment's own config.yml and ``key=value``
+from the command line, later ones winning. The dataclasses here and in the methods hold types and ranges and no
+defaults, so that configs.yml is the one place where a default stands.
+"""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from utils.errors import UserError, nearest
+
+DEFAULTS = Path(__file__).resolve().parent.parent / "configs.yml"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both included unless ``above`` (excluded lower bound) is given."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+    def check(self, value: float) -> str | None:
+        """Return what is wrong with ``value``, or None."""
+        if self.low is not None and value < self.low:
+            return f"must be at least {self.low}"
+        if self.high is not None and value > self.high:
+            return f"must be at most {self.high}"
+        if self.above is not None and value <= self.above:
+            return f"must be greater than {self.above}"
+        return None
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Weight = Annotated[float, Range(0)]
+Rate = Annotated[float, Range(above=0, high=1)]
+Fraction = Annotated[float, Range(0, 1)]
+Interval = tuple[float, float]
+
+
+def check_interval(name: str, interval: Interval, low: float = 0.0, high: float = float("inf")) -> None:
+    """Raise `UserError` unless ``low <= interval[0] <= interval[1] <= high``."""
+    if not low <= interval[0] <= interval[1] <= high:
+        raise UserError(f"{name}={list(interval)}: must be two increasing numbers in [{low:g}, {high:g}]")
+
+
+@dataclass
+class Data:
+    hazy: str | None
+    clear: str | None
+    depth: str | None
+    validation_hazy: str | None
+    validation_clear: str | None
+    crop: Literal["short_side", "random"]
+    crop_size: Annotated[int, Range(16)]
+    flip: bool
+    workers: CountOrZero
+
+
+@dataclass
+class Haze:
+    density: Interval
+    airlight: Interval
+    colour: Fraction
+
+    def __post_init__(self):
+        check_interval("haze.density", self.density)
+        check_interval("haze.airlight", self.airlight, high=1)
+
+
+@dataclass
+class Train:
+    steps: CountOrZero
+    batch: Count
+    accumulate: Count
+    schedule: Literal["constant", "multistep", "cosine"]
+    milestones: list[Annotated[float, Range(above=0)]]
+    gamma: Rate
+    clip: Weight
+    ema: Annotated[float, Range(0, 0.999999)]
+    recalibrate: CountOrZero
+
+
+@dataclass
+class WarmStart:
+    steps: CountOrZero
+    clear: str | None
+    depth: str | None
+    batch: Count
+    learning_rate: Rate
+    weight_decay: Weight
+    schedule: Literal["constant", "cosine"]
+
+
+@dataclass
+class Log:
+    every: Count
+    pictures_every: CountOrZero
+    validate_every: CountOrZero
+    validation_limit: CountOrZero
+    save_every: Count
+
+
+@dataclass
+class Test:
+    hazy: str | None
+    clear: str | None
+    output: str | None
+    weights: str | None
+    pictures: bool
+
+
+@dataclass
+class Settings:
+    """Everything that a run can be told. ``method`` holds the block of configs.yml named by ``model``."""
+
+    model: str
+    seed: CountOrZero
+    device: str
+    precision: Literal["float32", "bf16", "fp16"]
+    data: Data
+    haze: Haze
+    train: Train
+    warm_start: WarmStart
+    log: Log
+    test: Test
+    method: Any
+
+
+class Stage(NamedTuple):
+    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` pictures."""
+
+    name: str
+    steps: int
+    batch: int
+    accumulate: int
+    schedule: str
+
+    @property
+    def per_step(self) -> int:
+        return self.batch * self.accumulate
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """The stages of a run in order: the supervised warm start, then the method's own game; 0 steps skip one."""
+    warm, train = settings.warm_start, settings.train
+    return [
+        Stage("warm_start", warm.steps, warm.batch, 1, warm.schedule),
+        Stage("train", train.steps, train.batch, train.accumulate, train.schedule),
+    ]
+
+
+def load(
+    model: str,
+    methods: Mapping[str, type],
+    files: Iterable[Path] = (),
+    overrides: Iterable[str] = (),
+    saved: Mapping | None = None,
+) -> Settings:
+    """Fill `Settings` for ``model`` from configs.yml, ``saved`` (a checkpoint's), ``files`` and ``key=value`` texts.
+
+    ``methods`` maps every method's name to its settings dataclass; all their blocks are checked, one is used.
+    Raises `UserError` for an unknown key, a wrong type or a value that cannot work, naming where it stands.
+    """
+    if model not in methods:
+        raise UserError(f"unknown model '{model}'{nearest(model, methods)}")
+    tree: dict = {}
+    layers = [(read_yaml(path), str(path)) for path in (DEFAULTS, *files)]
+    if saved is not None:
+        layers.insert(1, (saved, "the checkpoint"))
+    layers += [(_assignment(text), f"'{text}'") for text in overrides]
+    schema = _schema(methods)
+    for layer, source in layers:
+        _merge(tree, layer, schema, source, "")
+    values = {name: _value(tree, name, kind, "") for name, kind in schema.items() if name not in methods}
+    blocks = {name: _value(tree, name, kind, "") for name, kind in methods.items()}
+    return Settings(model=model, method=blocks[model], **values)
+
+
+def given(methods: Mapping[str, type], files: Iterable[Path] = (), overrides: Iterable[str] = ()) -> dict:
+    """What ``files`` and ``overrides`` say themselves, without the defaults, as nested plain values; checked as by `load`."""
+    tree: dict = {}
+    layers = [(read_yaml(path), str(path)) for path in files] + [(_assignment(text), f"'{text}'") for text in overrides]
+    for layer, source in layers:
+        _merge(tree, layer, _schema(methods), source, "")
+    return tree
+
+
+def to_dict(settings: Settings) -> dict:
+    """The settings in force as plain YAML-ready values, the method's block under its own name."""
+    tree = dataclasses.asdict(settings)
+    tree[settings.model] = tree.pop("method")
+    return _plain(tree)
+
+
+def dump(settings: Settings) -> str:
+    """The settings in force as YAML text."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file; {} for an empty one. Raises `UserError` if it cannot be read."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no settings file {path}; create it (it may be empty) or name another folder") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read settings from {path}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold 'key: value' lines, not a {type(tree).__name__}")
+    return tree
+
+
+def _schema(methods: Mapping[str, type]) -> dict[str, Any]:
+    hints = get_type_hints(Settings, include_extras=True)
+    return {name: kind for name, kind in hints.items() if name not in ("model", "method")} | dict(methods)
+
+
+def _assignment(text: str) -> dict:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"cannot understand '{text}'; settings on the command line read key=value, as train.batch=4")
+    try:
+        tree: Any = yaml.safe_load(value) if value.strip() else None
+    except yaml.YAMLError:
+        raise UserError(f"cannot understand the value in '{text}'") from None
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _merge(tree: dict, layer: Mapping, schema: Mapping[str, Any], source: str, prefix: str) -> None:
+    """Lay ``layer`` over ``tree``, refusing keys that the schema does not know."""
+    for key, value in layer.items():
+        if key == "model" and not prefix:  # written by dump(); the command line's --model decides
+            continue
+        if key not in schema:
+            raise UserError(f"{source}: unknown setting '{prefix}{key}'{nearest(str(key), schema)}")
+        if dataclasses.is_dataclass(schema[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: '{prefix}{key}' is a section and needs settings below it, got {value!r}")
+            hints = get_type_hints(schema[key], include_extras=True)
+            _merge(tree.setdefault(key, {}), value, hints, source, f"{prefix}{key}.")
+        else:
+            tree[key] = value
+            _convert(value, schema[key], f"{source}: {prefix}{key}")
+
+
+def _value(tree: Mapping, name: str, kind: Any, prefix: str) -> Any:
+    path = prefix + name
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return kind(**{key: _value(tree.get(name, {}), key, hint, f"{path}.") for key, hint in hints.items()})
+    if name not in tree:
+        raise UserError(f"the setting '{path}' stands in no layer; configs.yml must give its default")
+    return _convert(tree[name], kind, path)
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    """``value`` as ``kind``; YAML reads 1e-4 as text, so numbers are converted by the field's type."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = _convert(value, args[0], path)
+        wrong = args[1].check(value)
+        if wrong:
+            raise UserError(f"{path}={value}: {wrong}")
+        return value
+    if origin in (Union, types.UnionType):
+        inner = next(arg for arg in args if arg is not type(None))
+        return None if value is None else _convert(value, inner, path)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{path}={value}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
+        return value
+    if origin is list:
+        return [_convert(item, args[0], path) for item in _sequence(value, path)]
+    if origin is tuple:
+        items = _sequence(value, path)
+        if len(items) != len(args):
+            raise UserError(f"{path}={value}: needs {len(args)} values in brackets, got {len(items)}")
+        return tuple(_convert(item, arg, path) for item, arg in zip(items, args, strict=True))
+    return _scalar(value, kind, path)
+
+
+def _scalar(value: Any, kind: type, path: str) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if kind is float and number == number and abs(number) != float("inf"):
+            return number
+        if kind is int and number.is_integer():
+            return int(number)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise UserError(f"{path}={value!r}: needs {words[kind]}")
+
+
+def _sequence(value: Any, path: str) -> list:
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{path}={value!r}: needs a list in brackets")
+    return list(value)
+
+
+def _hint(value: Any, choices: Iterable) -> str:
+    hint = nearest(str(value), map(str, choices))
+    return hint if "did you mean" in hint else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,40 @@
+"""Where a run computes, and in what precision."""
+
+import contextlib
+import platform
+
+import torch
+
+from utils.errors import UserError
+
+
+def pick(name: str) -> torch.device:
+    """The device that the setting ``device`` names: auto (a GPU if there is one), cpu, cuda, or cuda:N.
+
+    Raises `UserError` for a GPU that is not there and for other names.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, colon, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (colon and not number.isdecimal())):
+        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: PyTorch finds no GPU here; set device=cpu or device=auto, or mend the driver")
+    count = torch.cuda.device_count()
+    if colon and int(number) >= count:
+        raise UserError(f"device={name}: there {'is' if count == 1 else 'are'} {count}; the last is cuda:{count - 1}")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """A context in which networks compute in ``precision``: float32, bf16, or fp16 (GPU only, else `UserError`)."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU; set precision=bf16 or precision=float32 on the CPU")
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def describe(device: torch.device) -> str:
+    """The device in words for a report: the GPU's name, or cpu and the kind of machine."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

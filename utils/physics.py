@@ -1,0 +1,88 @@
+"""The atmospheric scattering model and the estimates around it, as pure functions on (N,C,H,W) tensors.
+
+I = J t + A (1 - t), t = exp(-beta d): I the hazy picture, J the clear one, t the transmission, A the airlight
+(atmospheric light), beta the density of the haze, d the depth. Pictures and transmissions lie in [0,1].
+
+Sources: He, Sun, Tang, "Single Image Haze Removal Using Dark Channel Prior" (TPAMI 2011; DCP below);
+He, Sun, Tang, "Guided Image Filtering" (TPAMI 2013); the constants are those of D4's and NeDR's released code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AIRLIGHT_CAP = 220 / 255  # D4's and NeDR's ceiling for the dark-channel airlight
+GUIDE_RADIUS = 40  # pixels
+GUIDE_EPS = 1e-3
+
+
+def transmission(depth: Tensor, density: Tensor) -> Tensor:
+    """t = exp(-beta d). ``depth`` (N,1,H,W), ``density`` (N,1,1,1) -> (N,1,H,W) in (0,1]."""
+    return torch.exp(-density * depth)
+
+
+def scatter(clear: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
+    """I = J t + A (1 - t). ``clear`` (N,3,H,W), ``t`` (N,1,H,W), ``airlight`` (N,3,1,1) -> (N,3,H,W)."""
+    return clear * t + airlight * (1 - t)
+
+
+def restore(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
+    """J = (I - A) / t + A, clamped to [0,1]: the scattering model turned round. ``t`` must be positive."""
+    return ((hazy - airlight) / t + airlight).clamp(0, 1)
+
+
+def dark_channel(image: Tensor, size: int = 15) -> Tensor:
+    """Minimum over channels, then over a ``size`` x ``size`` window; outside the picture counts as 1.
+
+    (N,3,H,W) in [0,1] -> (N,1,H,W). DCP, eq. 5. ``size`` is odd.
+    """
+    pad = size // 2
+    darkest = F.pad(image.amin(1, keepdim=True), (pad, pad, pad, pad), value=1.0)
+    rows = -F.max_pool2d(-darkest, (size, 1), stride=1)  # a square minimum is a row minimum of column minima
+    return -F.max_pool2d(-rows, (1, size), stride=1)
+
+
+def max_airlight(image: Tensor) -> Tensor:
+    """Per-channel maximum of the picture. (N,3,H,W) -> (N,3,1,1)."""
+    return image.amax((2, 3), keepdim=True)
+
+
+def dark_channel_airlight(image: Tensor, cap: float = AIRLIGHT_CAP) -> Tensor:
+    """Per-channel maximum of the picture where its dark channel is brightest, at most ``cap``.
+
+    "Where" is every pixel whose dark channel reaches the k-th largest value, k = int(0.001 H W), at least 1:
+    the minimum filter makes plateaus, so ties are common and all of them count. DCP, section 4.3.
+    (N,3,H,W) -> (N,3,1,1).
+    """
+    dark = dark_channel(image).flatten(1)
+    k = max(1, int(0.001 * dark.shape[1]))
+    threshold = dark.topk(k, dim=1).values[:, -1:]
+    bright = (dark >= threshold).unsqueeze(1)  # (N,1,HW)
+    return image.flatten(2).masked_fill(~bright, 0).amax(2)[..., None, None].clamp(max=cap)
+
+
+def dark_channel_transmission(image: Tensor, airlight: Tensor, omega: float = 0.95) -> Tensor:
+    """t = 1 - omega * dark_channel(I / A), not clamped, not refined. DCP, eq. 12. -> (N,1,H,W)."""
+    return 1 - omega * dark_channel(image / airlight)
+
+
+def box_mean(x: Tensor, radius: int) -> Tensor:
+    """Mean over a (2 radius + 1)-square window, divided by the number of pixels inside the picture. Same shape."""
+    size = 2 * radius + 1
+    rows = F.avg_pool2d(x, (size, 1), 1, (radius, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, size), 1, (0, radius), count_include_pad=False)
+
+
+def guided_filter(guide: Tensor, x: Tensor, radius: int = GUIDE_RADIUS, eps: float = GUIDE_EPS) -> Tensor:
+    """Smooth ``x`` (N,1,H,W) along the edges of ``guide`` (N,C,H,W), channel by channel, and average over C.
+
+    The guide is first min-max normalised over each whole sample, as the released NeDR does. -> (N,1,H,W).
+    """
+    low, high = guide.amin((1, 2, 3), keepdim=True), guide.amax((1, 2, 3), keepdim=True)
+    guide = (guide - low) / (high - low).clamp(min=1e-12)
+    mean_g, mean_x = box_mean(guide, radius), box_mean(x, radius)
+    covariance = box_mean(guide * x, radius) - mean_g * mean_x
+    variance = box_mean(guide * guide, radius) - mean_g * mean_g
+    a = covariance / (variance + eps)
+    b = mean_x - a * mean_g
+    return (box_mean(a, radius) * guide + box_mean(b, radius)).mean(1, keepdim=True)
