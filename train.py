@@ -14,6 +14,7 @@ import argparse
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
-from data import datasets, images
+from data import datasets
 from utils import checkpoint, config, errors, scoring
 from utils.averaging import EMA, recalibrate
 from utils.device import autocast, pick
 from utils.errors import UserError
 from utils.logging import RunLog
-from utils.updater import Updater, schedule
+from utils.updater import Updater, finite
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Run:
-    """One training run: what it is made of, what it remembers, and its loop."""
+    """One training run: what it is made of, its loop, and what it remembers."""
 
     def __init__(self, settings: config.Settings, folder: Path, resume: bool):
         self.settings, self.last, self.weights = settings, folder / "last.pt", folder / "weights.safetensors"
@@ -59,9 +60,10 @@ class Run:
         self.device = pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()
+        models.check_training(settings)
         self.stages = config.stages(settings)
-        self.datasets = {stage.name: dataset(settings, stage.name) for stage in self.stages if stage.steps}
-        self.pairs = validation_pairs(settings)
+        self.datasets = {stage.name: datasets.training(settings, stage.name) for stage in self.stages}
+        self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
 
         torch.manual_seed(settings.seed)
@@ -83,88 +85,85 @@ class Run:
     def train(self) -> int:
         """All stages, from where the run stands. A signal ends it after a whole step; returns the exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: setattr(self, "signal", number))
-        while not self.signal:
-            if self.step < self.stages[self.stage].steps:
-                self.train_stage(self.stages[self.stage])
-            elif self.stage + 1 < len(self.stages):
-                self.stage, self.step = self.stage + 1, 0
-            else:
-                break
+            signal.signal(number, self.stop)
+        self.train_stage(self.stages[self.stage])
+        while self.stage + 1 < len(self.stages) and not self.signal:
+            self.stage, self.step = self.stage + 1, 0
+            self.train_stage(self.stages[self.stage])
         if self.signal:
             self.log.say(f"stopped after step {self.global_step}, saved in {self.last}; go on with --resume")
             return 128 + self.signal
         self.log.say(f"finished after step {self.global_step}; weights in {self.weights}")
         return 0
 
+    def stop(self, number: int, _) -> None:
+        if self.signal:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
     def train_stage(self, stage: config.Stage) -> None:
         source, log = self.datasets[stage.name], self.settings.log
-        start, stop = self.step * stage.per_step, stage.steps * stage.per_step
-        pin = self.device.type == "cuda"
+        optimisers = self.method.optimisers(stage.name, self.settings)
+        self.updater = Updater(optimisers, stage, self.settings, self.device, source.epoch_length)
+        if self.saved_updater is not None:
+            self.updater.load_state_dict(self.saved_updater)
+            self.saved_updater = None
+        start, stop, pin = self.step * stage.per_step, stage.steps * stage.per_step, self.device.type == "cuda"
         batches = iter(datasets.loader(source, start, stop, stage.batch, self.settings.data.workers, pin))
-        self.updater = self.make_updater(stage, source.epoch_length)
         self.method.train()
         clock, since = time.perf_counter(), self.step
-        with tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=None) as bar:
-            while self.step < stage.steps and not self.signal:
-                chunk = [self.receive(next(batches)) for _ in range(stage.accumulate)]
-                terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
-                self.ema.update()
-                self.step += 1
-                bar.update()
-                last = self.step == stage.steps
-                if self.due(log.every):
-                    figures = self.figures(terms)
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
-                    speed = (self.step - since) / (time.perf_counter() - clock)
-                    speeds = {"steps_per_second": speed}
-                    self.log.figures(
-                        stage.name, self.global_step, loss=figures, learning_rate=self.rates(), speed=speeds
-                    )
-                    clock, since = time.perf_counter(), self.step
-                if self.due(log.pictures_every):
-                    with self.ema.applied() as method, self.autocast():
-                        self.log.pictures(self.global_step, method.pictures(chunk[-1]))
-                if self.due(log.validate_every) or last:
-                    self.validate(stage)
-                if self.due(log.save_every) or last or self.signal:
-                    self.figures(terms)  # what is not finite is not saved
-                    checkpoint.save(self.last, self.state_dict())
+        bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=None)
+        while self.step < stage.steps and not self.signal:
+            chunk = self.receive(batches, stage.accumulate)
+            terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
+            self.ema.update()
+            self.step += 1
+            bar.update()
+            last = self.step == stage.steps
+            if self.due(log.every):
+                figures = finite(terms)
+                speed = {"steps_per_second": (self.step - since) / (time.perf_counter() - clock)}
+                bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+                self.log.figures(stage.name, self.global_step, loss=figures, rate=self.updater.rates(), speed=speed)
+                clock, since = time.perf_counter(), self.step
+            if self.due(log.pictures_every):
+                with self.ema.applied() as method, self.autocast():
+                    self.log.pictures(self.global_step, method.pictures(chunk[-1]))
+            if self.due(log.validate_every) or last:
+                self.validate(stage)
+            if self.due(log.save_every) or last or self.signal:
+                finite(terms)  # what is not finite is not saved
+                self.save()
+        bar.close()
 
-    def make_updater(self, stage: config.Stage, epoch_length: int) -> Updater:
-        s, optimisers = self.settings, self.method.optimisers(stage.name)
-        if stage.name == "warm_start":
-            for group in (group for optimiser in optimisers.values() for group in optimiser.param_groups):
-                group.update(lr=s.warm_start.learning_rate, weight_decay=s.warm_start.weight_decay)
-        places = [epoch * epoch_length / stage.per_step for epoch in s.train.milestones]
-        schedules = {k: schedule(o, stage.schedule, stage.steps, places, s.train.gamma) for k, o in optimisers.items()}
-        updater = Updater(optimisers, schedules, self.device, s.precision, s.train.clip)
-        if self.saved_updater is not None:
-            updater.load_state_dict(self.saved_updater)
-            self.saved_updater = None
-        return updater
+    def receive(self, batches: Iterator[dict], count: int) -> list[dict[str, Tensor]]:
+        """The next batches, on the device; pictures that could not be read were replaced and are named once."""
+        try:
+            received = [next(batches) for _ in range(count)]
+        except UserError:  # not one picture is left
+            self.save()
+            raise
+        for message in (message for batch in received for message in batch.pop("skipped")):
+            self.log.warn_once(f"skipped: {message}")
+        return [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()} for batch in received]
 
     def validate(self, stage: config.Stage) -> None:
         """Score the averaged weights on the validation pairs and keep them if they are the best so far."""
-        count, source = self.settings.train.recalibrate, self.datasets[stage.name]
+        count, source, workers = self.settings.train.recalibrate, self.datasets[stage.name], self.settings.data.workers
         with self.ema.applied() as method, self.autocast():
             if count:
-                fresh = datasets.loader(source, 0, count * stage.batch, stage.batch, self.settings.data.workers)
-                networks = [getattr(method, name) for name in method.inference]
-                recalibrate(networks, (batch["hazy"].to(self.device) for batch in fresh))
-            if not self.pairs:
+                recalibrate(method, datasets.loader(source, 0, count * stage.batch, stage.batch, workers), self.device)
+            if self.validation is None:
                 return self.export(method)
-            with tqdm(total=len(self.pairs), desc="validating", leave=False, disable=None) as bar:
-                pairs, tick = datasets.Paired(self.pairs), lambda *_: bar.update()
-                means = scoring.mean(scoring.score(method.dehaze, pairs, device=self.device, on_result=tick))
-            better = means.psnr > self.best
-            if better:
+            with tqdm(total=len(self.validation), desc="validating", leave=False, disable=None) as bar:
+                tick = {"on_result": lambda *_: bar.update()}
+                means = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, **tick))
+            if better := means.psnr > self.best:
                 self.best = means.psnr
                 self.export(method)
-        figures = {"psnr": means.psnr, "ssim": means.ssim}
-        self.log.figures(stage.name, self.global_step, validation=figures)
+        self.log.figures(stage.name, self.global_step, validation={"psnr": means.psnr, "ssim": means.ssim})
         self.log.say(
-            f"step {self.global_step}: {means.psnr:.2f} dB, SSIM {means.ssim:.4f} on {len(self.pairs)} validation "
+            f"step {self.global_step}: {means.psnr:.2f} dB, SSIM {means.ssim:.4f} on {len(self.validation)} validation "
             f"pictures (hazy: {means.hazy_psnr:.2f} dB){', the best so far' if better else ''}"
         )
 
@@ -180,27 +179,8 @@ class Run:
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def receive(self, batch: dict) -> dict[str, Tensor]:
-        """The batch on the device; pictures that could not be read were replaced and are named once."""
-        for message in batch.pop("skipped"):
-            self.log.warn_once(f"skipped: {message}")
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-
-    def figures(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        figures = {name: term.item() for name, term in terms.items()}
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"the loss '{name}' is {value} at step {self.global_step}; {self.last} is from before: lower the "
-                    f"learning rate, set train.clip=1 or precision=float32, and go on with --resume"
-                )
-        return figures
-
-    def rates(self) -> dict[str, float]:
-        return {k: o.param_groups[0]["lr"] for k, o in self.updater.optimisers.items()}
-
-    def state_dict(self) -> dict:
-        return {
+    def save(self) -> None:
+        state = {
             "model": self.settings.model,
             "settings": config.to_dict(self.settings),
             "networks": self.method.state_dict(),
@@ -211,41 +191,19 @@ class Run:
             "best": self.best,
             "random": checkpoint.random_states(),
         }
+        checkpoint.save(self.last, state)
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("model") != self.settings.model:
             raise UserError(f"{self.last} is a checkpoint of {state.get('model')}, not of {self.settings.model}")
         checkpoint.load_strict(self.method, state["networks"], f"{self.last}")
         self.ema.load_state_dict(state["ema"])
-        self.stage = [stage.name for stage in self.stages].index(state["stage"])
+        names = [stage.name for stage in self.stages]
+        if state["stage"] not in names:
+            raise UserError(f"{self.last} stands in the stage {state['stage']}, which now has no steps; give it some")
+        self.stage = names.index(state["stage"])
         self.step, self.best, self.saved_updater = state["step"], state["best"], state["updater"]
         checkpoint.set_random_states(state["random"])
-
-
-def dataset(settings: config.Settings, stage: str) -> torch.utils.data.Dataset:
-    """The stage's pictures. Raises `UserError` if they are not to be found."""
-    data, warm, law = settings.data, settings.warm_start, settings.haze
-    how = {"size": data.crop_size, "rule": data.crop, "flip": data.flip, "seed": settings.seed}
-    how |= {"density": law.density, "airlight": law.airlight, "colour": law.colour}
-    if stage == "warm_start":
-        clear = required(warm.clear or data.clear, "warm_start.clear")
-        return datasets.synthetic(clear, warm.depth, **how)
-    return datasets.unpaired(data.hazy, required(data.clear, "data.clear"), data.depth, **how)
-
-
-def required(source: str | None, key: str) -> str:
-    if source is None:
-        raise UserError(f"{key} is not set: name a folder or a .flist of clear pictures, on the command line {key}=PATH")
-    return source
-
-
-def validation_pairs(settings: config.Settings) -> list[tuple[Path, Path]]:
-    """The validation pairs, or an evenly spread part of them; [] where none are set."""
-    data, limit = settings.data, settings.log.validation_limit
-    if data.validation_hazy is None:
-        return []
-    pairs = images.pair(data.validation_hazy, required(data.validation_clear, "data.validation_clear"))
-    return pairs[:: max(1, math.ceil(len(pairs) / limit))] if limit else pairs
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ A stream is a pure function of the position: item k is the same whatever was rea
 which process. To resume is to start at a position.
 """
 
+import math
 import os
+import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data import haze, images
+from utils.config import Settings
 from utils.errors import UserError, nearest
 
 RULES = ("short_side", "random")
@@ -173,50 +176,43 @@ class Folder(Dataset):
         return {"hazy": images.read(self.paths[index]), "name": self.names[index]}
 
 
-def unpaired(
-    hazy_source: str | Path | None,
-    clear_source: str | Path,
-    depth_source: str | Path | None = None,
-    *,
-    size: int,
-    rule: str,
-    flip: bool,
-    seed: int,
-    density: tuple[float, float] = haze.DENSITY,
-    airlight: tuple[float, float] = haze.AIRLIGHT,
-    colour: float = 0.0,
-) -> Unpaired:
-    """Find the pictures for unpaired training; see `images.find` for what a source may be. Raises `UserError`.
+def training(settings: Settings, stage: str) -> Unpaired | Synthetic:
+    """The pictures of a stage of training, as the settings have it. Raises `UserError` if they are not to be found.
 
-    Without ``hazy_source`` the hazy pictures are clear ones of another, independently shuffled stream, with haze
-    added; only then do the depth and the ranges matter.
+    ``warm_start``: synthetic haze on clear pictures; ``train``: unpaired. Without data.hazy the hazy pictures are
+    clear ones of another, independently shuffled stream, with haze added; only then does data.depth matter.
     """
-    clear_paths = images.find(clear_source)
-    clear = Stream(clear_paths, _cropper(size, rule, flip), seed, "clear")
-    if hazy_source is not None:
-        return Unpaired(Stream(images.find(hazy_source), _cropper(size, rule, flip), seed, "hazy"), clear)
-    look = {"density": density, "airlight": airlight, "colour": colour}
-    crops = {"size": size, "rule": rule, "flip": flip, "seed": seed}
-    return Unpaired(Synthetic(clear_paths, _find_depth(depth_source), **crops, **look, name="hazy"), clear)
+    data, warm, law = settings.data, settings.warm_start, settings.haze
+    crops = {"size": data.crop_size, "rule": data.crop, "flip": data.flip}
+    look = {"density": law.density, "airlight": law.airlight, "colour": law.colour}
+
+    def synthetic(clear: str, depth: str | None, name: str) -> Synthetic:
+        maps = None if depth is None else images.find(depth, images.DEPTH_EXTENSIONS)
+        return Synthetic(images.find(clear), maps, **crops, **look, seed=settings.seed, name=name)
+
+    if stage == "warm_start":
+        return synthetic(_required(warm.clear or data.clear, "warm_start.clear"), warm.depth, "warm_start")
+    clear, cut = _required(data.clear, "data.clear"), _cropper(**crops)
+    if data.hazy is None:
+        hazy = synthetic(clear, data.depth, "hazy")
+    else:
+        hazy = Stream(images.find(data.hazy), cut, settings.seed, "hazy")
+    return Unpaired(hazy, Stream(images.find(clear), cut, settings.seed, "clear"))
 
 
-def synthetic(
-    clear_source: str | Path,
-    depth_source: str | Path | None = None,
-    *,
-    size: int,
-    rule: str,
-    flip: bool,
-    seed: int,
-    density: tuple[float, float] = haze.DENSITY,
-    airlight: tuple[float, float] = haze.AIRLIGHT,
-    colour: float = 0.0,
-    name: str = "synthetic",
-) -> Synthetic:
-    """Find the pictures for training on synthetic haze; see `images.find` and `Synthetic`. Raises `UserError`."""
-    look = {"density": density, "airlight": airlight, "colour": colour}
-    crops = {"size": size, "rule": rule, "flip": flip, "seed": seed}
-    return Synthetic(images.find(clear_source), _find_depth(depth_source), **crops, **look, name=name)
+def validation(settings: Settings) -> Paired | None:
+    """The validation pairs, or an evenly spread part of them; None where none are set. Raises `UserError`."""
+    data, limit = settings.data, settings.log.validation_limit
+    if data.validation_hazy is None:
+        return None
+    pairs = images.pair(data.validation_hazy, _required(data.validation_clear, "data.validation_clear"))
+    return Paired(pairs[:: math.ceil(len(pairs) / limit)] if limit else pairs)
+
+
+def _required(source: str | None, key: str) -> str:
+    if source is None:
+        raise UserError(f"{key} is not set: name a folder or a .flist of clear pictures, as {key}=PATH")
+    return source
 
 
 def loader(dataset: Dataset, start: int, stop: int, batch: int, workers: int = 0, pin: bool = False) -> DataLoader:
@@ -272,6 +268,8 @@ def _collate(items: list) -> dict | UserError:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the cores
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the trainer decides when to stop
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _cropper(size: int, rule: str, flip: bool) -> Callable[[Tensor, np.random.Generator], Tensor]:
@@ -287,10 +285,6 @@ def _named(path: Path, transform: Callable, image: Tensor, rng: np.random.Genera
         return transform(image, rng)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _find_depth(source: str | Path | None) -> list[Path] | None:
-    return None if source is None else images.find(source, images.DEPTH_EXTENSIONS)
 
 
 def _names(paths: list[Path], root: str | Path | None = None) -> list[str]:

@@ -88,7 +88,7 @@ def read_with_depth(clear: Path, depth: Path | None) -> tuple[Tensor, Tensor | N
 
 
 def write_hazy(task: tuple[Path, Path | None], options: argparse.Namespace) -> None:
-    """Write one clear picture and its ``per_image`` hazy ones, seeded by the name of the picture alone."""
+    """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone."""
     clear, depth = task
     picture, distance = read_with_depth(clear, depth)
     rng = np.random.default_rng([options.seed, zlib.crc32(clear.stem.encode())])
@@ -97,6 +97,8 @@ def write_hazy(task: tuple[Path, Path | None], options: argparse.Namespace) -> N
     picture, distance = (_trim(tensor, options, clear) for tensor in (picture, distance))
     save = partial(images.write, compress_level=1)
     save(options.output / "clear" / f"{clear.stem}.{options.format}", picture)
+    if depth is not None:
+        images.write_depth(options.output / "depth" / f"{clear.stem}.png", distance)
     for n in range(1, options.per_image + 1):
         grey = round(rng.uniform(*options.airlight), 5)  # the name tells it with five places: be true to it
         hazy, _ = add_haze(picture, distance, rng.uniform(*options.density), torch.full((3,), grey))
@@ -125,7 +127,7 @@ def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None]]:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data.haze",
-        description="Write a hazy set in the manner of RESIDE's ITS: OUTPUT/clear and OUTPUT/hazy.",
+        description="Write a hazy set in the manner of RESIDE's ITS: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth.",
     )
     parser.add_argument("--clear", required=True, help="clear pictures: a folder, a .flist or sample:train/clear")
     parser.add_argument("--depth", help="depth maps of the same stems (grey pictures or .npy); else made up")

@@ -1,6 +1,8 @@
 """The registry of methods: build one from settings, or load one from a file."""
 
+import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 
@@ -23,11 +25,17 @@ def settings_types() -> dict[str, type]:
     return {name: method.Settings for name, method in METHODS.items()}
 
 
+def check_training(settings: config.Settings) -> None:
+    """Refuse, before anything is loaded, a method that cannot be trained or settings that it cannot train with."""
+    method = METHODS[settings.model]
+    if not method.stages:
+        raise UserError(f"{settings.model} has nothing to train; score it with test.py --model {settings.model}")
+    method.check(settings)
+
+
 def build(settings: config.Settings) -> Method:
     """The method that ``settings`` describe, with all its networks, on the CPU, untrained."""
-    method = METHODS[settings.model]
-    method.check(settings)
-    return method(settings.method)
+    return METHODS[settings.model](settings.method)
 
 
 def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
@@ -43,8 +51,7 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
-            weights, metadata = None, weights
-            method = _official(metadata, path)
+            method = _official(weights, path)
         else:
             method = _ours(metadata["model"], metadata["settings"], weights, path)
     else:
@@ -60,10 +67,12 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
 
 def change(method: Method, test_time: dict) -> None:
     """Change settings of ``method`` that may change after training; refuse others by name."""
+    kinds, changed = get_type_hints(method.Settings, include_extras=True), {}
     for key, value in test_time.items():
         if key not in method.test_time:
             raise UserError(f"'{key}' cannot change after training{nearest(key, method.test_time)}")
-        setattr(method.settings, key, value)
+        changed[key] = config.convert(value, kinds[key], f"{name_of(method)}.{key}")
+    method.accept(dataclasses.replace(method.settings, **changed))
 
 
 def name_of(method: Method) -> str:

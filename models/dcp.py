@@ -24,5 +24,4 @@ class DCP(Method):
         t = physics.dark_channel_transmission(hazy, airlight)
         if self.settings.guided_filter:
             t = physics.guided_filter(hazy, t)
-        # Not below 0.05 (the prior itself never is, the filter may be): restore divides by it.
-        return physics.restore(hazy, t.clamp(min=0.05), airlight)
+        return physics.restore(hazy, t.clamp(min=1e-3), airlight)  # the filter may undershoot; restore divides by t

@@ -44,14 +44,21 @@ class Method(nn.Module):
     def check(cls, settings: Settings) -> None:
         """Refuse settings that cannot work together, before anything is loaded. Raises `UserError`."""
 
+    def accept(self, settings: Any) -> None:
+        """Take settings changed after training. Raises `UserError` for what the networks cannot follow."""
+        self.settings = settings
+
     @classmethod
     def from_official(cls, state: dict, settings: Any) -> "Method | None":
         """The method that the authors' released file holds, or None if it is not one of this method's."""
         return None
 
-    def optimisers(self, stage: str) -> dict[str, Optimizer]:
+    def start(self) -> None:
+        """Give the networks the weights with which training begins."""
+
+    def optimisers(self, stage: str, settings: Settings) -> dict[str, Optimizer]:
         """The optimisers of a stage by name."""
-        raise UserError(f"{type(self).__name__} has nothing to train; score it with test.py")
+        return {}
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
         """One training step's losses in order; the caller steps each loss's optimiser before asking for the next."""

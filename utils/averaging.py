@@ -67,12 +67,12 @@ class EMA:
                 a.copy_(p)
 
 
-def recalibrate(networks: Iterable[nn.Module], batches: Iterable[Tensor]) -> None:
-    """Take batch-norm statistics anew as plain means over ``batches``, in place; modes are left as they were.
+def recalibrate(method: nn.Module, batches: Iterable[dict], device: torch.device) -> None:
+    """Take the batch-norm statistics of ``method.inference`` anew, as plain means over the hazy ``batches``, in place.
 
-    Running averages from tiny batches jump from step to step; these do not.
+    Running averages from tiny batches jump from step to step; these do not. Modes are left as they were.
     """
-    batches = list(batches)
-    for network in networks:
-        if batches and any(isinstance(m, nn.BatchNorm2d) for m in network.modules()):
-            update_bn(batches, network)
+    batches = [batch["hazy"] for batch in batches]
+    for network in (getattr(method, name) for name in method.inference):
+        if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+            update_bn(batches, network, device)

@@ -3,9 +3,8 @@
 import contextlib
 import json
 import os
-import pickle
 import random
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,19 @@ VERSION = 1
 @contextlib.contextmanager
 def atomic(path: Path):
     """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or change the rights") from None
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors: a full disk
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {why}; free some space or change the rights") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -49,20 +50,28 @@ def read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             if not file.read(1):
                 raise UserError(f"{path} is empty; the download or copy was cut short, fetch it again")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings(action="ignore"):  # about odd pickle protocols, in files that then fail
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes torch fail in a dozen ways, AssertionError among them
         if isinstance(error, OSError) and not path.is_file():
             raise UserError(f"no checkpoint {path}; train one with train.py or name another file") from None
-        if "weights_only" in str(error).lower():
+        if "unsupported global" in str(error).lower():
             why = "it holds more than weights, and code in checkpoints is never run"
         else:
             why = "it is damaged, cut short or not a PyTorch file"
         raise UserError(f"cannot read {path}: {why}; fetch it again or name another file") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint; name another file")
-    if state.get("format") == FORMAT and state.get("version", 0) > VERSION:
-        raise UserError(f"{path} was written by a newer version of this project; update it to read this file")
+    if state.get("format") == FORMAT:
+        _check_version(path, state.get("version", 0))
     return state
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version > VERSION:
+        raise UserError(f"{path} was written by a newer version of this project; update it to read this file")
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -79,10 +88,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
             header = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         metadata = json.loads(header["metadata"]) if header.get("format") == FORMAT else None
+        version = int(header["version"]) if metadata is not None else 0
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; train one with train.py or name another file") from None
     except (OSError, safetensors.SafetensorError, ValueError, KeyError):
         raise UserError(f"cannot read {path}: it is damaged, cut short or not safetensors; fetch it again") from None
+    _check_version(path, version)
     return weights, metadata
 
 

@@ -150,12 +150,15 @@ class Stage(NamedTuple):
 
 
 def stages(settings: Settings) -> list[Stage]:
-    """The stages of a run in order: the supervised warm start, then the method's own game; 0 steps skip one."""
+    """The stages of a run that have steps, in order: the supervised warm start, then the method's own game."""
     warm, train = settings.warm_start, settings.train
-    return [
+    both = [
         Stage("warm_start", warm.steps, warm.batch, 1, warm.schedule),
         Stage("train", train.steps, train.batch, train.accumulate, train.schedule),
     ]
+    if not any(stage.steps for stage in both):
+        raise UserError("warm_start.steps and train.steps are both 0: there is nothing to train; set one of them")
+    return [stage for stage in both if stage.steps]
 
 
 def load(
@@ -186,9 +189,10 @@ def load(
 
 
 def given(methods: Mapping[str, type], files: Iterable[Path] = (), overrides: Iterable[str] = ()) -> dict:
-    """What ``files`` and ``overrides`` say themselves, without the defaults, as nested plain values; checked as by `load`."""
+    """What ``files`` and ``overrides`` themselves say, as nested plain values, checked as by `load`."""
     tree: dict = {}
-    layers = [(read_yaml(path), str(path)) for path in files] + [(_assignment(text), f"'{text}'") for text in overrides]
+    layers = [(read_yaml(path), str(path)) for path in files]
+    layers += [(_assignment(text), f"'{text}'") for text in overrides]
     for layer, source in layers:
         _merge(tree, layer, _schema(methods), source, "")
     return tree
@@ -253,7 +257,7 @@ def _merge(tree: dict, layer: Mapping, schema: Mapping[str, Any], source: str, p
             _merge(tree.setdefault(key, {}), value, hints, source, f"{prefix}{key}.")
         else:
             tree[key] = value
-            _convert(value, schema[key], f"{source}: {prefix}{key}")
+            convert(value, schema[key], f"{source}: {prefix}{key}")
 
 
 def _value(tree: Mapping, name: str, kind: Any, prefix: str) -> Any:
@@ -263,32 +267,32 @@ def _value(tree: Mapping, name: str, kind: Any, prefix: str) -> Any:
         return kind(**{key: _value(tree.get(name, {}), key, hint, f"{path}.") for key, hint in hints.items()})
     if name not in tree:
         raise UserError(f"the setting '{path}' stands in no layer; configs.yml must give its default")
-    return _convert(tree[name], kind, path)
+    return convert(tree[name], kind, path)
 
 
-def _convert(value: Any, kind: Any, path: str) -> Any:
+def convert(value: Any, kind: Any, path: str) -> Any:
     """``value`` as ``kind``; YAML reads 1e-4 as text, so numbers are converted by the field's type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        value = _convert(value, args[0], path)
+        value = convert(value, args[0], path)
         wrong = args[1].check(value)
         if wrong:
             raise UserError(f"{path}={value}: {wrong}")
         return value
     if origin in (Union, types.UnionType):
         inner = next(arg for arg in args if arg is not type(None))
-        return None if value is None else _convert(value, inner, path)
+        return None if value is None else convert(value, inner, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path}={value}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
         return value
     if origin is list:
-        return [_convert(item, args[0], path) for item in _sequence(value, path)]
+        return [convert(item, args[0], path) for item in _sequence(value, path)]
     if origin is tuple:
         items = _sequence(value, path)
         if len(items) != len(args):
             raise UserError(f"{path}={value}: needs {len(args)} values in brackets, got {len(items)}")
-        return tuple(_convert(item, arg, path) for item, arg in zip(items, args, strict=True))
+        return tuple(convert(item, arg, path) for item, arg in zip(items, args, strict=True))
     return _scalar(value, kind, path)
 
 
@@ -297,10 +301,12 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
         return value
     if kind is str and isinstance(value, str):
         return value
+    if kind is int and type(value) is int:  # not by way of float, which holds 53 bits
+        return value
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if kind is float and number == number and abs(number) != float("inf"):
             return number

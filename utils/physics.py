@@ -63,7 +63,7 @@ def dark_channel_airlight(image: Tensor, cap: float = AIRLIGHT_CAP) -> Tensor:
 
 def dark_channel_transmission(image: Tensor, airlight: Tensor, omega: float = 0.95) -> Tensor:
     """t = 1 - omega * dark_channel(I / A), not clamped, not refined. DCP, eq. 12. -> (N,1,H,W)."""
-    return 1 - omega * dark_channel(image / airlight)
+    return 1 - omega * dark_channel(image / airlight.clamp(min=1e-6))  # a channel may be black throughout
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import metrics, scoring
+from utils import config, metrics, scoring
 from utils.checkpoint import atomic
+from utils.config import Settings
 from utils.scoring import Score
 
 FIGURES = ("psnr", "ssim", "hazy_psnr", "hazy_ssim")
@@ -33,18 +34,24 @@ def table(model: str, scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, scores: Sequence[Score], facts: Mapping[str, Any]) -> None:
+def write(
+    folder: Path, scores: Sequence[Score], settings: Settings, *, weights: Path | None, device: str, skipped: list[str]
+) -> None:
     """Write results.json and per_image.csv into ``folder``, each whole or not at all.
 
-    ``facts`` (model, weights, settings, device ...) stand first in results.json; infinite and undefined figures are
-    the texts "inf" and "nan" there, since JSON has no numbers for them. Raises `UserError` if it cannot write.
+    ``settings`` are those in force, ``skipped`` says of every picture left out what was wrong. Infinite and undefined
+    figures are the texts "inf" and "nan", since JSON has no numbers for them. Raises `UserError` if it cannot write.
     """
-    mean = dataclasses.asdict(scoring.mean(scores))
+    in_force, mean = config.to_dict(settings), dataclasses.asdict(scoring.mean(scores))
     results = {
-        **facts,
+        "model": settings.model,
+        "weights": weights and weights.name,
+        "device": device,
+        "settings": {key: in_force[key] for key in ("precision", "test", settings.model)},
         "protocol": metrics.PROTOCOL,
         "versions": metrics.versions(),
         "images": len(scores),
+        "skipped": skipped,
         "mean": {key: mean[key] for key in FIGURES},
         "left_out_of_mean": _left_out(scores),
         "median_seconds": mean["seconds"],

@@ -35,23 +35,17 @@ def score(
     items: Sequence[dict],
     *,
     device: torch.device | str = "cpu",
-    on_result: Callable[[Score, Tensor], None] | None = None,
-    on_error: Callable[[UserError], None] | None = None,
+    on_result: Callable[[Score], None] | None = None,
 ) -> list[Score]:
-    """Dehaze every one of ``items`` on ``device`` and compare it with its ground truth.
+    """Dehaze every one of ``items`` on ``device`` and compare it with its ground truth; see `each` and `compare`.
 
-    ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], clear (the same shape), name}, as of `datasets.Paired`.
-    ``on_result`` is given every score with the dehazed picture (3,H,W). Pictures that cannot be used raise a
-    `UserError`, or with ``on_error`` are handed to it and left out.
+    ``on_result`` is given every score as soon as it is there.
     """
     scores = []
-    for item, dehazed, seconds in each(dehaze, items, device=device, on_error=on_error):
-        hazy, clear = item["hazy"], item["clear"]
-        ours = metrics.psnr(dehazed, clear), metrics.ssim(dehazed, clear)
-        result = Score(item["name"], *ours, metrics.psnr(hazy, clear), metrics.ssim(hazy, clear), seconds)
-        scores.append(result)
+    for result in each(dehaze, items, device=device):
+        scores.append(compare(*result))
         if on_result:
-            on_result(result, dehazed)
+            on_result(scores[-1])
     return scores
 
 
@@ -62,7 +56,11 @@ def each(
     device: torch.device | str = "cpu",
     on_error: Callable[[UserError], None] | None = None,
 ) -> Iterator[tuple[dict, Tensor, float]]:
-    """(item, dehazed picture (3,H,W) on the CPU, seconds) for every one of ``items``; see `score`."""
+    """(item, dehazed picture (3,H,W) on the CPU, seconds) for every one of ``items``.
+
+    ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `datasets.Paired` or `Folder`.
+    One that cannot be used raises a `UserError`, or with ``on_error`` is handed to it and left out.
+    """
     for index in range(len(items)):
         try:
             item = items[index]
@@ -73,6 +71,13 @@ def each(
             on_error(error)
         else:
             yield item, dehazed, seconds
+
+
+def compare(item: dict, dehazed: Tensor, seconds: float) -> Score:
+    """The figures of ``dehazed`` and of the hazy input against ``item["clear"]``, all (3,H,W) in [0,1]."""
+    hazy, clear = item["hazy"], item["clear"]
+    ours = metrics.psnr(dehazed, clear), metrics.ssim(dehazed, clear)
+    return Score(item["name"], *ours, metrics.psnr(hazy, clear), metrics.ssim(hazy, clear), seconds)
 
 
 def mean(scores: Sequence[Score]) -> Score:

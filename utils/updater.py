@@ -1,5 +1,6 @@
 """Turns losses into steps: backward, un-scale, clip, step, in the order in which a method yields its losses."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -7,28 +8,37 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from utils.config import Settings, Stage
 from utils.device import autocast
+from utils.errors import UserError
 
 
 class Updater:
     """Takes the steps of one stage.
 
-    ``optimisers`` and ``schedules`` by name; a method's losses name the optimiser that each of them moves.
+    A method's losses name the optimiser, of ``optimisers``, that each of them moves.
     With several batches a step (gradient accumulation) their gradients are averaged; every optimiser steps
     during the last batch, so there later losses already see what earlier ones changed, as without accumulation.
+    ``epoch_length`` is the number of pictures in an epoch, in which the schedule's milestones are given.
     """
 
     def __init__(
         self,
         optimisers: dict[str, Optimizer],
-        schedules: dict[str, LRScheduler],
+        stage: Stage,
+        settings: Settings,
         device: torch.device,
-        precision: str,
-        clip: float = 0.0,
+        epoch_length: int = 1,
     ):
-        self.optimisers, self.schedules = optimisers, schedules
-        self.device, self.precision, self.clip = device, precision, clip
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        train = settings.train
+        places = [epoch * epoch_length / stage.per_step for epoch in train.milestones]
+        self.optimisers = optimisers
+        self.schedules = {
+            name: schedule(optimiser, stage.schedule, stage.steps, places, train.gamma)
+            for name, optimiser in optimisers.items()
+        }
+        self.device, self.precision, self.clip = device, settings.precision, train.clip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
 
     def step(self, losses: Callable[[dict], Iterator], batches: Iterable[dict]) -> dict[str, Tensor]:
         """One step on ``batches``; returns the last batch's loss terms by name, detached scalars."""
@@ -60,6 +70,10 @@ class Updater:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         self.scaler.step(optimiser)
 
+    def rates(self) -> dict[str, float]:
+        """The present learning rate of each optimiser."""
+        return {name: optimiser.param_groups[0]["lr"] for name, optimiser in self.optimisers.items()}
+
     def state_dict(self) -> dict:
         return {
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
@@ -78,8 +92,26 @@ class Updater:
 def schedule(
     optimiser: Optimizer, kind: str, steps: int, milestones: Iterable[float] = (), gamma: float = 1.0
 ) -> LRScheduler:
-    """A learning-rate schedule over ``steps`` steps: constant, multistep (``milestones`` in steps) or cosine to 0."""
-    if kind == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
-    places = sorted(max(1, round(m)) for m in milestones) if kind == "multistep" else []
-    return torch.optim.lr_scheduler.MultiStepLR(optimiser, places, gamma)
+    """A learning-rate schedule over ``steps`` steps: constant, multistep (``milestones`` in steps) or cosine to 0.
+
+    The rate is a function of the step alone, so that a resumed run may be given more steps than it began with.
+    """
+    places = [max(1, round(m)) for m in milestones]
+    factors = {
+        "constant": lambda step: 1.0,
+        "multistep": lambda step: gamma ** sum(step >= place for place in places),
+        "cosine": lambda step: (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))) / 2,
+    }
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factors[kind])
+
+
+def finite(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Loss terms as numbers. Raises `UserError` for one that is none: what comes after it cannot be worth keeping."""
+    figures = {name: term.item() for name, term in terms.items()}
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss '{name}' has become {value}; last.pt is from before: lower the learning rate, or set "
+                f"train.clip=1 or precision=float32, and go on with --resume"
+            )
+    return figures

@@ -1,4 +1,4 @@
-"""The 70x70 PatchGAN discriminator (Isola et al., 1611.07004) with spectral normalisation (Miyato et al., 1802.05957)."""
+"""The 70x70 PatchGAN discriminator (Isola et al., 1611.07004), spectrally normalised (Miyato et al., 1802.05957)."""
 
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm

@@ -1,5 +1,6 @@
 """IDRM: the implicit neural degradation representation (NeDR, arXiv 2511.13110; local ensemble of LIIF, 2012.09161)."""
 
+import itertools
 import math
 
 import torch
@@ -43,7 +44,7 @@ class IDRM(nn.Module):
         super().__init__()
         self.channels, self.positional = channels, positional
         widths = [9 * channels + 2 + 4 * OCTAVES + 2, hidden, hidden, hidden, out_channels]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = size or features.shape[-2:]

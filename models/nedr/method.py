@@ -1,5 +1,6 @@
 """NeDR's unpaired game (arXiv 2511.13110; the game is D4's, CVPR 2022), and its supervised warm start."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -17,8 +18,9 @@ from models.nedr import official
 from models.nedr.discriminator import Discriminator
 from models.nedr.generators import DepthNet, ProductionNet, Removal, RemovalNet
 from models.pyramid import STRIDE, initialise, load_encoder
+from utils import physics
 from utils.checkpoint import load_strict
-from utils.config import Interval, Range, Rate, Settings, Weight, check_interval
+from utils.config import Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
 
 
@@ -124,11 +126,19 @@ class NeDR(Method):
         method = cls(settings, tuple(found.networks))
         if settings.drem and not found.has_drem:
             method.removal.drem.make_identity()
+            warnings.warn(
+                "the file holds no DREM weights (the released code never saves any): DREM is off", stacklevel=2
+            )
             found.networks["removal"] |= {f"drem.{k}": v for k, v in method.removal.drem.state_dict().items()}
         for name, weights in found.networks.items():
             load_strict(getattr(method, name), weights, f"the official file's {name} network")
         method.imported = found
         return method
+
+    def accept(self, settings: NeDRSettings) -> None:
+        if settings.airlight == "learned" and self.removal.airlight is None:
+            raise UserError("nedr.airlight=learned: these weights have no airlight head; set max or dark_channel")
+        super().accept(settings)
 
     def start(self) -> None:
         """Weights as training begins: the released initialisation, then the encoders' own weights."""
@@ -140,22 +150,26 @@ class NeDR(Method):
                 encoder.load_state_dict(kept)
         load_encoder([self.removal.pyramid, self.depth.pyramid], self.settings.encoder_weights)
         if self.settings.perceptual_weight:
-            p = self.settings.perceptual
-            self.ruler = [PerceptualLoss(p.network, p.layers, p.weights)]
+            self._perceptual()  # what cannot be had is refused now
 
-    def optimisers(self, stage: str) -> dict[str, Optimizer]:
-        s = self.settings
-        generators = [*self.removal.parameters(), *self.production.parameters()]
-        judges = [*self.judge_clear.parameters(), *self.judge_hazy.parameters()]
+    def optimisers(self, stage: str, settings: Settings) -> dict[str, Optimizer]:
+        s, warm = self.settings, settings.warm_start
         if stage == "warm_start":
-            return {"generators": AdamW(generators), "depth": AdamW(self.depth.parameters())}
-        made = {
-            "generators": Adam(generators, s.learning_rate, s.betas),
-            "depth": Adam(self.depth.parameters(), s.learning_rate, s.betas),
-        }
+            how = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}
+            parts = {"generators": self.removal, "depth": self.depth}
+            return {name: AdamW(network.parameters(), **how) for name, network in parts.items()}
+        parts = {"generators": ([self.removal, self.production], 1.0), "depth": ([self.depth], 1.0)}
         if s.gan_weight:
-            made["discriminators"] = Adam(judges, s.learning_rate * s.discriminator_rate, s.betas)
-        return made
+            parts["discriminators"] = ([self.judge_clear, self.judge_hazy], s.discriminator_rate)
+        return {
+            name: Adam(
+                [p for network in networks for p in network.parameters()],
+                lr=share * s.learning_rate,
+                betas=s.betas,
+                fused=True,
+            )
+            for name, (networks, share) in parts.items()
+        }
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
         return self._supervised(batch) if stage == "warm_start" else self._game(batch)
@@ -166,21 +180,23 @@ class NeDR(Method):
     # The supervised stage: haze made by the haze law, so everything is known.
 
     def _supervised(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
-        """L1 on t and J, and on A where it is learned; MSE on beta; haze production and depth learn along."""
-        hazy, clear, t, beta = (batch[key] for key in ("hazy", "clear", "transmission", "density"))
-        beta = beta.view(-1, 1, 1, 1)
+        """L1 on t and J, MSE on beta, L1 on A where it is learned; the depth network learns its own target.
+
+        J is restored with the true airlight: an error of the estimate, which a crop makes large, must not be pushed
+        into t. Haze production needs no warm start: without training it is all but the scattering model.
+        """
+        hazy, clear, t, airlight = (batch[key] for key in ("hazy", "clear", "transmission", "airlight"))
+        beta = batch["density"].view(-1, 1, 1, 1)
         found = self.removal(hazy, self.settings.airlight)
-        depth = (-t.log() / beta).clamp(*self.settings.depth_range)
-        made = self.production(clear, depth, beta, batch["airlight"])
         terms = {
             "transmission": F.l1_loss(found.transmission, t),
-            "clear": F.l1_loss(found.clear, clear),
+            "clear": F.l1_loss(physics.restore(hazy, found.transmission, airlight), clear),
             "density": F.mse_loss(found.density, beta),
-            "production": F.l1_loss(made, hazy),
         }
         if self.settings.airlight == "learned":
-            terms["airlight"] = F.l1_loss(found.airlight, batch["airlight"])
+            terms["airlight"] = F.l1_loss(found.airlight, airlight)
         yield Loss("generators", sum(terms.values()), terms)
+        depth = (-t.log() / beta).clamp(*self.settings.depth_range)
         depth_loss = F.l1_loss(self.depth(clear), depth)
         yield Loss("depth", depth_loss, {"depth": depth_loss})
 
@@ -197,7 +213,9 @@ class NeDR(Method):
         if s.gan_weight:
             yield self._judge(clear, found.clear.detach(), hazy, made.detach())
         terms = self._generator_terms(hazy, clear, found, rehazed, beta, airlight, made, refound)
-        yield Loss("generators", sum(weight * term for weight, term in terms.values()), {k: v for k, (_, v) in terms.items()})
+        yield Loss(
+            "generators", sum(weight * term for weight, term in terms.values()), {k: v for k, (_, v) in terms.items()}
+        )
         if s.depth_weight:
             loss = s.depth_weight * F.l1_loss(self.depth(found.clear.detach()), found.depth.detach())
             yield Loss("depth", loss, {"pseudo_depth": loss})
@@ -225,7 +243,9 @@ class NeDR(Method):
         s, terms = self.settings, {}
         if s.gan_weight:
             with frozen(self.judge_clear, self.judge_hazy):
-                fooled = generator_loss(self.judge_clear(found.clear), s.gan) + generator_loss(self.judge_hazy(made), s.gan)
+                fooled = generator_loss(self.judge_clear(found.clear), s.gan) + generator_loss(
+                    self.judge_hazy(made), s.gan
+                )
             terms["gan"] = (s.gan_weight, fooled / 2)
         if s.cycle_weight:
             terms["cycle_clear"] = (s.cycle_weight, F.l1_loss(refound.clear, clear))
@@ -235,7 +255,7 @@ class NeDR(Method):
         if s.airlight_weight and airlight is not None:
             terms["airlight"] = (s.airlight_weight, F.l1_loss(refound.airlight, airlight))
         if s.perceptual_weight:
-            ruler = self.ruler[0].to(hazy.device)
+            ruler = self._perceptual().to(hazy.device)
             terms["perceptual"] = (s.perceptual_weight, ruler(refound.clear, clear) + ruler(rehazed, hazy))
         if s.dark_channel_weight:
             terms["dark_channel"] = (s.dark_channel_weight, dark_channel_loss(found.clear))
@@ -244,6 +264,13 @@ class NeDR(Method):
         if s.identity_weight:
             terms["identity"] = (s.identity_weight, F.l1_loss(self.removal(clear, s.airlight).clear, clear))
         return terms
+
+    def _perceptual(self) -> PerceptualLoss:
+        """The perceptual loss, made when it is first needed: a resumed run does not `start`."""
+        if not self.ruler:
+            p = self.settings.perceptual
+            self.ruler = [PerceptualLoss(p.network, p.layers, p.weights)]
+        return self.ruler[0]
 
     def _own(self, found: Removal) -> Tensor | None:
         """The airlight with which haze is produced again: the learned one, else production's own rule (None)."""

@@ -99,16 +99,23 @@ def translate(state: Mapping) -> Official:
                 _check_grid(f"{name}.{key}", value)
             else:
                 networks[ours][_rename(key, ours)] = value
-    removal = official["net_h2c"]
-    if "scratch.layer1_rn.1.weight" not in removal:
-        raise UserError("the official file's net_h2c has no 'scratch.layer1_rn.1.weight'; it is cut short or foreign")
+    removal = official.get("net_h2c", {})
+    first = removal.get("scratch.layer1_rn.1.weight")
+    if first is None or first.dim() != 4:
+        raise UserError(
+            "the official file's net_h2c has no convolution 'scratch.layer1_rn.1'; it is cut short or foreign"
+        )
     _order_mixers(networks["removal"])
     for key in [key for key in networks["removal"] if key.startswith("density.") and key.endswith("weight")]:
-        networks["removal"][key] = networks["removal"][key].flatten(1)  # 1x1 convolutions on 1x1 maps
-    modules = {"kan_cid": any(k.startswith("cid_") for k in removal), "idrm": any(k.startswith("nrn.") for k in removal)}
+        weight = networks["removal"][key]  # a 1x1 convolution on 1x1 maps
+        networks["removal"][key] = weight.flatten(1) if weight.dim() == 4 else weight
+    modules = {
+        "kan_cid": any(k.startswith("cid_") for k in removal),
+        "idrm": any(k.startswith("nrn.") for k in removal),
+    }
     has_drem = any(key.startswith("drem.") for key in removal)
     modules["drem"] = has_drem or any(modules.values())  # the released NeDR builds DREM anew and never saves it
-    return Official(networks, removal["scratch.layer1_rn.1.weight"].shape[0], modules, has_drem, skipped)
+    return Official(networks, first.shape[0], modules, has_drem, skipped)
 
 
 def _split(state: Mapping) -> dict[str, dict[str, Tensor]]:
@@ -157,6 +164,6 @@ def _order_mixers(weights: dict[str, Tensor]) -> None:
 
 
 def _check_grid(key: str, grid: Tensor) -> None:
-    expected = knots().expand(grid.shape[0], -1)
-    if grid.shape != expected.shape or not torch.allclose(grid.float(), expected, atol=1e-5):
+    uniform = grid.dim() == 2 and grid.shape[1] == len(knots()) and torch.allclose(grid.float(), knots(), atol=1e-5)
+    if not uniform:
         raise UserError(f"the official file's '{key}' is not the uniform grid on [-1,1] with 5 intervals")

@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -6,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import models
 from data import datasets, images
 from data.datasets import Folder, Paired, Stream, Synthetic, Unpaired, crop, loader
+from utils import config
 from utils.errors import UserError
 
 
@@ -72,6 +75,15 @@ def test_bad_pictures_are_skipped_and_told(pool):
         stream(pool)[0]
 
 
+def training(hazy, clear, depth=None, *, stage="train", size=16, rule="random", seed=3, colour=0.0):
+    """The data set that a run with these settings trains on."""
+    options = config.load("dcp", models.settings_types(), overrides=[f"seed={seed}", f"haze.colour={colour}"])
+    room = {"crop": rule, "crop_size": size, "flip": True}
+    options.data = dataclasses.replace(options.data, hazy=hazy, clear=clear, depth=depth, **room)
+    options.warm_start = dataclasses.replace(options.warm_start, depth=depth)
+    return datasets.training(options, stage)
+
+
 def batches(dataset, start, stop, workers):
     return list(loader(dataset, start, stop, 3, workers))
 
@@ -79,7 +91,7 @@ def batches(dataset, start, stop, workers):
 def test_workers_change_nothing(pool, tmp_path):
     pool[4].write_bytes(b"junk")
     folder = pool[0].parent
-    dataset = datasets.unpaired(folder, folder, size=8, rule="random", flip=True, seed=5)
+    dataset = training(folder, folder, size=8)
     state = torch.get_rng_state()
     alone, two = batches(dataset, 0, 14, 0), batches(dataset, 0, 14, 2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -155,14 +167,14 @@ def test_small_pictures_are_refused_or_skipped(pool):
         UserError, match=r"24x20 is smaller than the crop of 32; set a smaller data\.crop_size or .*short_side"
     ):
         crop(torch.rand(3, 20, 24), np.random.default_rng(0), 32, "random", False)
-    dataset = datasets.unpaired(folder, folder, size=32, rule="random", flip=True, seed=5)
+    dataset = training(folder, folder, size=32)
     with pytest.raises(UserError, match=r"none of the 7 hazy .*\d\.png: 24x20 is smaller"):
         dataset[0]
     images.write(folder / "big.png", torch.ones(3, 40, 40))
-    item = datasets.unpaired(folder, folder, size=32, rule="random", flip=True, seed=5)[0]
+    item = training(folder, folder, size=32)[0]
     assert item["hazy"].min() == 1
     with pytest.raises(UserError, match="did you mean 'short_side'"):
-        datasets.unpaired(folder, folder, size=32, rule="shortside", flip=True, seed=5)
+        training(folder, folder, size=32, rule="shortside")
 
 
 @pytest.fixture
@@ -176,12 +188,12 @@ def scenes(tmp_path):
     return tmp_path
 
 
-ROOM = {"size": 16, "flip": True, "seed": 3}
+ROOM = {"size": 16, "flip": True, "seed": 3}  # of the streams made by hand
 
 
 @pytest.mark.parametrize("rule", datasets.RULES)
 def test_synthetic_items_obey_the_scattering_model(scenes, rule):
-    dataset = datasets.synthetic(scenes / "clear", scenes / "depth", rule=rule, colour=0.1, **ROOM)
+    dataset = training(None, scenes / "clear", scenes / "depth", stage="warm_start", rule=rule, colour=0.1)
     assert dataset.epoch_length == 5
     item = dataset[3]
     assert item["skipped"] == []
@@ -208,7 +220,7 @@ def test_synthetic_without_depth_and_refusals(scenes):
 
 
 def test_clear_only_training(scenes):
-    dataset = datasets.unpaired(None, scenes / "clear", scenes / "depth", rule="random", **ROOM)
+    dataset = training(None, scenes / "clear", scenes / "depth")
     assert isinstance(dataset, Unpaired)
     assert dataset.epoch_length == 5
     items = [dataset[k] for k in range(10)]
@@ -217,15 +229,17 @@ def test_clear_only_training(scenes):
 
 
 def test_epoch_length_is_the_larger_pool(pool, scenes):
-    assert datasets.unpaired(pool[0].parent, scenes / "clear", rule="random", **ROOM).epoch_length == 7
-    assert datasets.unpaired(scenes / "clear", pool[0].parent, rule="random", **ROOM).epoch_length == 7
+    assert training(pool[0].parent, scenes / "clear").epoch_length == 7
+    assert training(scenes / "clear", pool[0].parent).epoch_length == 7
 
 
 def test_sources_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        datasets.unpaired(None, tmp_path / "nowhere", rule="random", **ROOM)
+        training(None, tmp_path / "nowhere")
     with pytest.raises(UserError, match="no pictures"):
-        datasets.synthetic(tmp_path, rule="random", **ROOM)
+        training(None, tmp_path, stage="warm_start")
+    with pytest.raises(UserError, match=r"data\.clear is not set"):
+        training(None, None)
 
 
 def test_paired(tmp_path):

@@ -1,0 +1,97 @@
+"""Shared fixtures: tiny settings and methods, and official state dicts made by the rule of tests/golden/fill.py."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models
+from models.nedr.kan import knots
+from utils import config
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = ("nedr.base_channels=8", "nedr.encoder_weights=none", "data.crop_size=128")
+D4 = ("nedr.kan_cid=false", "nedr.idrm=false", "nedr.drem=false")
+
+_spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+_fill = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fill)
+
+
+def tiny_settings(*overrides: str) -> config.Settings:
+    """Settings of a NeDR of width 8 at 128x128, with ``key=value`` texts over them."""
+    return config.load("nedr", models.settings_types(), overrides=(*TINY, *overrides))
+
+
+def tiny(*overrides: str, started: bool = True, shallow: bool = True) -> models.Method:
+    """A NeDR of width 8 with fixed random weights; ``shallow`` keeps 7 of its encoders' 24 blocks, for speed."""
+    torch.manual_seed(0)
+    method = models.build(tiny_settings(*overrides))
+    for network in (method.removal, method.depth) if shallow else ():
+        network.pyramid.encoder.blocks = torch.nn.Sequential(*(blocks[:1] for blocks in network.pyramid.encoder.blocks))
+    if started:
+        method.start()
+    return method
+
+
+def rule_made(name: str, keys: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """The official state dict of network ``name`` by the rule: see tests/golden/fill.py."""
+    norms = {key.removesuffix("running_mean") for key in keys if key.endswith("running_mean")}
+    state = {}
+    for key, shape in keys.items():
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros(shape, dtype=torch.long)
+        elif key.endswith(".grid"):
+            state[key] = knots().expand(shape).clone()
+        else:
+            norm = key.endswith(".weight") and key.removesuffix("weight") in norms
+            state[key] = torch.from_numpy(_fill.fill(f"{name}.{key}", shape, norm_weight=norm))
+        if key.endswith(("weight_u", "weight_v")):
+            state[key] = F.normalize(state[key], dim=0)
+    return state
+
+
+def picture(seed: int, *shape: int) -> torch.Tensor:
+    """Uniform random numbers as the golden outputs have them."""
+    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN / "nedr.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays}
+
+
+@pytest.fixture(scope="session")
+def golden_train() -> dict[str, float]:
+    return json.loads((GOLDEN / "nedr_train.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def official_keys() -> dict[str, dict[str, list[int]]]:
+    return json.loads((GOLDEN / "nedr_keys.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def official_state(official_keys) -> dict[str, dict[str, torch.Tensor]]:
+    """All official networks. The fixture is shared: copy before changing."""
+    state = {name: rule_made(name, official_keys[name]) for name in ("net_h2c", "net_c2h", "net_depth", "drem")}
+    for name in ("discriminator_h2c", "discriminator_c2h"):
+        state[name] = rule_made(name, official_keys["discriminator"])
+    return state
+
+
+@pytest.fixture(scope="session")
+def official_file(official_state, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("official") / "official.pth"
+    torch.save(official_state, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

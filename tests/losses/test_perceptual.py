@@ -1,0 +1,99 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from losses import perceptual
+from losses.perceptual import PerceptualLoss, layer_names
+from utils.errors import UserError
+
+CONFIGURATIONS = torchvision.models.vgg.cfgs
+NARROW = {name: [4 if width != "M" else "M" for width in CONFIGURATIONS[name]] for name in "DE"}
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    """VGGs with 4 channels a layer: the same layers in the same places, at no cost."""
+    make = torchvision.models.vgg.make_layers
+    for name, letter in (("vgg16", "D"), ("vgg19", "E")):
+        fake = lambda weights=None, letter=letter: SimpleNamespace(features=make(NARROW[letter]))  # noqa: E731
+        monkeypatch.setattr(torchvision.models, name, fake)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """vgg16's weights as torchvision saves them; a part of the classifier stands for what is not needed."""
+    features = torchvision.models.vgg16().features
+    for parameter in features.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    state = {f"features.{key}": value for key, value in features.state_dict().items()}
+    torch.save(state | {"classifier.0.bias": torch.zeros(3)}, tmp_path / "vgg16.pth")
+    return tmp_path / "vgg16.pth"
+
+
+@pytest.mark.parametrize(("network", "letter"), [("vgg16", "D"), ("vgg19", "E")])
+def test_layer_names_are_those_of_torchvision(network, letter):
+    layers = torchvision.models.vgg.make_layers(NARROW[letter])
+    expected, stage, conv = {}, 1, 0
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.ReLU):
+            conv += 1
+            expected[f"relu{stage}_{conv}"] = index
+        elif isinstance(layer, nn.MaxPool2d):
+            stage, conv = stage + 1, 0
+    assert layer_names(network) == expected
+
+
+def test_equal_pictures_cost_nothing(file):
+    loss, x = PerceptualLoss(weights=str(file)), torch.rand(2, 3, 32, 32)
+    assert loss(x, x).item() == 0
+    assert loss(x, x.flip(3)).item() > 0
+
+
+def test_closed_form(file):
+    loss = PerceptualLoss("vgg16", ["relu1_1", "relu2_2"], str(file))
+    x, y = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
+    mean, std = torch.tensor(perceptual.MEAN).view(3, 1, 1), torch.tensor(perceptual.STD).view(3, 1, 1)
+    layers = torchvision.models.vgg16().features
+    state = torch.load(file)
+    layers.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+    distances = []
+    for end in (2, 9):
+        a, b = layers[:end]((x - mean) / std), layers[:end]((y - mean) / std)
+        distances.append(F.l1_loss(a, b).item())
+    assert loss(x, y).item() == pytest.approx(sum(distances) / 2, rel=1e-5)
+
+
+def test_it_is_a_ruler(file):
+    """Gradients reach the picture, not the network or the target; it stays in eval mode."""
+    loss = PerceptualLoss(weights=str(file)).train()
+    x, target = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16, requires_grad=True)
+    loss(x, target).backward()
+    assert x.grad.any()
+    assert target.grad is None
+    assert not any(p.requires_grad for p in loss.parameters())
+    assert not any(module.training for module in loss.modules())
+
+
+def test_an_unknown_layer():
+    with pytest.raises(UserError, match=r"vgg16 has no layer 'relu3_4'; did you mean 'relu3_3'"):
+        PerceptualLoss("vgg16", ["relu3_4"])
+
+
+def test_offline(monkeypatch):
+    def offline(weights=None):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", offline)
+    with pytest.raises(UserError, match=r"OSError.*nedr\.perceptual\.weights=FILE.*nedr\.perceptual_weight=0"):
+        PerceptualLoss()
+
+
+def test_weights_that_are_absent_or_of_another_network(file, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        PerceptualLoss(weights=str(tmp_path / "absent.pth"))
+    with pytest.raises(UserError, match="does not hold torchvision's vgg19"):
+        PerceptualLoss("vgg19", weights=str(file))

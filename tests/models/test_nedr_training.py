@@ -1,0 +1,266 @@
+"""One step of training of every form of NeDR, and what it may move."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from conftest import D4, picture, tiny, tiny_settings
+
+import models
+from models.pyramid import BACKBONE
+from utils import config
+from utils.errors import UserError
+from utils.updater import Updater, schedule
+
+SMALLEST = (*D4, "data.crop_size=64")
+
+
+def batch(size: int) -> dict[str, torch.Tensor]:
+    """What both stages ask of the data."""
+    clear, t = picture(1, 2, 3, size, size), picture(2, 2, 1, size, size) * 0.8 + 0.1
+    A = torch.tensor([0.8, 0.9]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    return {"hazy": clear * t + A * (1 - t), "clear": clear, "transmission": t, "airlight": A, "density": torch.ones(2)}
+
+
+def narrow_vgg(weights=None):
+    """VGG-16's layers with 4 channels each, so that tests are quick."""
+    cfg = [4, 4, "M", 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M"]
+    return SimpleNamespace(features=torchvision.models.vgg.make_layers(cfg))
+
+
+def step(method: models.Method, stage: str, size: int) -> dict[str, float]:
+    """One step on the CPU; returns the loss terms."""
+    optimisers = method.optimisers(stage)
+    schedules = {name: schedule(optimiser, "constant", 1) for name, optimiser in optimisers.items()}
+    updater = Updater(optimisers, schedules, torch.device("cpu"), "float32")
+    terms = updater.step(lambda data: method.train().losses(data, stage), [batch(size)])
+    return {name: term.item() for name, term in terms.items()}
+
+
+def moved(method: models.Method, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name.split(".")[0] for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+
+
+def parameters(method: models.Method) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in method.named_parameters()}
+
+
+FORMS = {
+    "published": (),
+    "released, vanilla": ("nedr.variant=released", "nedr.airlight=max", "nedr.gan=vanilla"),
+    "without KAN-CID, hinge": ("nedr.kan_cid=false", "nedr.gan=hinge", "data.crop_size=64"),
+    "without IDRM": ("nedr.idrm=false", "nedr.airlight=dark_channel"),
+    "without DREM": ("nedr.drem=false",),
+    "D4": (*SMALLEST, "nedr.airlight=max"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_step_of_each_stage(form):
+    overrides = FORMS[form]
+    method, size = tiny(*overrides), 64 if "data.crop_size=64" in overrides else 128
+    learned = method.settings.airlight == "learned"
+
+    before = parameters(method)
+    terms = step(method, "warm_start", size)
+    expected = {"transmission", "clear", "density", "depth"}
+    assert terms.keys() == expected | ({"airlight"} if learned else set())
+    assert moved(method, before) == {"removal", "depth"}
+
+    before = parameters(method)
+    terms |= (game := step(method, "train", size))
+    expected = {"judge_clear", "judge_hazy", "gan", "cycle_clear", "cycle_hazy", "density", "pseudo_depth"}
+    assert game.keys() == expected | ({"airlight"} if learned else set())
+    assert moved(method, before) == {"removal", "production", "depth", "judge_clear", "judge_hazy"}
+
+    assert all(torch.tensor(value).isfinite() for value in terms.values())
+    assert all(p.isfinite().all() for p in method.parameters())
+    still = {name for name, p in method.removal.named_parameters() if torch.equal(p, before[f"removal.{name}"])}
+    assert not still  # nothing in the removal network is dead weight
+
+
+def test_all_optional_terms(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.models, "vgg16", narrow_vgg)
+    state = {f"features.{key}": value for key, value in narrow_vgg().features.state_dict().items()}
+    torch.save(state, tmp_path / "vgg16.pth")
+    weights = [f"nedr.{name}_weight=0.5" for name in ("perceptual", "dark_channel", "tv", "identity")]
+    # Not started, as a resumed run: the perceptual loss must be there all the same.
+    method = tiny(*SMALLEST, *weights, f"nedr.perceptual.weights={tmp_path / 'vgg16.pth'}", started=False)
+    names = set(method.state_dict())
+    terms = step(method, "train", 64)
+    assert {"perceptual", "dark_channel", "tv", "identity"} <= terms.keys()
+    assert all(value > 0 for name, value in terms.items() if name != "dark_channel")  # which noise may well have 0
+    assert set(method.state_dict()) == names  # a loss is no part of the weights
+
+
+def test_weights_of_zero_switch_off():
+    off = [f"nedr.{name}_weight=0" for name in ("gan", "density", "depth", "airlight")]
+    method = tiny(*SMALLEST, *off)
+    for judge in (method.judge_clear, method.judge_hazy):
+        judge.register_forward_hook(lambda *_: pytest.fail("a discriminator ran"))
+    before = parameters(method)
+    assert step(method, "train", 64).keys() == {"cycle_clear", "cycle_hazy"}
+    assert moved(method, before) == {"removal", "production"}
+    assert set(method.optimisers("train")) == {"generators"}
+
+
+def test_weights_scale_the_terms():
+    data, values = batch(64), []
+    for weight in (1, 3):
+        overrides = ("nedr.gan_weight=0", "nedr.density_weight=0", "nedr.airlight_weight=0", "nedr.depth_weight=0")
+        method = tiny(*SMALLEST, *overrides, f"nedr.cycle_weight={weight}").eval()
+        torch.manual_seed(0)
+        values.append(next(method.losses(data, "train")).value.item())
+    assert values[1] == pytest.approx(3 * values[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("airlight", ["learned", "max"])
+def test_random_haze(airlight):
+    method = tiny(*SMALLEST, f"nedr.airlight={airlight}", "nedr.airlight_range=[0.8, 0.9]", started=False)
+    beta, A = method._random_haze(torch.zeros(500, 3, 1, 1))
+    assert beta.shape == (500, 1, 1, 1)
+    assert 0.6 <= beta.min() < 0.65
+    assert 1.75 < beta.max() <= 1.8
+    if airlight == "max":
+        assert A is None
+    else:
+        assert A.shape == (500, 3, 1, 1)
+        assert torch.equal(A[:, 0], A[:, 2])  # grey
+        assert A.min() >= 0.8
+        assert A.max() <= 0.9
+
+
+def test_learning_rates():
+    method = tiny(*SMALLEST, "nedr.learning_rate=2e-4", "nedr.discriminator_rate=0.1", started=False)
+    rates = {name: o.param_groups[0]["lr"] for name, o in method.optimisers("train").items()}
+    assert rates == pytest.approx({"generators": 2e-4, "depth": 2e-4, "discriminators": 2e-5})
+
+
+def test_pictures_for_the_log():
+    method = tiny(*SMALLEST).eval()
+    shown = method.pictures(batch(64))
+    assert {"hazy", "dehazed", "rehazed", "clear", "synthetic", "transmission", "depth"} == shown.keys()
+    for image in shown.values():
+        assert image.shape[0] == 2
+        assert image.shape[2:] == (64, 64)
+        assert image.min() >= 0
+        assert image.max() <= 1
+        assert not image.requires_grad
+
+
+def test_the_released_start():
+    method = tiny(*SMALLEST)
+    for network in (method.production, method.depth.head, method.removal.head):
+        convs = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert convs
+        assert not any(conv.bias.any() for conv in convs)
+    norms = torch.cat([m.weight for m in method.production.modules() if isinstance(m, torch.nn.BatchNorm2d)])
+    assert norms.mean().item() == pytest.approx(1, abs=0.01)
+    assert norms.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("module", ["kan_cid", "idrm", "drem"])
+def test_a_module_switched_off_is_not_built(module):
+    sizes = [
+        sum(p.numel() for p in tiny(f"nedr.{module}={on}", started=False).removal.parameters())
+        for on in ("true", "false")
+    ]
+    assert sizes[0] > sizes[1]
+
+
+def test_published_size():
+    """13,376,701 parameters as released, less 490,187 of mcc and the other dead ones, plus DREM's that are not."""
+    settings = tiny_settings("nedr.base_channels=64", "nedr.variant=released", "nedr.airlight=max").method
+    count = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
+    method = models.METHODS["nedr"](settings)
+    kan_dead = 2 * sum(c * c + c for c in (32, 64, 128, 256))
+    unit = 2 * (256 * 256 * 9 + 256)
+    drem_dead = 2 * (64 * 3 * 25 + 64)
+    assert count(method.removal.drem) == 1_476_768 - drem_dead
+    assert count(method.removal) - count(method.removal.drem) == 13_376_701 - 490_187 - kan_dead - unit
+    assert count(method.production) == 1_484_483
+    assert count(method.depth) == 10_689_233 - unit
+    assert count(method.judge_clear) == 2_763_776
+
+
+# The encoder's weights.
+
+
+def encoder_of(method: models.Method) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in method.removal.pyramid.encoder.state_dict().items()}
+
+
+@pytest.mark.parametrize("extension", ["pth", "safetensors"])
+def test_encoder_weights_from_a_file(tmp_path, extension):
+    import safetensors.torch
+
+    file, source = tmp_path / f"encoder.{extension}", tiny(*SMALLEST, started=False)
+    weights = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in encoder_of(source).items()}
+    whole = weights | {"classifier.weight": torch.zeros(10, 4)}  # timm's whole network holds more
+    if extension == "pth":
+        torch.save({"state_dict": whole}, file)
+    else:
+        safetensors.torch.save_file(whole, file)
+    method = tiny(*SMALLEST, f"nedr.encoder_weights={file}")
+    for network in (method.removal, method.depth):
+        assert all(torch.equal(v, weights[k]) for k, v in network.pyramid.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_encoder_weights_that_do_not_fit(tmp_path, fault):
+    weights = encoder_of(tiny(*SMALLEST, started=False))
+    if fault == "missing":
+        del weights["conv_stem.weight"]
+    else:
+        weights["conv_stem.weight"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "encoder.pth")
+    with pytest.raises(UserError, match=rf"{BACKBONE}.*conv_stem\.weight"):
+        tiny(*SMALLEST, f"nedr.encoder_weights={tmp_path / 'encoder.pth'}")
+
+
+def test_encoder_weights_absent(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        tiny(*SMALLEST, f"nedr.encoder_weights={tmp_path / 'none.pth'}")
+
+
+def test_encoder_weights_offline(monkeypatch):
+    import timm
+
+    method, make = tiny(*SMALLEST, "nedr.encoder_weights=hub", started=False), timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise ConnectionError("no network")
+        return make(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"ConnectionError.*nedr\.encoder_weights=FILE"):
+        method.start()
+
+
+# Settings that cannot work.
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nedr.base_channels=10", "multiple of 4"),
+        ("nedr.base_channels=4", "at least 8"),
+        ("nedr.density_range=[1.8, 0.6]", r"nedr\.density_range"),
+        ("nedr.density_range=[0, 1]", r"nedr\.density_range"),
+        ("nedr.airlight_range=[0.5, 1.5]", r"nedr\.airlight_range"),
+        ("nedr.betas=[0.9, 1]", r"nedr\.betas"),
+        ("nedr.variant=released", "no airlight head"),
+        ("nedr.gan=wgan", "lsgan, vanilla, hinge"),
+    ],
+)
+def test_refused_settings(override, message):
+    with pytest.raises(UserError, match=message):
+        tiny_settings(override)
+
+
+@pytest.mark.parametrize("size", [96, 130])
+def test_refused_crops(size):
+    with pytest.raises(UserError, match=rf"data\.crop_size={size}"):
+        models.build(config.load("nedr", models.settings_types(), overrides=[f"data.crop_size={size}"]))

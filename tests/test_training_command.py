@@ -1,0 +1,232 @@
+"""train.py from beginning to end: as processes, resumed, interrupted, and given what it must refuse."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import test as scoring_command
+import train
+from data import images
+from utils import checkpoint, config
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "checkpoints" / "tiny" / "config.yml"
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A folder for a run of the tiny preset."""
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    shutil.copy(TINY, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(folder, *arguments):
+    return train.main(["--model", "nedr", "--checkpoints", str(folder), *arguments])
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def process(script, *arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
+    training = process("train.py", "--model", "nedr", "--checkpoints", experiment)
+    output, _ = training.communicate()
+    assert training.returncode == 0, output
+    assert "finished after step 3" in output
+    names = {"config.yml", "settings.yml", "last.pt", "weights.safetensors", "log.txt", "log.jsonl", "tensorboard"}
+    assert {path.name for path in experiment.iterdir()} == names
+    logged = lines(experiment)
+    assert [line["stage"] for line in logged if "loss/gan" in line] == ["train", "train"]
+    assert all(line["speed/steps_per_second"] > 0 for line in logged if "loss/gan" in line)
+    assert [line["step"] for line in logged if "validation/psnr" in line] == [1, 3]
+
+    scored = process(
+        "test.py", "--checkpoints", experiment, "--hazy", "sample:test/hazy", "--clear", "sample:test/clear"
+    )
+    output, _ = scored.communicate()
+    assert scored.returncode == 0, output
+    results = json.loads((experiment / "results" / "results.json").read_text())
+    assert results["images"] == 6
+    assert f"{results['mean']['psnr']:.2f}" in output
+    kept = max((line for line in logged if "validation/psnr" in line), key=lambda line: line["validation/psnr"])
+    first = next(row for row in results["per_image"] if row["name"].startswith("chelsea_1"))
+    assert first["psnr"] == pytest.approx(kept["validation/psnr"], abs=1e-3), "test.py scores what validation kept"
+
+    arguments = ["--checkpoints", str(experiment), "--hazy", "sample:test/hazy", "--output", str(tmp_path / "out")]
+    assert scoring_command.main(arguments) == 0
+    assert len(images.find(tmp_path / "out")) == 6
+
+
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(experiment, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(experiment, whole)
+    steps = ["train.steps=3", "train.accumulate=2", "warm_start.steps=2"]
+    assert run(whole, *steps) == 0
+    # Stopped within the warm start, at its end, and within the game.
+    assert run(experiment, *steps[1:2], "warm_start.steps=1", "train.steps=0") == 0
+    assert run(experiment, *steps[1:], "train.steps=0", "--resume") == 0
+    assert run(experiment, *steps[1:], "train.steps=1", "--resume") == 0
+    assert run(experiment, *steps, "--resume") == 0
+    one, other = checkpoint.read(whole / "last.pt"), checkpoint.read(experiment / "last.pt")
+    assert (one["stage"], one["step"]) == (other["stage"], other["step"]) == ("train", 3)
+    for part in ("networks", "ema"):
+        a, b = (state["weights"] if part == "ema" else state for state in (one[part], other[part]))
+        assert all(torch.equal(a[key], b[key]) for key in a), part
+    assert torch.equal(one["random"]["torch"], other["random"]["torch"])
+    strip = [{k: v for k, v in line.items() if k.startswith(("step", "loss"))} for line in lines(experiment)]
+    assert [line for line in strip if len(line) > 1] == [
+        {k: v for k, v in line.items() if k.startswith(("step", "loss"))}
+        for line in lines(whole)
+        if any(k.startswith("loss") for k in line)
+    ]
+
+
+def test_a_signal_stops_after_a_whole_step_and_nothing_is_lost(experiment):
+    """The whole group is signalled, as a terminal or a scheduler does it: the readers of pictures too."""
+    arguments = ["--checkpoints", experiment, "train.steps=1000", "warm_start.steps=0", "data.workers=1"]
+    never = ["log.save_every=100000", "log.validate_every=0", "log.pictures_every=0"]
+    training = process("train.py", *arguments, *never, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not ((experiment / "log.jsonl").exists() and lines(experiment)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    subprocess.run(["kill", "-TERM", f"-{training.pid}"], check=True)
+    output, _ = training.communicate(timeout=60)
+    assert training.returncode == 128 + signal.SIGTERM, output
+    assert "Traceback" not in output
+    state = checkpoint.read(experiment / "last.pt")
+    assert state["step"] >= 1
+    assert f"stopped after step {state['step']}" in output
+    method = models.load(experiment / "last.pt")
+    assert method.dehaze(torch.rand(1, 3, 20, 30)).shape == (1, 3, 20, 30)
+
+
+def test_an_unreadable_picture_is_named_once_and_replaced(experiment, tmp_path, capfd):
+    for n in range(2):
+        images.write(tmp_path / "clear" / f"{n}.png", torch.rand(3, 70, 80))
+    (tmp_path / "clear" / "bad.png").write_bytes(b"not a picture")
+    assert run(experiment, f"data.clear={tmp_path / 'clear'}", "train.steps=4", "warm_start.steps=0") == 0
+    shown = capfd.readouterr().err
+    assert shown.count("bad.png: cannot be read") == 1
+    assert "skipped" in (experiment / "log.txt").read_text()
+
+
+def test_when_no_picture_is_left_what_was_learnt_is_saved(experiment, tmp_path, monkeypatch):
+    images.write(tmp_path / "clear" / "1.png", torch.rand(3, 70, 80))
+    step = train.Updater.step
+
+    def step_and_lose_the_pictures(*arguments):
+        (tmp_path / "clear" / "1.png").write_bytes(b"gone")
+        return step(*arguments)
+
+    monkeypatch.setattr(train.Updater, "step", step_and_lose_the_pictures)
+    with pytest.raises(UserError, match="none of the 1 clear pictures can be used"):
+        run(experiment, f"data.clear={tmp_path / 'clear'}", "train.steps=4", "warm_start.steps=0", "log.save_every=100")
+    assert checkpoint.read(experiment / "last.pt")["step"] == 1
+
+
+def test_clear_only_training_without_validation_exports_the_latest(experiment):
+    alone = ["data.hazy=", "data.validation_hazy=", "data.validation_clear=", "data.depth=sample:train/depth"]
+    assert run(experiment, *alone, "warm_start.steps=0", "train.steps=1", "train.ema=0", "precision=bf16") == 0
+    weights, metadata = checkpoint.read_safetensors(experiment / "weights.safetensors")
+    assert metadata["step"] == 1
+    last = checkpoint.read(experiment / "last.pt")
+    assert last["ema"] == {}
+    key = "removal.head.conv1.weight"
+    assert torch.equal(weights[key], last["networks"][key])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(experiment):
+    assert run(experiment, "warm_start.steps=0", "train.steps=1") == 0
+    before = (experiment / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="has become nan; last.pt is from before"):
+        run(experiment, "--resume", "warm_start.steps=0", "train.steps=9", "nedr.learning_rate=1", "nedr.gan_weight=1e30")
+    assert (experiment / "last.pt").read_bytes() == before
+
+
+REFUSED = {
+    "no hazy folder": (["data.hazy=nowhere/hazy"], "nowhere/hazy: no such file or folder"),
+    "empty folder": (["data.clear={empty}"], "no pictures in this folder"),
+    "no clear pictures": (["data.clear=", "warm_start.clear="], "data.clear is not set|warm_start.clear is not set"),
+    "absent files in a list": (["data.hazy={list}"], "1 of 1"),
+    "crop the networks cannot take": (["data.crop_size=100"], "data.crop_size=100: nedr needs a multiple of 32"),
+    "crop too small for KAN-CID": (["nedr.kan_cid=true"], "at least 128"),
+    "crop larger than the pictures": (["data.crop_size=512"], "smaller than the crop of 512"),
+    "no GPU": (["device=cuda"], "finds no GPU here; set device=cpu"),
+    "precision": (["precision=fp16", "device=cpu"], "fp16 needs a GPU"),
+    "nothing to do": (["train.steps=0", "warm_start.steps=0"], "nothing to train"),
+    "weights file": (["nedr.encoder_weights=nowhere.pth"], "no checkpoint nowhere.pth"),
+    "unknown setting": (["train.step=3"], "did you mean 'steps'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_with_the_remedy(experiment, tmp_path, case, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.flist").write_text("absent.png\n")
+    given, message = REFUSED[case]
+    given = [text.format(empty=tmp_path / "empty", list=tmp_path / "list.flist") for text in given]
+    with pytest.raises(UserError, match=message) as refusal:
+        run(experiment, *given)
+    assert "\n" not in str(refusal.value)
+
+
+def test_runs_and_checkpoints_that_do_not_fit_are_refused(experiment):
+    with pytest.raises(UserError, match="dcp has nothing to train"):
+        train.main(["--model", "dcp", "--checkpoints", str(experiment)])
+    with pytest.raises(UserError, match="did you mean 'nedr'"):
+        train.main(["--model", "ned", "--checkpoints", str(experiment)])
+    last = experiment / "last.pt"
+    last.write_bytes(b"PK damaged")
+    with pytest.raises(UserError, match="holds a run already: go on with --resume"):
+        run(experiment)
+    with pytest.raises(UserError, match="damaged, cut short"):
+        run(experiment, "--resume")
+    checkpoint.save(last, {"model": "other"})
+    with pytest.raises(UserError, match="a checkpoint of other, not of nedr"):
+        run(experiment, "--resume")
+
+
+def test_refusals_leave_with_status_2_and_one_line(tmp_path):
+    training = process("train.py", "--checkpoints", tmp_path / "nowhere")
+    output, _ = training.communicate()
+    assert training.returncode == 2
+    assert output.startswith("error: no settings file ")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", sorted(path.parent.name for path in ROOT.glob("checkpoints/*/config.yml")))
+def test_presets_are_valid(preset):
+    settings = config.load("nedr", models.settings_types(), [ROOT / "checkpoints" / preset / "config.yml"])
+    models.check_training(settings)
+    assert not any(str(path).startswith("/") for path in (settings.data.hazy, settings.data.clear, settings.test.hazy))

@@ -1,0 +1,226 @@
+import dataclasses
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models
+from utils import config
+from utils.errors import UserError
+
+TYPES = models.settings_types()
+QUICK = settings(max_examples=40, deadline=None)
+
+
+def load(*overrides: str, files=(), saved=None, model="nedr") -> config.Settings:
+    return config.load(model, TYPES, files, overrides, saved)
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def leaves(kind, prefix="") -> set[str]:
+    names = set()
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        names |= leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {prefix + name}
+    return names
+
+
+def paths(tree: dict, prefix="") -> set[str]:
+    names = set()
+    for key, value in tree.items():
+        names |= paths(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return names
+
+
+def test_configs_yml_gives_every_setting_and_no_other():
+    expected = leaves(config.Settings) - {"model", "method"}
+    for name, kind in TYPES.items():
+        expected |= leaves(kind, f"{name}.")
+    assert paths(yaml.safe_load(config.DEFAULTS.read_text(encoding="utf-8"))) == expected
+
+
+@pytest.mark.parametrize("model", models.names())
+def test_defaults_are_valid(model):
+    assert load(model=model).model == model
+
+
+def test_layers_win_in_order(tmp_path):
+    file = written(tmp_path / "config.yml", "train:\n  batch: 3\n  steps: 30\n  clip: 3\nseed: 3\n")
+    saved = {"train": {"batch": 2, "steps": 20, "accumulate": 2}, "seed": 2}
+    got = load("train.batch=4", "train.batch=5", files=[file], saved=saved)
+    assert (got.train.accumulate, got.train.steps, got.train.batch, got.train.clip) == (2, 30, 5, 3.0)
+    assert got.seed == 3
+    assert got.train.gamma == 0.5  # from configs.yml
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train.steps=2_000_000", "steps", 2_000_000),
+        ("train.steps=1e3", "steps", 1000),
+        ("train.clip=1e-4", "clip", 1e-4),
+        ("train.clip=1", "clip", 1.0),
+        ("train.milestones=[1, 2.5, 1e2]", "milestones", [1.0, 2.5, 100.0]),
+        ("train.milestones=[]", "milestones", []),
+        (" train.batch =7", "batch", 7),
+    ],
+)
+def test_numbers_as_people_write_them(text, key, value):
+    got = getattr(load(text).train, key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_other_kinds():
+    got = load(
+        "nedr.betas=[0.5, 0.9]", "data.hazy=", "data.clear=a=b", "nedr.drem=false", "nedr.perceptual.layers=[relu1_1]"
+    )
+    assert got.method.betas == (0.5, 0.9)
+    assert got.data.hazy is None
+    assert got.data.clear == "a=b"
+    assert got.method.drem is False
+    assert got.method.perceptual.layers == ["relu1_1"]
+    assert load("seed=9007199254740993").seed == 9007199254740993  # 2^53 + 1, which no float holds
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.bach=4", r"unknown setting 'train\.bach'; did you mean 'batch'"),
+        ("trian.batch=4", r"unknown setting 'trian'; did you mean 'train'"),
+        ("aknet.width=4", "unknown setting 'aknet'"),
+        ("nedr.perceptual.layer=[a]", r"'nedr\.perceptual\.layer'; did you mean 'layers'"),
+        ("train.batch=4.5", r"train\.batch=4\.5: needs a whole number"),
+        ("train.batch=four", "needs a whole number"),
+        ("train.batch=true", "needs a whole number"),
+        ("train.batch=", "needs a whole number"),
+        ("train.batch=[4]", "needs a whole number"),
+        ("train.batch=.inf", "needs a whole number"),
+        ("train.clip=.nan", "needs a number"),
+        ("train.clip=.inf", "needs a number"),
+        (f"train.clip=1{'0' * 400}", "needs a number"),
+        ("data.flip=1", "true or false"),
+        ("device=1", "needs text"),
+        ("train.batch=0", "at least 1"),
+        ("train.gamma=0", "greater than 0"),
+        ("train.gamma=1.5", "at most 1"),
+        ("train.ema=1", "at most"),
+        ("haze.colour=-0.1", "at least 0"),
+        ("train.milestones=3", "needs a list"),
+        ("train.milestones=[1, -2]", "greater than 0"),
+        ("haze.density=[1]", "needs 2 values"),
+        ("haze.density=[1, 2, 3]", "needs 2 values"),
+        ("haze.density=[2, 1]", r"haze\.density.*increasing"),
+        ("haze.airlight=[0.5, 1.5]", r"in \[0, 1\]"),
+        ("precision=fp61", "float32, bf16, fp16; did you mean 'fp16'"),
+        ("train.schedule=[cosine]", "must be one of constant, multistep, cosine"),
+        ("train=4", "'train' is a section"),
+        ("nedr=", "'nedr' is a section"),
+        ("train.batch.size=4", r"train\.batch"),
+        ("train.batch", "read key=value"),
+        ("=4", "read key=value"),
+        ("train..batch=4", "unknown setting"),
+        ("nedr.betas=[0.9, 0.99", "cannot understand the value"),
+        ("data.hazy={a: b}", "needs text"),
+    ],
+)
+def test_refused(text, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(text)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_names_its_file(tmp_path):
+    file = written(tmp_path / "config.yml", "train:\n  batch: zero\n")
+    with pytest.raises(UserError, match=r"config\.yml: train\.batch='zero'"):
+        load(files=[file])
+    with pytest.raises(UserError, match=r"the checkpoint: unknown setting 'train\.old'"):
+        load(saved={"train": {"old": 1}})
+
+
+def test_blocks_of_other_methods_are_checked_too():
+    with pytest.raises(UserError, match=r"dcp\.guided_filter"):
+        load("dcp.guided_filter=maybe")
+
+
+def test_unknown_model():
+    with pytest.raises(UserError, match="unknown model 'nerd'; did you mean 'nedr'"):
+        load(model="nerd")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n"])
+def test_an_empty_file_changes_nothing(tmp_path, text):
+    assert load(files=[written(tmp_path / "config.yml", text)]) == load()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1\n", "cannot read settings"),
+        ("train:\n\tbatch: 4\n", "cannot read settings"),
+        ("- 1\n- 2\n", "not a list"),
+        ("just words\n", "not a str"),
+        ("1: 2\n", "unknown setting '1'"),
+        ("train: 4\n", "'train' is a section"),
+        ("train:\n", "'train' is a section"),
+        ("!!python/object/apply:os.system ['true']\n", "cannot read settings"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        load(files=[written(tmp_path / "config.yml", text)])
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="no settings file"):
+        load(files=[tmp_path / "absent.yml"])
+    with pytest.raises(UserError, match="cannot read settings"):
+        load(files=[tmp_path])
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="cannot read settings"):
+        load(files=[tmp_path / "binary.yml"])
+
+
+@QUICK
+@given(
+    st.integers(1, 10**9),
+    st.floats(0, 1e9),
+    st.lists(st.floats(1e-9, 1e9), max_size=4),
+    st.sampled_from(["constant", "multistep", "cosine"]),
+    st.booleans(),
+    st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=8),
+)
+def test_what_is_dumped_is_read_back(tmp_path_factory, batch, clip, milestones, kind, flip, hazy):
+    before = load()
+    before.train.batch, before.train.clip, before.train.milestones, before.train.schedule = (
+        batch,
+        clip,
+        milestones,
+        kind,
+    )
+    before.data.flip, before.data.hazy = flip, hazy
+    file = tmp_path_factory.getbasetemp() / "dumped.yml"
+    file.write_bytes(config.dump(before).encode())
+    assert load(files=[file]) == before
+    assert load(saved=config.to_dict(before)) == before
+
+
+def test_given_tells_what_was_said(tmp_path):
+    file = written(tmp_path / "config.yml", "nedr:\n  drem: false\n")
+    assert config.given(TYPES, [file], ["nedr.airlight=max"]) == {"nedr": {"drem": False, "airlight": "max"}}
+    assert config.given(TYPES) == {}
+    with pytest.raises(UserError, match="did you mean 'airlight'"):
+        config.given(TYPES, overrides=["nedr.airlihgt=max"])
+
+
+def test_stages():
+    warm, game = config.stages(load("warm_start.steps=5", "train.batch=3", "train.accumulate=4"))
+    assert (warm.name, warm.steps, warm.per_step, warm.schedule) == ("warm_start", 5, 4, "cosine")
+    assert (game.name, game.steps, game.per_step, game.schedule) == ("train", 2_000_000, 12, "multistep")
