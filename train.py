@@ -1,7 +1,6 @@
 """Train a dehazing method.
 
-    python train.py --model nedr --checkpoints checkpoints/train_example
-    python train.py --model nedr --checkpoints checkpoints/sample train.steps=500 train.batch=4
+    python train.py --model nedr --checkpoints checkpoints/train_example train.batch=4
     python train.py --model nedr --checkpoints checkpoints/train_example --resume
 
 An experiment is a folder. It holds config.yml (what differs from configs.yml) before the run; the run adds
@@ -36,12 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="nedr", help="the method; --list-models names them")
     parser.add_argument("--checkpoints", default="checkpoints/train_example", help="the experiment's folder")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in the folder, if there is one")
-    parser.add_argument("--list-models", action="store_true", help="name the methods and leave")
+    parser.add_argument("--list-models", action="version", version="\n".join(models.names()), help="name the methods")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over those of the files")
     options = parser.parse_intermixed_args(arguments)
-    if options.list_models:
-        print("\n".join(models.names()))
-        return 0
     folder = Path(options.checkpoints)
     settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
     run = Run(settings, folder, options.resume)
@@ -74,10 +70,9 @@ class Run:
         self.method.to(self.device)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
         self.stage, self.step, self.best, self.signal = 0, 0, -math.inf, 0
-        self.updater: Updater | None = None
-        self.saved_updater: dict | None = None  # a resumed stage's, until its updater is made
         if saved is not None:
             self.load_state_dict(saved)
+        self.updater = self.make_updater(saved and saved["updater"])
         self.log = RunLog(folder, self.global_step)
         (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
         self.log.say(f"{settings.model}, {self.device}, {settings.precision}, from step {self.global_step}")
@@ -89,6 +84,7 @@ class Run:
         self.train_stage(self.stages[self.stage])
         while self.stage + 1 < len(self.stages) and not self.signal:
             self.stage, self.step = self.stage + 1, 0
+            self.updater = self.make_updater()
             self.train_stage(self.stages[self.stage])
         if self.signal:
             self.log.say(f"stopped after step {self.global_step}, saved in {self.last}; go on with --resume")
@@ -101,15 +97,15 @@ class Run:
             raise KeyboardInterrupt
         self.signal = number
 
+    def make_updater(self, saved: dict | None = None) -> Updater:
+        stage = self.stages[self.stage]
+        optimisers, epoch = self.method.optimisers(stage.name, self.settings), self.datasets[stage.name].epoch_length
+        return Updater(optimisers, stage, self.settings, self.device, epoch, saved)
+
     def train_stage(self, stage: config.Stage) -> None:
         source, log = self.datasets[stage.name], self.settings.log
-        optimisers = self.method.optimisers(stage.name, self.settings)
-        self.updater = Updater(optimisers, stage, self.settings, self.device, source.epoch_length)
-        if self.saved_updater is not None:
-            self.updater.load_state_dict(self.saved_updater)
-            self.saved_updater = None
-        start, stop, pin = self.step * stage.per_step, stage.steps * stage.per_step, self.device.type == "cuda"
-        batches = iter(datasets.loader(source, start, stop, stage.batch, self.settings.data.workers, pin))
+        start, stop, workers = self.step * stage.per_step, stage.steps * stage.per_step, self.settings.data.workers
+        batches = iter(datasets.loader(source, start, stop, stage.batch, workers, pin=self.device.type == "cuda"))
         self.method.train()
         clock, since = time.perf_counter(), self.step
         bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=None)
@@ -123,7 +119,7 @@ class Run:
             if self.due(log.every):
                 figures = finite(terms)
                 speed = {"steps_per_second": (self.step - since) / (time.perf_counter() - clock)}
-                bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+                bar.set_postfix({name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures})
                 self.log.figures(stage.name, self.global_step, loss=figures, rate=self.updater.rates(), speed=speed)
                 clock, since = time.perf_counter(), self.step
             if self.due(log.pictures_every):
@@ -141,7 +137,8 @@ class Run:
         try:
             received = [next(batches) for _ in range(count)]
         except UserError:  # not one picture is left
-            self.save()
+            if self.global_step:
+                self.save()
             raise
         for message in (message for batch in received for message in batch.pop("skipped")):
             self.log.warn_once(f"skipped: {message}")
@@ -155,9 +152,7 @@ class Run:
                 recalibrate(method, datasets.loader(source, 0, count * stage.batch, stage.batch, workers), self.device)
             if self.validation is None:
                 return self.export(method)
-            with tqdm(total=len(self.validation), desc="validating", leave=False, disable=None) as bar:
-                tick = {"on_result": lambda *_: bar.update()}
-                means = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, **tick))
+            means = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, bar="validating"))
             if better := means.psnr > self.best:
                 self.best = means.psnr
                 self.export(method)
@@ -168,9 +163,8 @@ class Run:
         )
 
     def export(self, method: models.Method) -> None:
-        weights = {k: v for k, v in method.state_dict().items() if k.split(".")[0] in method.inference}
         metadata = {"model": self.settings.model, "settings": config.to_dict(self.settings), "step": self.global_step}
-        checkpoint.save_weights(self.weights, weights, metadata)
+        checkpoint.save_weights(self.weights, method.inference_state(), metadata)
 
     @property
     def global_step(self) -> int:
@@ -198,11 +192,10 @@ class Run:
             raise UserError(f"{self.last} is a checkpoint of {state.get('model')}, not of {self.settings.model}")
         checkpoint.load_strict(self.method, state["networks"], f"{self.last}")
         self.ema.load_state_dict(state["ema"])
-        names = [stage.name for stage in self.stages]
-        if state["stage"] not in names:
+        if state["stage"] not in self.datasets:
             raise UserError(f"{self.last} stands in the stage {state['stage']}, which now has no steps; give it some")
-        self.stage = names.index(state["stage"])
-        self.step, self.best, self.saved_updater = state["step"], state["best"], state["updater"]
+        self.stage = list(self.datasets).index(state["stage"])
+        self.step, self.best = state["step"], state["best"]
         checkpoint.set_random_states(state["random"])
 
 

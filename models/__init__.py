@@ -47,7 +47,7 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
     """
     path = Path(file)
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a checkpoint file in it, such as {path / 'best.pt'}")
+        raise UserError(f"{path} is a folder; name a checkpoint file in it, such as {path / 'weights.safetensors'}")
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:

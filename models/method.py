@@ -72,6 +72,10 @@ class Method(nn.Module):
         """Clear pictures for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1]."""
         raise UserError(f"{type(self).__name__} cannot dehaze")
 
+    def inference_state(self) -> dict[str, Tensor]:
+        """The weights that `dehaze` needs."""
+        return {key: value for key, value in self.state_dict().items() if key.split(".")[0] in self.inference}
+
     @torch.no_grad()
     def dehaze(self, hazy: Tensor) -> Tensor:
         """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].

@@ -251,11 +251,11 @@ MISTAKES = {  # name -> (arguments, what the one line must say)
     "empty folder": (["--model", "dcp", "--hazy", "empty"], "empty: no pictures"),
     "no pictures named": (["--model", "dcp"], "give --hazy PATH"),
     "no weights named": (["--model", "nedr", "--hazy", "photos"], "a --model without any (dcp)"),
-    "folder without weights": (["--checkpoints", "empty", "--hazy", "photos"], "no best.pt or weights.safetensors or"),
+    "folder without weights": (["--checkpoints", "empty", "--hazy", "photos"], "no weights.safetensors or last.pt"),
     "missing experiment": (["--checkpoints", "nowhere", "--hazy", "photos"], "nowhere: no such file or folder"),
-    "file for an experiment": (["--checkpoints", "damaged/best.pt", "--hazy", "photos"], "--weights a file"),
+    "file for an experiment": (["--checkpoints", "damaged/last.pt", "--hazy", "photos"], "--weights a file"),
     "missing weights": (["--weights", "nowhere.pt", "--hazy", "photos"], "no checkpoint nowhere.pt"),
-    "damaged checkpoint": (["--checkpoints", "damaged", "--hazy", "photos"], "best.pt: it is damaged"),
+    "damaged checkpoint": (["--checkpoints", "damaged", "--hazy", "photos"], "last.pt: it is damaged"),
     "unknown model": (["--model", "nadr", "--hazy", "photos"], "did you mean 'nedr'?"),
     "unknown setting": (["--model", "dcp", "--hazy", "photos", "dcp.guided_filtre=false"], "'guided_filter'?"),
     "a word too many": (["--model", "dcp", "--hazy", "photos", "fast"], "key=value"),
@@ -280,7 +280,7 @@ def test_a_mistake_is_one_line_and_status_2(name, run, tmp_path, experiment, mon
     images.write(tmp_path / "clear" / "b.png", torch.rand(3, 8, 8))
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "best.pt").write_bytes(b"not a checkpoint")
+    (tmp_path / "damaged" / "last.pt").write_bytes(b"not a checkpoint")
     done = run(*[arg.format(experiment=experiment) for arg in argv])
     assert done.status == 2
     assert done.err.startswith("error: ")

@@ -25,9 +25,11 @@ class RunLog:
         self._forget_after(start)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=start or None)
         self.log = logging.getLogger(f"nedr-dehaze.{folder}")
-        self.log.setLevel(logging.INFO)
+        self.log.setLevel(logging.DEBUG)
         self.log.propagate = False
         screen, file = _Screen(), logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        if sys.stderr.isatty():
+            screen.setLevel(logging.INFO)  # the progress bar tells the rest
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log.handlers = [screen, file]
         self._seen: set[str] = set()
@@ -44,6 +46,9 @@ class RunLog:
     def figures(self, stage: str, step: int, **groups: dict[str, float]) -> None:
         """One line of log.jsonl and TensorBoard scalars, at global step ``step``: loss={...}, speed={...}."""
         figures = {f"{group}/{name}": value for group, items in groups.items() for name, value in items.items()}
+        if "loss" in groups:
+            told = ", ".join(f"{name} {value:.4g}" for name, value in groups["loss"].items())
+            self.log.debug(f"{stage}, step {step}: {told}")
         with self.figures_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **figures}) + "\n")
         for name, value in figures.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils import metrics
 from utils.errors import UserError
@@ -31,22 +32,15 @@ class Score:
 
 
 def score(
-    dehaze: Dehaze,
-    items: Sequence[dict],
-    *,
-    device: torch.device | str = "cpu",
-    on_result: Callable[[Score], None] | None = None,
+    dehaze: Dehaze, items: Sequence[dict], *, device: torch.device | str = "cpu", bar: str | None = None
 ) -> list[Score]:
     """Dehaze every one of ``items`` on ``device`` and compare it with its ground truth; see `each` and `compare`.
 
-    ``on_result`` is given every score as soon as it is there.
+    ``bar`` names a progress bar, which vanishes at the end; None: none.
     """
-    scores = []
-    for result in each(dehaze, items, device=device):
-        scores.append(compare(*result))
-        if on_result:
-            on_result(scores[-1])
-    return scores
+    results = each(dehaze, items, device=device)
+    progress = tqdm(results, bar, total=len(items), unit="picture", leave=False, disable=None if bar else True)
+    return [compare(*result) for result in progress]
 
 
 def each(

@@ -19,7 +19,8 @@ class Updater:
     A method's losses name the optimiser, of ``optimisers``, that each of them moves.
     With several batches a step (gradient accumulation) their gradients are averaged; every optimiser steps
     during the last batch, so there later losses already see what earlier ones changed, as without accumulation.
-    ``epoch_length`` is the number of pictures in an epoch, in which the schedule's milestones are given.
+    ``epoch_length`` is the number of pictures in an epoch, in which the schedule's milestones are given; ``saved`` the
+    `state_dict` of an interrupted stage to go on from.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Updater:
         settings: Settings,
         device: torch.device,
         epoch_length: int = 1,
+        saved: dict | None = None,
     ):
         train = settings.train
         places = [epoch * epoch_length / stage.per_step for epoch in train.milestones]
@@ -39,9 +41,11 @@ class Updater:
         }
         self.device, self.precision, self.clip = device, settings.precision, train.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        if saved is not None:
+            self.load_state_dict(saved)
 
     def step(self, losses: Callable[[dict], Iterator], batches: Iterable[dict]) -> dict[str, Tensor]:
-        """One step on ``batches``; returns the last batch's loss terms by name, detached scalars."""
+        """One step on ``batches``; returns the last batch's losses (each optimiser's, and their terms), detached."""
         batches, terms = list(batches), {}
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
@@ -49,7 +53,7 @@ class Updater:
             stepping, pending = k == len(batches), losses(batch)
             while (loss := self._next(pending)) is not None:
                 self.scaler.scale(loss.value / len(batches)).backward()
-                terms |= {name: term.detach() for name, term in loss.terms.items()}
+                terms |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
                 if stepping:
                     self._move(self.optimisers[loss.optimiser])
         if stepping:

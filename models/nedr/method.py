@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,23 @@ class NeDRSettings:
         check_interval("nedr.betas", self.betas, high=0.999999)
         if self.base_channels % 4:
             raise UserError(f"nedr.base_channels={self.base_channels}: must be a multiple of 4 (64 as published)")
+        if not any((self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)):
+            raise UserError("nedr.cycle_weight=0: the generators need gan, cycle, density or identity to have a weight")
         if self.variant == "released" and self.airlight == "learned":
             raise UserError("nedr.airlight=learned: the released variant has no airlight head; set max or dark_channel")
+
+
+class Play(NamedTuple):
+    """One round of the game: both cycles, hazy -> clear -> hazy and clear -> hazy -> clear."""
+
+    hazy: Tensor
+    clear: Tensor
+    found: Removal  # in hazy
+    rehazed: Tensor
+    density: Tensor  # random, of the haze made on clear
+    airlight: Tensor | None  # random too where it is learned; else production's own rule
+    made: Tensor  # hazy, from clear
+    refound: Removal  # in made
 
 
 class NeDR(Method):
@@ -158,7 +173,9 @@ class NeDR(Method):
             how = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}
             parts = {"generators": self.removal, "depth": self.depth}
             return {name: AdamW(network.parameters(), **how) for name, network in parts.items()}
-        parts = {"generators": ([self.removal, self.production], 1.0), "depth": ([self.depth], 1.0)}
+        parts = {"generators": ([self.removal, self.production], 1.0)}
+        if s.depth_weight:
+            parts["depth"] = ([self.depth], 1.0)
         if s.gan_weight:
             parts["discriminators"] = ([self.judge_clear, self.judge_hazy], s.discriminator_rate)
         return {
@@ -197,66 +214,58 @@ class NeDR(Method):
             terms["airlight"] = F.l1_loss(found.airlight, airlight)
         yield Loss("generators", sum(terms.values()), terms)
         depth = (-t.log() / beta).clamp(*self.settings.depth_range)
-        depth_loss = F.l1_loss(self.depth(clear), depth)
-        yield Loss("depth", depth_loss, {"depth": depth_loss})
+        yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
 
     # The unpaired game.
 
     def _game(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
-        hazy, clear, s = batch["hazy"], batch["clear"], self.settings
-        with frozen(self.depth):  # gradients pass through it; its weights learn from pseudo-depth alone
-            found = self.removal(hazy, s.airlight)
-            rehazed = self.production(found.clear, self.depth(found.clear), found.density, self._own(found))
-            beta, airlight = self._random_haze(clear)
-            made = self.production(clear, self.depth(clear), beta, airlight)
-            refound = self.removal(made, s.airlight)
+        s, play = self.settings, self._play(batch["hazy"], batch["clear"])
         if s.gan_weight:
-            yield self._judge(clear, found.clear.detach(), hazy, made.detach())
-        terms = self._generator_terms(hazy, clear, found, rehazed, beta, airlight, made, refound)
-        yield Loss(
-            "generators", sum(weight * term for weight, term in terms.values()), {k: v for k, (_, v) in terms.items()}
-        )
+            yield self._judge(play)
+        weighted = self._generator_terms(play)
+        total = sum(weight * term for weight, term in weighted.values())
+        yield Loss("generators", total, {name: term for name, (_, term) in weighted.items()})
         if s.depth_weight:
-            loss = s.depth_weight * F.l1_loss(self.depth(found.clear.detach()), found.depth.detach())
-            yield Loss("depth", loss, {"pseudo_depth": loss})
+            pseudo = F.l1_loss(self.depth(play.found.clear.detach()), play.found.depth.detach())
+            yield Loss("depth", s.depth_weight * pseudo, {"pseudo_depth": pseudo})
 
-    def _judge(self, clear: Tensor, fake_clear: Tensor, hazy: Tensor, fake_hazy: Tensor) -> Loss:
+    def _play(self, hazy: Tensor, clear: Tensor) -> Play:
+        """Both cycles. Gradients pass through the depth network; its weights learn from pseudo-depth alone."""
+        kind = self.settings.airlight
+        with frozen(self.depth):
+            found = self.removal(hazy, kind)
+            rehazed = self.production(found.clear, self.depth(found.clear), found.density, self._own(found))
+            density, airlight = self._random_haze(clear)
+            made = self.production(clear, self.depth(clear), density, airlight)
+            return Play(hazy, clear, found, rehazed, density, airlight, made, self.removal(made, kind))
+
+    def _judge(self, play: Play) -> Loss:
         """Spectral normalisation turns at each pass, so the order matters: real first."""
+        kind, fake_clear, fake_hazy = self.settings.gan, play.found.clear.detach(), play.made.detach()
         terms = {
-            "judge_clear": discriminator_loss(self.judge_clear(clear), self.judge_clear(fake_clear), self.settings.gan),
-            "judge_hazy": discriminator_loss(self.judge_hazy(hazy), self.judge_hazy(fake_hazy), self.settings.gan),
+            "judge_clear": discriminator_loss(self.judge_clear(play.clear), self.judge_clear(fake_clear), kind),
+            "judge_hazy": discriminator_loss(self.judge_hazy(play.hazy), self.judge_hazy(fake_hazy), kind),
         }
         return Loss("discriminators", sum(terms.values()), terms)
 
-    def _generator_terms(
-        self,
-        hazy: Tensor,
-        clear: Tensor,
-        found: Removal,
-        rehazed: Tensor,
-        beta: Tensor,
-        airlight: Tensor | None,
-        made: Tensor,
-        refound: Removal,
-    ) -> dict[str, tuple[float, Tensor]]:
+    def _generator_terms(self, play: Play) -> dict[str, tuple[float, Tensor]]:
         """name -> (weight, loss); what has no weight is not computed."""
         s, terms = self.settings, {}
+        hazy, clear, found, refound = play.hazy, play.clear, play.found, play.refound
         if s.gan_weight:
             with frozen(self.judge_clear, self.judge_hazy):
-                fooled = generator_loss(self.judge_clear(found.clear), s.gan) + generator_loss(
-                    self.judge_hazy(made), s.gan
-                )
-            terms["gan"] = (s.gan_weight, fooled / 2)
+                scores = self.judge_clear(found.clear), self.judge_hazy(play.made)
+            terms["gan"] = (s.gan_weight, sum(generator_loss(score, s.gan) for score in scores) / 2)
         if s.cycle_weight:
             terms["cycle_clear"] = (s.cycle_weight, F.l1_loss(refound.clear, clear))
-            terms["cycle_hazy"] = (s.cycle_weight, F.l1_loss(rehazed, hazy))
+            terms["cycle_hazy"] = (s.cycle_weight, F.l1_loss(play.rehazed, hazy))
         if s.density_weight:
-            terms["density"] = (s.density_weight, F.mse_loss(refound.density, beta))
-        if s.airlight_weight and airlight is not None:
-            terms["airlight"] = (s.airlight_weight, F.l1_loss(refound.airlight, airlight))
+            terms["density"] = (s.density_weight, F.mse_loss(refound.density, play.density))
+        if s.airlight_weight and play.airlight is not None:
+            terms["airlight"] = (s.airlight_weight, F.l1_loss(refound.airlight, play.airlight))
         if s.perceptual_weight:
             ruler = self._perceptual().to(hazy.device)
-            terms["perceptual"] = (s.perceptual_weight, ruler(refound.clear, clear) + ruler(rehazed, hazy))
+            terms["perceptual"] = (s.perceptual_weight, ruler(refound.clear, clear) + ruler(play.rehazed, hazy))
         if s.dark_channel_weight:
             terms["dark_channel"] = (s.dark_channel_weight, dark_channel_loss(found.clear))
         if s.tv_weight:

@@ -69,11 +69,10 @@ def test_registry():
 
 
 def test_dcp_cannot_be_trained():
-    method = models.build(config.load("dcp", models.settings_types()))
-    assert isinstance(method, DCP)
-    assert method.stages == ()
+    values = config.load("dcp", models.settings_types())
+    assert isinstance(models.build(values), DCP)
     with pytest.raises(UserError, match="nothing to train"):
-        method.optimisers("train")
+        models.check_training(values)
 
 
 @pytest.fixture(scope="module")

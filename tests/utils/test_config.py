@@ -224,3 +224,5 @@ def test_stages():
     warm, game = config.stages(load("warm_start.steps=5", "train.batch=3", "train.accumulate=4"))
     assert (warm.name, warm.steps, warm.per_step, warm.schedule) == ("warm_start", 5, 4, "cosine")
     assert (game.name, game.steps, game.per_step, game.schedule) == ("train", 2_000_000, 12, "multistep")
+    assert [stage.name for stage in config.stages(load("warm_start.steps=0"))] == ["train"]
+    assert [stage.name for stage in config.stages(load("warm_start.steps=1", "train.steps=0"))] == ["warm_start"]

@@ -52,10 +52,7 @@ def test_box_mean_divides_by_the_pixels_inside(size, radius, seed):
     x = np.random.default_rng(seed).random(size, np.float32)
     expected = np.array(
         [
-            [
-                x[max(0, i - radius) : i + radius + 1, max(0, j - radius) : j + radius + 1].mean()
-                for j in range(size[1])
-            ]
+            [x[max(0, i - radius) : i + radius + 1, max(0, j - radius) : j + radius + 1].mean() for j in range(size[1])]
             for i in range(size[0])
         ]
     )

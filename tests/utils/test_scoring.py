@@ -50,11 +50,6 @@ def test_a_perfect_method():
     assert {score.psnr for score in scoring.score(invert, Pairs())} == {math.inf}
 
 
-def test_results_come_as_they_are_made():
-    seen = []
-    assert scoring.score(half, Pairs(), on_result=seen.append) == seen
-
-
 def test_output_of_low_precision_is_scored_in_full():
     (score, *_) = scoring.score(lambda hazy: half(hazy).bfloat16(), Pairs())
     assert score.psnr > 5

@@ -1,0 +1,257 @@
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from utils import checkpoint
+from utils.errors import UserError
+
+STATE = {"networks": {"a.weight": torch.arange(6.0).view(2, 3)}, "step": 3, "rate": 1e-4, "list": [1, "x", None]}
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return a == b
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new" / "folder" / "last.pt"
+    checkpoint.save(path, STATE)
+    state = checkpoint.read(path)
+    assert (state.pop("format"), state.pop("version")) == (checkpoint.FORMAT, checkpoint.VERSION)
+    assert equal(state, STATE)
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.pt"]
+
+
+class Interrupted(BaseException):
+    """Like a KeyboardInterrupt: no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, ValueError, Interrupted])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, STATE)
+
+    def fail(state, file):
+        Path(file).write_bytes(b"half of it")
+        raise error("disk trouble")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError if error in (RuntimeError, OSError) else error, match="disk trouble"):
+        checkpoint.save(path, {"step": 4})
+    assert checkpoint.read(path)["step"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from utils import checkpoint
+from utils.errors import UserError
+folder = Path(sys.argv[1])
+checkpoint.save(folder / "last.pt", {"step": 3})
+checkpoint.save_weights(folder / "weights.safetensors", {"a": torch.ones(2)}, {"step": 3})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for write in (
+    lambda: checkpoint.save(folder / "last.pt", {"step": 4, "big": torch.zeros(1_000_000)}),
+    lambda: checkpoint.save_weights(folder / "weights.safetensors", {"a": torch.zeros(1_000_000)}, {"step": 4}),
+):
+    try:
+        write()
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
+def test_a_full_disk(tmp_path):
+    """A real write that the system refuses half-way, in another process, whose files may not grow beyond 100 kB."""
+    root = Path(checkpoint.__file__).parent.parent
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.count("cannot write") == 2, done.stdout + done.stderr
+    assert checkpoint.read(tmp_path / "last.pt")["step"] == 3
+    assert checkpoint.read_safetensors(tmp_path / "weights.safetensors")[1] == {"step": 3}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.pt", "weights.safetensors"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.save(tmp_path / "file" / "last.pt", STATE)
+
+
+def test_absent_empty_or_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.read(tmp_path / "absent.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.read(tmp_path)
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(UserError, match="is empty"):
+        checkpoint.read(tmp_path / "empty.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.read_safetensors(tmp_path / "absent.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    """A checkpoint as each kind of file."""
+    folder = tmp_path_factory.mktemp("whole")
+    checkpoint.save(folder / "zip.pt", STATE)
+    torch.save({"a": torch.ones(3)}, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    checkpoint.save_weights(folder / "a.safetensors", {"a": torch.ones(3)}, {"model": "nedr"})
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=80), st.sampled_from([b"", b"\x80\x02", b"PK\x03\x04", b"<html>"]))
+def test_garbage(tmp_path_factory, body, head):
+    path = tmp_path_factory.getbasetemp() / "garbage.pt"
+    path.write_bytes(head + body)
+    with pytest.raises(UserError):
+        checkpoint.read(path)
+    with pytest.raises(UserError):
+        checkpoint.read_safetensors(path)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(["zip.pt", "legacy.pt", "a.safetensors"]), st.floats(0, 0.999))
+def test_truncated(tmp_path_factory, whole, name, share):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(whole[name][: int(share * len(whole[name]))])
+    with pytest.raises(UserError, match=name):
+        checkpoint.read_weights(path)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(["zip.pt", "legacy.pt", "a.safetensors"]), st.floats(0, 0.999), st.integers(0, 7))
+def test_a_flipped_bit_is_no_traceback(tmp_path_factory, whole, name, place, bit):
+    damaged = bytearray(whole[name])
+    damaged[int(place * len(damaged))] ^= 1 << bit
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(damaged)
+    try:  # a bit of a number may be lost unseen, anything else is refused in one line
+        checkpoint.read_weights(path)
+    except UserError as error:
+        assert name in str(error)  # noqa: PT017
+
+
+class Evil:
+    """Unpickled as a call that would leave a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_code_in_a_file_is_never_run(tmp_path, how):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"a": Evil(trace)}, protocol=2))
+    else:
+        torch.save({"a": Evil(trace)}, path)
+    with pytest.raises(UserError, match="code in checkpoints is never run"):
+        checkpoint.read(path)
+    assert not trace.exists()
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds a list"):
+        checkpoint.read(tmp_path / "list.pt")
+    (tmp_path / "page.pt").write_text("<html>404 not found</html>")
+    with pytest.raises(UserError, match="damaged, cut short or not a PyTorch file"):
+        checkpoint.read(tmp_path / "page.pt")
+
+
+def test_files_of_a_newer_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
+    checkpoint.save(tmp_path / "last.pt", STATE)
+    checkpoint.save_weights(tmp_path / "w.safetensors", {"a": torch.ones(1)}, {})
+    monkeypatch.undo()
+    for read in (
+        lambda: checkpoint.read(tmp_path / "last.pt"),
+        lambda: checkpoint.read_weights(tmp_path / "w.safetensors"),
+    ):
+        with pytest.raises(UserError, match="newer version"):
+            read()
+
+
+def test_safetensors_round_trip(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    weights = {"a": torch.rand(3, 4).T, "n": torch.tensor(5), "h": torch.rand(2).half()}  # a.T is not contiguous
+    metadata = {"model": "nedr", "settings": {"x": [1, 2.5, None, "ü"]}}
+    checkpoint.save_weights(path, weights, metadata)
+    read, found = checkpoint.read_safetensors(path)
+    assert equal(read, weights)
+    assert found == metadata
+    assert equal(checkpoint.read_weights(path), weights)
+
+
+def test_safetensors_of_others(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(2)}, path, {"format": "pt"})
+    weights, metadata = checkpoint.read_safetensors(path)
+    assert torch.equal(weights["a"], torch.ones(2))
+    assert metadata is None
+
+
+def test_read_weights_unwraps_a_state_dict(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "a.pth")
+    torch.save({"a": torch.ones(2)}, tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        assert equal(checkpoint.read_weights(tmp_path / name), {"a": torch.ones(2)})
+
+
+def draw() -> list:
+    return [torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(2).tolist(), np.random.randn()]
+
+
+def test_random_states_through_a_file(tmp_path):
+    draw()  # leaves a second normal number waiting in python's and numpy's generators
+    checkpoint.save(tmp_path / "a.pt", {"random": checkpoint.random_states()})
+    expected = draw()
+    draw()
+    checkpoint.set_random_states(checkpoint.read(tmp_path / "a.pt")["random"])
+    assert draw() == expected
+
+
+def test_load_strict():
+    module, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    checkpoint.load_strict(module, other.state_dict(), "it")
+    assert torch.equal(module.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": None}, r"1 missing \(bias\)"),
+        ({"extra": torch.ones(1)}, r"1 unknown \(extra\)"),
+        ({"bias": torch.ones(4)}, r"1 of another shape \(bias\)"),
+        ({f"extra{k}": torch.ones(1) for k in range(9)}, r"9 unknown \(extra0, extra1, extra2, \.\.\.\)"),
+    ],
+)
+def test_load_strict_refuses_and_changes_nothing(change, message):
+    module = nn.Linear(2, 3)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    state = {k: v for k, v in (nn.Linear(2, 3).state_dict() | change).items() if v is not None}
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_strict(module, state, "it")
+    assert equal(dict(module.state_dict()), before)
