@@ -14,6 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -105,32 +106,34 @@ class Run:
     def train_stage(self, stage: config.Stage) -> None:
         source, log = self.datasets[stage.name], self.settings.log
         start, stop, workers = self.step * stage.per_step, stage.steps * stage.per_step, self.settings.data.workers
-        batches = iter(datasets.loader(source, start, stop, stage.batch, workers, pin=self.device.type == "cuda"))
+        loader = datasets.loader(source, start, stop, stage.batch, workers, pin=self.device.type == "cuda")
+        bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=None)
         self.method.train()
         clock, since = time.perf_counter(), self.step
-        bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=None)
-        while self.step < stage.steps and not self.signal:
-            chunk = self.receive(batches, stage.accumulate)
-            terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
-            self.ema.update()
-            self.step += 1
-            bar.update()
-            last = self.step == stage.steps
-            if self.due(log.every):
-                figures = finite(terms)
-                speed = {"steps_per_second": (self.step - since) / (time.perf_counter() - clock)}
-                bar.set_postfix({name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures})
-                self.log.figures(stage.name, self.global_step, loss=figures, rate=self.updater.rates(), speed=speed)
-                clock, since = time.perf_counter(), self.step
-            if self.due(log.pictures_every):
-                with self.ema.applied() as method, self.autocast():
-                    self.log.pictures(self.global_step, method.pictures(chunk[-1]))
-            if self.due(log.validate_every) or last:
-                self.validate(stage)
-            if self.due(log.save_every) or last or self.signal:
-                finite(terms)  # what is not finite is not saved
-                self.save()
-        bar.close()
+        with closing(iter(loader)) as batches, bar:
+            while self.step < stage.steps and not self.signal:
+                chunk = self.receive(batches, stage.accumulate)
+                terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
+                self.ema.update()
+                self.step += 1
+                bar.update()
+                last = self.step == stage.steps
+                if self.due(log.every):
+                    figures = finite(terms)
+                    speed = {"steps_per_second": (self.step - since) / (time.perf_counter() - clock)}
+                    bar.set_postfix(
+                        {name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures}
+                    )
+                    self.log.figures(stage.name, self.global_step, loss=figures, rate=self.updater.rates(), speed=speed)
+                    clock, since = time.perf_counter(), self.step
+                if self.due(log.pictures_every):
+                    with self.ema.applied() as method, self.autocast():
+                        self.log.pictures(self.global_step, method.pictures(chunk[-1]))
+                if self.due(log.validate_every) or last:
+                    self.validate(stage)
+                if self.due(log.save_every) or last or self.signal:
+                    finite(terms)  # what is not finite is not saved
+                    self.save()
 
     def receive(self, batches: Iterator[dict], count: int) -> list[dict[str, Tensor]]:
         """The next batches, on the device; pictures that could not be read were replaced and are named once."""

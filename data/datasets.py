@@ -219,7 +219,8 @@ def loader(dataset: Dataset, start: int, stop: int, batch: int, workers: int = 0
     """Batches of the positions start, ..., stop - 1 in order, the last one perhaps smaller.
 
     Tensors are stacked, ``skipped`` lists are joined, all else becomes a list. A `UserError` in a worker arrives as
-    it was raised. Leaves the global random state alone.
+    it was raised. Leaves the global random state alone. Close its iterator (contextlib.closing) if you leave before
+    the end: workers ignore the signals that end a run.
     """
     return _Loader(
         _Carried(dataset),
@@ -228,7 +229,6 @@ def loader(dataset: Dataset, start: int, stop: int, batch: int, workers: int = 0
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin,
-        persistent_workers=workers > 0,
         worker_init_fn=_one_thread,
         generator=torch.Generator().manual_seed(0),  # else every iterator takes a number from the global one
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.config import Settings
+from utils import config
 from utils.errors import UserError
 
 
@@ -41,7 +41,7 @@ class Method(nn.Module):
         self.settings = settings
 
     @classmethod
-    def check(cls, settings: Settings) -> None:
+    def check(cls, settings: config.Settings) -> None:
         """Refuse settings that cannot work together, before anything is loaded. Raises `UserError`."""
 
     def accept(self, settings: Any) -> None:
@@ -56,7 +56,7 @@ class Method(nn.Module):
     def start(self) -> None:
         """Give the networks the weights with which training begins."""
 
-    def optimisers(self, stage: str, settings: Settings) -> dict[str, Optimizer]:
+    def optimisers(self, stage: str, settings: config.Settings) -> dict[str, Optimizer]:
         """The optimisers of a stage by name."""
         return {}
 

@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 class EMA:
     """Exponential moving average of some children of ``method``, parameters and buffers alike.
 
-    The decay rises from 0.1 to ``decay`` as (1 + n) / (10 + n) over the first n steps, so that short runs are not
-    ruled by their random start. With ``decay`` 0 the average is the model itself and costs nothing.
+    The first step copies the weights whole; then the decay rises to ``decay`` as (1 + n) / (10 + n) after n steps, so
+    that short runs are not ruled by their start. With ``decay`` 0 the average is the model itself and costs nothing.
     """
 
     def __init__(self, method: nn.Module, names: Iterable[str], decay: float):
@@ -74,5 +74,5 @@ def recalibrate(method: nn.Module, batches: Iterable[dict], device: torch.device
     """
     batches = [batch["hazy"] for batch in batches]
     for network in (getattr(method, name) for name in method.inference):
-        if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        if batches and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
             update_bn(batches, network, device)

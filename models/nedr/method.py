@@ -18,7 +18,7 @@ from models.nedr import official
 from models.nedr.discriminator import Discriminator
 from models.nedr.generators import DepthNet, ProductionNet, Removal, RemovalNet
 from models.pyramid import STRIDE, initialise, load_encoder
-from utils import physics
+from utils import config, physics
 from utils.checkpoint import load_strict
 from utils.config import Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
@@ -123,7 +123,7 @@ class NeDR(Method):
         self.ruler: list[PerceptualLoss] = []  # in a list: a loss is no part of the method's weights
 
     @classmethod
-    def check(cls, settings: Settings) -> None:
+    def check(cls, settings: config.Settings) -> None:
         size, least = settings.data.crop_size, minimum_side(settings.method)
         if size % STRIDE or size < least:
             raise UserError(f"data.crop_size={size}: nedr needs a multiple of {STRIDE}, at least {least}")
@@ -167,7 +167,7 @@ class NeDR(Method):
         if self.settings.perceptual_weight:
             self._perceptual()  # what cannot be had is refused now
 
-    def optimisers(self, stage: str, settings: Settings) -> dict[str, Optimizer]:
+    def optimisers(self, stage: str, settings: config.Settings) -> dict[str, Optimizer]:
         s, warm = self.settings, settings.warm_start
         if stage == "warm_start":
             how = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}

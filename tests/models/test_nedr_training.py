@@ -30,7 +30,7 @@ def narrow_vgg(weights=None):
 
 
 def step(method: models.Method, values: config.Settings, name: str, size: int) -> dict[str, float]:
-    """One step of stage ``name`` on the CPU; returns the loss terms."""
+    """One step of stage ``name`` on the CPU; returns the loss terms, and each optimiser's whole loss by its name."""
     stage = next(stage for stage in config.stages(values) if stage.name == name)
     updater = Updater(method.optimisers(name, values), stage, values, torch.device("cpu"))
     terms = updater.step(lambda data: method.train().losses(data, name), [batch(size)])
@@ -70,13 +70,14 @@ def test_one_step_of_each_stage(form):
 
     before = parameters(method)
     terms = step(method, values, "warm_start", size)
-    expected = {"transmission", "clear", "density", "depth"}
+    expected = {"transmission", "clear", "density", "generators", "depth"}
     assert terms.keys() == expected | ({"airlight"} if learned else set())
     assert moved(method, before) == {"removal", "depth"}
 
     before = parameters(method)
     terms |= (game := step(method, values, "train", size))
     expected = {"judge_clear", "judge_hazy", "gan", "cycle_clear", "cycle_hazy", "density", "pseudo_depth"}
+    expected |= {"generators", "depth", "discriminators"}
     assert game.keys() == expected | ({"airlight"} if learned else set())
     assert moved(method, before) == {"removal", "production", "depth", "judge_clear", "judge_hazy"}
 
@@ -108,7 +109,7 @@ def test_weights_of_zero_switch_off():
     for judge in (method.judge_clear, method.judge_hazy):
         judge.register_forward_hook(lambda *_: pytest.fail("a discriminator ran"))
     before = parameters(method)
-    assert step(method, tiny_settings(*overrides), "train", 64).keys() == {"cycle_clear", "cycle_hazy"}
+    assert step(method, tiny_settings(*overrides), "train", 64).keys() == {"cycle_clear", "cycle_hazy", "generators"}
     assert moved(method, before) == {"removal", "production"}
     assert set(method.optimisers("train", tiny_settings(*overrides))) == {"generators"}
 
