@@ -3,10 +3,9 @@
     python train.py --model nedr --checkpoints checkpoints/train_example train.batch=4
     python train.py --model nedr --checkpoints checkpoints/train_example --resume
 
-An experiment is a folder. It holds config.yml (what differs from configs.yml) before the run; the run adds
+An experiment is a folder with a config.yml (what differs from configs.yml; key=value lies over both). The run adds
 settings.yml (all settings in force), last.pt (everything, to go on from), weights.safetensors (for test.py; the best
-validated ones, or the latest where nothing is validated), log.txt, log.jsonl and tensorboard/.
-key=value on the command line lies over both files. CUDA_VISIBLE_DEVICES chooses the GPU.
+validated ones, or the latest), log.txt, log.jsonl and tensorboard/. CUDA_VISIBLE_DEVICES chooses the GPU.
 """
 
 import argparse
@@ -47,13 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Run:
-    """One training run: what it is made of, its loop, and what it remembers."""
+    """One training run: what it is made of (what can be refused is refused first), its loop, and what it remembers."""
 
     def __init__(self, settings: config.Settings, folder: Path, resume: bool):
         self.settings, self.last, self.weights = settings, folder / "last.pt", folder / "weights.safetensors"
         if self.last.exists() and not resume:
             raise UserError(f"{folder} holds a run already: go on with --resume, or remove {self.last} to start anew")
-        # What can be refused is refused here, before anything is built.
         self.device = pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()
@@ -67,7 +65,7 @@ class Run:
         torch.backends.cudnn.benchmark = True
         self.method = models.build(settings)
         if saved is None:
-            self.method.start()
+            models.start(self.method, settings.train.init)
         self.method.to(self.device)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
         self.stage, self.step, self.best, self.signal = 0, 0, -math.inf, 0
@@ -76,12 +74,12 @@ class Run:
         self.updater = self.make_updater(saved and saved["updater"])
         self.log = RunLog(folder, self.global_step)
         (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
-        self.log.say(f"{settings.model}, {self.device}, {settings.precision}, from step {self.global_step}")
 
     def train(self) -> int:
         """All stages, from where the run stands. A signal ends it after a whole step; returns the exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+            signal.signal(number, lambda number, _: setattr(self, "signal", number))
+        self.log.say(f"{self.settings.model} on {self.device}, from step {self.global_step}")
         self.train_stage(self.stages[self.stage])
         while self.stage + 1 < len(self.stages) and not self.signal:
             self.stage, self.step = self.stage + 1, 0
@@ -92,11 +90,6 @@ class Run:
             return 128 + self.signal
         self.log.say(f"finished after step {self.global_step}; weights in {self.weights}")
         return 0
-
-    def stop(self, number: int, _) -> None:
-        if self.signal:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.signal = number
 
     def make_updater(self, saved: dict | None = None) -> Updater:
         stage = self.stages[self.stage]
@@ -166,8 +159,10 @@ class Run:
         )
 
     def export(self, method: models.Method) -> None:
-        metadata = {"model": self.settings.model, "settings": config.to_dict(self.settings), "step": self.global_step}
-        checkpoint.save_weights(self.weights, method.inference_state(), metadata)
+        checkpoint.save_weights(self.weights, method.inference_state(), {"step": self.global_step} | self.identity())
+
+    def identity(self) -> dict:
+        return {"model": self.settings.model, "settings": config.to_dict(self.settings)}
 
     @property
     def global_step(self) -> int:
@@ -177,9 +172,7 @@ class Run:
         return every > 0 and self.step % every == 0
 
     def save(self) -> None:
-        state = {
-            "model": self.settings.model,
-            "settings": config.to_dict(self.settings),
+        state = self.identity() | {
             "networks": self.method.state_dict(),
             "ema": self.ema.state_dict(),
             "updater": self.updater.state_dict(),

@@ -65,6 +65,22 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
     return method.to(device).eval()
 
 
+def start(method: Method, file: str | Path | None) -> None:
+    """Give ``method`` the weights with which training begins: its own start, over that those in ``file``.
+
+    ``file`` may be ours or official; networks that it does not hold keep their own start. Raises `UserError` for
+    those that do not fit.
+    """
+    method.start()
+    if file is None:
+        return
+    source = load(file)
+    if type(source) is not type(method):
+        raise UserError(f"{file} holds a {name_of(source)} model, not {name_of(method)}; name another train.init")
+    for name, network in source.named_children():
+        checkpoint.load_strict(getattr(method, name), network.state_dict(), f"the {name} network of {file}")
+
+
 def change(method: Method, test_time: dict) -> None:
     """Change settings of ``method`` that may change after training; refuse others by name."""
     kinds, changed = get_type_hints(method.Settings, include_extras=True), {}

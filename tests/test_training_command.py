@@ -183,6 +183,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(experiment):
     assert (experiment / "last.pt").read_bytes() == before
 
 
+def test_training_can_begin_with_the_weights_of_a_file(experiment, tmp_path):
+    steps = ["warm_start.steps=0", "train.steps=1", "data.validation_hazy="]
+    assert run(experiment, *steps) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(TINY, other)
+    given = f"train.init={experiment / 'weights.safetensors'}"
+    assert run(other, *steps, given, "seed=11", "nedr.learning_rate=1e-12") == 0
+    start = checkpoint.read_safetensors(experiment / "weights.safetensors")[0]
+    after = checkpoint.read(other / "last.pt")["networks"]
+    trained = [key for key in start if key.endswith("weight")]
+    assert all(torch.allclose(start[key], after[key], atol=1e-6) for key in trained)
+    (other / "last.pt").unlink()
+    with pytest.raises(UserError, match=r"removal network of .* does not fit this model: \d+ of another shape"):
+        run(other, *steps, given, "nedr.base_channels=12")
+
+
 REFUSED = {
     "no hazy folder": (["data.hazy=nowhere/hazy"], "nowhere/hazy: no such file or folder"),
     "empty folder": (["data.clear={empty}"], "no pictures in this folder"),

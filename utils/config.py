@@ -78,6 +78,7 @@ class Haze:
 
 @dataclass
 class Train:
+    init: str | None
     steps: CountOrZero
     batch: Count
     accumulate: Count
