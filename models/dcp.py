@@ -24,4 +24,5 @@ class DCP(Method):
         t = physics.dark_channel_transmission(hazy, airlight)
         if self.settings.guided_filter:
             t = physics.guided_filter(hazy, t)
-        return physics.restore(hazy, t.clamp(min=1e-3), airlight)  # the filter may undershoot; restore divides by t
+        # D4's code does not clamp t, and the filter may carry it below 0; only a division by 0 is prevented here.
+        return physics.restore(hazy, t.where(t.abs() > 1e-6, 1e-6), airlight)
