@@ -47,7 +47,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 def to_8bit(image: Tensor) -> np.ndarray:
     """A picture (3,H,W), float in [0,1], as (H,W,3) uint8 by rounding; values outside are clamped."""
-    return image.detach().cpu().float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    return image.detach().cpu().double().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
 def versions() -> dict[str, str]:

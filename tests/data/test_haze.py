@@ -101,7 +101,10 @@ def command(scenes, output, *more):
 def test_command_writes_the_haze_that_the_names_tell(scenes):
     depth_options = ["--depth", str(scenes / "depth"), "--mirror", "--border", "3", "--density", "0.9", "0.9"]
     files = command(scenes, "out", *depth_options)
-    assert len(files) == 3 + 6
+    assert len(files) == 3 + 3 + 6
+    for path in images.find(scenes / "out" / "depth"):
+        whole = images.read_depth(scenes / "depth" / path.name).flip(2)[:, 3:-3, 3:-3]
+        torch.testing.assert_close(images.read_depth(path), whole / whole.max(), atol=1e-4, rtol=0)
     pairs = images.pair(scenes / "out" / "hazy", scenes / "out" / "clear")
     assert len(pairs) == 6
     for hazy_path, clear_path in pairs:
