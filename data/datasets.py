@@ -139,13 +139,14 @@ class Unpaired(Dataset):
 class Paired(Dataset):
     """Whole pictures with their ground truth, to score on: {hazy, clear, name}; see `images.pair`.
 
-    A ground truth that is 20 pixels larger both ways is cut at the centre: SOTS-indoor as RESIDE ships it, 640x480
-    against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
+    A ground truth that is ``border`` pixels larger on every side is cut at the centre: SOTS-indoor as RESIDE ships
+    it, 640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
+    The name is the hazy picture's path below ``root`` (or what they share).
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]]):
-        self.pairs = list(pairs)
-        self.names = _names([hazy for hazy, _ in self.pairs])
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], root: str | Path | None = None, border: int = SOTS_BORDER):
+        self.pairs, self.border = list(pairs), border
+        self.names = _names([hazy for hazy, _ in self.pairs], root)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -153,8 +154,8 @@ class Paired(Dataset):
     def __getitem__(self, index: int) -> dict:
         paths = self.pairs[index]
         hazy, clear = (images.read(path) for path in paths)
-        border = SOTS_BORDER
-        if all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
+        border = self.border
+        if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
             clear = clear[:, border:-border, border:-border].contiguous()
         if hazy.shape != clear.shape:
             (_, h, w), (_, H, W) = hazy.shape, clear.shape
@@ -207,6 +208,24 @@ def validation(settings: Settings) -> Paired | None:
         return None
     pairs = images.pair(data.validation_hazy, _required(data.validation_clear, "data.validation_clear"))
     return Paired(pairs[:: math.ceil(len(pairs) / limit)] if limit else pairs)
+
+
+def doubts(paired: Paired) -> list[str]:
+    """A warning where the hazy pictures look clearer than their ground truth, as in mixed-up folders; else none.
+
+    Haze is light added to every channel, so a hazy picture's darkest channel is the brighter one. Looks at three.
+    """
+    clearer = 0
+    looked = sorted({0, len(paired) // 2, len(paired) - 1})
+    for index in looked:
+        try:
+            item = paired[index]
+        except UserError:  # it will be told in its turn
+            continue
+        clearer += bool(item["hazy"].amin(0).mean() < item["clear"].amin(0).mean())
+    if clearer * 2 <= len(looked):
+        return []
+    return ["the hazy pictures look clearer than their ground truth; are the two folders mixed up?"]
 
 
 def _required(source: str | None, key: str) -> str:

@@ -259,6 +259,23 @@ def test_paired(tmp_path):
     assert batch["hazy"].shape == (1, 3, 50, 60)
 
 
+@pytest.mark.parametrize("border", [0, 2])
+def test_only_the_border_that_is_asked_for_is_cut(tmp_path, border):
+    truth = torch.rand(3, 50, 60).mul(255).round() / 255
+    for cut in (2, 10):
+        images.write(tmp_path / "deep" / f"{cut}.png", truth[:, cut:-cut, cut:-cut])
+        images.write(tmp_path / "clear" / f"{cut}.png", truth)
+    pairs = images.pair(tmp_path / "deep", tmp_path / "clear")
+    dataset = Paired(pairs, tmp_path, border)
+    assert dataset.names == ["deep/2.png", "deep/10.png"]
+    if border:
+        item = dataset[0]
+        assert torch.equal(item["hazy"], item["clear"])
+    for index in range(bool(border), 2):
+        with pytest.raises(UserError, match=r"but its ground truth .*png is 60x50; crop them"):
+            dataset[index]
+
+
 def test_folder_names(pool, tmp_path):
     images.write(tmp_path / "pool" / "deep" / "1.png", torch.rand(3, 4, 4))
     paths = images.find(tmp_path / "pool")

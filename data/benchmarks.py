@@ -1,0 +1,208 @@
+"""The table of benchmarks: how each is laid out on disk, paired, measured and cited, and where to get it.
+
+A layout is a path in which case, ``-``, ``_`` and blanks do not matter and whose end must be that of the folder:
+``{hazy,gt}`` are the folders of hazy pictures and of ground truths side by side, under these or their usual other
+names (`HAZY`, `TRUTH`); without braces everything lies in one folder; ``*`` is a further word, as in RTTS-sample.
+"""
+
+import functools
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from data.datasets import SOTS_BORDER
+
+HAZY = ("hazy", "haze", "hazy-images", "input", "inputs")
+TRUTH = ("gt", "gts", "clear", "clean", "ground-truth", "target", "non-hazy", "haze-free", "original", "clear-images")
+
+SCENE, SAME, GT = "1400_1 -> 1400", "0586 -> 0586", "01_hazy -> 01_GT"
+RULES: dict[str, Callable[[str], str]] = {  # stem of the hazy picture -> stem of its ground truth, in lower case
+    SCENE: lambda stem: stem.split("_")[0],
+    SAME: lambda stem: stem,
+    GT: lambda stem: re.sub("_hazy$", "_gt", stem),
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The publication to cite for a set; ``url`` is the official page of its data, empty where that is not certain."""
+
+    authors: str
+    title: str
+    venue: str
+    year: int
+    url: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.authors}: {self.title}. {self.venue}, {self.year}"
+
+    @property
+    def where(self) -> str:
+        return self.url or f'search for "{self.title}"'
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One set. ``hazy`` and ``truths`` are how many pictures it has, ``numbers`` how they are numbered ("01-25 31-35").
+
+    ``each`` hazy pictures have the same number; ``test`` are the numbers of its test split; ``border`` is how many
+    pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of
+    the released D4 and NeDR. A repackaged set may repeat the ground truth under the name of every hazy picture.
+    """
+
+    name: str
+    hazy: int
+    truths: int
+    rule: str
+    paper: Paper
+    layouts: tuple[str, ...] = ()
+    truth: Literal["aligned", "unaligned", "none"] = "aligned"
+    numbers: str = ""
+    each: int = 1
+    test: str = ""
+    border: int = 0
+    airlight: Literal["max", "dark_channel"] = "dark_channel"
+    guided_filter: bool = True
+    note: str = ""
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """The numbers of every split: "all", and "test" where the field has agreed on one."""
+        return {"all": self.numbers} | ({"test": self.test} if self.test else {})
+
+    @property
+    def metrics(self) -> str:
+        """What can be measured: ``full-reference``, ``no-reference``, or ``doubtful`` where pairs do not align."""
+        return {"aligned": "full-reference", "unaligned": "doubtful", "none": "no-reference"}[self.truth]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """All layouts, the best first: as shipped and repackaged, then the plain ones under the set's own name."""
+        folders = ("/hazy", "") if self.truth == "none" else ("/{hazy,gt}", "/test/{hazy,gt}")
+        folders += ("",) if self.rule == GT else ()
+        plain = (name + folder for name in (self.name, f"{self.name}*") for folder in folders)
+        return tuple(dict.fromkeys((*self.layouts, *plain)))
+
+
+# fmt: off
+RESIDE = Paper(
+    "Li, Ren, Fu, Tao, Feng, Zeng and Wang", "Benchmarking Single-Image Dehazing and Beyond",
+    "IEEE Transactions on Image Processing", 2019, "https://sites.google.com/view/reside-dehaze-datasets")
+I_HAZE = Paper(
+    "Ancuti, Ancuti, Timofte and De Vleeschouwer",
+    "I-HAZE: A Dehazing Benchmark with Real Hazy and Haze-Free Indoor Images",
+    "ACIVS", 2018, "https://data.vision.ee.ethz.ch/cvl/ntire18/i-haze/")
+O_HAZE = Paper(
+    "Ancuti, Ancuti, Timofte and De Vleeschouwer",
+    "O-HAZE: A Dehazing Benchmark with Real Hazy and Haze-Free Outdoor Images",
+    "CVPR Workshops", 2018, "https://data.vision.ee.ethz.ch/cvl/ntire18/o-haze/")
+NH_HAZE = Paper(
+    "Ancuti, Ancuti and Timofte",
+    "NH-HAZE: An Image Dehazing Benchmark with Non-Homogeneous Hazy and Haze-Free Images",
+    "CVPR Workshops", 2020, "https://data.vision.ee.ethz.ch/cvl/ntire20/nh-haze/")
+DENSE_HAZE = Paper(
+    "Ancuti, Ancuti, Sbert and Timofte",
+    "Dense-Haze: A Benchmark for Image Dehazing with Dense-Haze and Haze-Free Images",
+    "ICIP", 2019, "https://data.vision.ee.ethz.ch/cvl/ntire19/dense-haze/")
+NTIRE_2021 = Paper(
+    "Ancuti, Ancuti, Vasluianu, Timofte et al.", "NTIRE 2021 NonHomogeneous Dehazing Challenge Report",
+    "CVPR Workshops", 2021)
+HAZE_4K = Paper(
+    "Liu, Zhu, Pei, Fu, Qin, Zhang, Wan and Feng",
+    "From Synthetic to Real: Image Dehazing Collaborating with Unlabeled Real Data",
+    "ACM Multimedia", 2021, "https://github.com/liuye123321/DMT-Net")
+COLOR_LINES = Paper(
+    "Fattal", "Dehazing Using Color-Lines",
+    "ACM Transactions on Graphics", 2014, "https://www.cs.huji.ac.il/~raananf/projects/dehaze_cl/")
+NON_ALIGNED = Paper(
+    "Fan, Guo, Qian, Li, Li and Yang", "Non-aligned Supervision for Real Image Dehazing", "arXiv 2303.04940", 2023)
+
+TABLE = (
+    Benchmark(
+        "SOTS-indoor", 500, 50, SCENE, RESIDE,
+        ("SOTS/indoor/{hazy,gt}", "SOTS/indoor/nyuhaze500/{hazy,gt}", "SOTS/nyuhaze500/{hazy,gt}",
+         "RESIDE-IN/test/{hazy,gt}", "reside-indoor/test/{hazy,gt}"),
+        numbers="1400-1449", each=10, border=SOTS_BORDER, airlight="max", guided_filter=False,
+        note="Official ground truth is 640x480 against 620x460: 10 pixels are cut off every side, nothing is resized.",
+    ),
+    Benchmark(
+        "SOTS-outdoor", 500, 492, SCENE, RESIDE,
+        ("SOTS/outdoor/{hazy,gt}", "RESIDE-OUT/test/{hazy,gt}", "reside-outdoor/test/{hazy,gt}"),
+        note="The mean is over the hazy pictures. They are JPEG: versions of the decoder move the figures. Some "
+        "collections of OTS hold scenes of this set: do not train on those.",
+    ),
+    Benchmark(
+        "HSTS-synthetic", 10, 10, SAME, RESIDE,
+        ("HSTS/synthetic/{synthetic,original}", "HSTS/synthetic/{hazy,gt}", "HSTS/{synthetic,original}",
+         "HSTS/{hazy,gt}", "HSTS-synthetic/{synthetic,original}"),
+        note="Hazy pictures lie in `synthetic`. Two ground truths are PNG data named .jpg, which is fine here. "
+        "Shares scenes with OTS.",
+    ),
+    Benchmark("HSTS-real", 10, 0, SAME, RESIDE, ("HSTS/real-world", "HSTS/real", "HSTS/real/hazy"), truth="none"),
+    Benchmark(
+        "I-HAZE", 30, 30, GT, I_HAZE, ("I-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-25 31-35", test="31-35",
+        note="There are no 26-30. Unpaired methods average all 30 pictures, others 31-35.",
+    ),
+    Benchmark(
+        "O-HAZE", 45, 45, GT, O_HAZE, ("O-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-45", test="41-45",
+        note="Up to 5436x3612. Unpaired methods average all 45 pictures, supervised ones 41-45.",
+    ),
+    Benchmark(
+        "NH-HAZE", 55, 55, GT, NH_HAZE, ("NH-HAZE", "NH-HAZE-2020/{hazy,gt}", "NH-HAZE-2020"),
+        numbers="01-55", test="51-55", note="Comes flat: 01_hazy.png beside 01_GT.png. Supervised methods use 51-55.",
+    ),
+    Benchmark("Dense-HAZE", 55, 55, GT, DENSE_HAZE, ("Dense_Haze_NTIRE19/{hazy,gt}",), numbers="01-55", test="51-55"),
+    Benchmark(
+        "NH-HAZE2", 25, 25, GT, NTIRE_2021,
+        ("NTIRE2021_Train_{Hazy,GT}", "NH-HAZE-2021/{hazy,gt}", "NH-HAZE-2021"), numbers="01-25", test="21-25",
+        note="The public training part of the challenge; ground truth bears the name of the hazy picture.",
+    ),
+    Benchmark("Haze4K", 1000, 1000, SCENE, HAZE_4K, ("Haze4K/test/{haze,gt}",), numbers="1-1000"),
+    Benchmark("RTTS", 4322, 0, SAME, RESIDE, ("RTTS/JPEGImages",), truth="none"),
+    Benchmark("URHI", 4807, 0, SAME, RESIDE, ("URHI", "URHI/*"), truth="none"),
+    Benchmark("Fattal", 31, 0, SAME, COLOR_LINES, truth="none", note="Only the hazy inputs may be in the folder."),
+    Benchmark(
+        "PhoneHazy", 415, 415, SAME, NON_ALIGNED, truth="unaligned",
+        note="Pairs are not aligned: full-reference figures mean little.",
+    ),
+)
+# fmt: on
+BENCHMARKS = {benchmark.name: benchmark for benchmark in TABLE}
+GROUPS = {
+    "SOTS": ("SOTS-indoor", "SOTS-outdoor"),
+    "HSTS": ("HSTS-synthetic", "HSTS-real"),
+    "all": tuple(BENCHMARKS),
+}
+
+
+@functools.cache
+def unroll(text: str) -> tuple[int, ...]:
+    """What a text such as "01-03 7" stands for: 1, 2, 3, 7."""
+    runs = (run.partition("-") for run in text.split())
+    return tuple(n for first, _, last in runs for n in range(int(first), int(last or first) + 1))
+
+
+def listing() -> str:
+    """All sets as a text of at most 120 columns: sizes, splits, test settings, layouts, traps and sources."""
+    row = "{:16}{:>4}{:>8}  {:16}{:8}{:24}{}".format
+    lines = [row("set", "hazy", "truths", "metrics", ":test", "airlight (filter)", "layout, e.g.")]
+    for b in TABLE:
+        light = b.airlight + " (guided)" * b.guided_filter
+        lines.append(row(b.name, b.hazy, b.truths or "-", b.metrics, b.test or "-", light, b.places[0]))
+    usage = (
+        "Names may be in any case, - and _ alike. SOTS, HSTS and all are groups; O-HAZE:test is a split. Airlight and "
+        "guided filter are the test settings of the released D4 and NeDR. Other usual layouts are found too, among "
+        "them NAME/{hazy,gt} and, without ground truth, NAME/hazy or NAME itself."
+    )
+    lines += ["", *_wrapped(usage)]
+    lines += ["", *(line for b in TABLE if b.note for line in _wrapped(f"{b.name:16}{b.note}", 16)), ""]
+    for paper in dict.fromkeys(b.paper for b in TABLE):
+        lines += _wrapped(", ".join(b.name for b in TABLE if b.paper == paper))
+        lines += [*_wrapped(f"    {paper}", 4), f"    {paper.where}"]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    return textwrap.wrap(text, 110, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)

@@ -1,0 +1,309 @@
+"""Find benchmarks on disk by the layouts of their table, pair their pictures and check that all is there."""
+
+import contextlib
+import functools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from data import datasets, images
+from data.benchmarks import BENCHMARKS, GROUPS, HAZY, RULES, TRUTH, Benchmark, unroll
+from utils.errors import UserError, nearest
+
+LEVELS = 5  # of folders below the data root that are looked through
+RUNS = 10  # of missing numbers that are named
+OTHER = r"(?![^/]*(?:train|val|dehaz|result|output))[a-z][^/]*"  # what * stands for
+MANY = 1000  # a folder that shows so many pictures holds pictures, and is not listed to its end
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
+
+
+@dataclass(frozen=True)
+class Found:
+    """A set on disk: ``pairs`` of hazy picture and ground truth (or None), 2 before 10.
+
+    ``folder`` holds the hazy pictures; ``remarks`` say what is missing or odd, one line each.
+    """
+
+    benchmark: Benchmark
+    split: str
+    folder: Path
+    pairs: list[tuple[Path, Path | None]]
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.benchmark.name if self.split == "all" else f"{self.benchmark.name}:{self.split}"
+
+    @property
+    def expected(self) -> int:
+        """How many hazy pictures the whole split has."""
+        numbers = unroll(self.benchmark.splits[self.split])
+        return len(numbers) * self.benchmark.each if numbers else self.benchmark.hazy
+
+    def items(self) -> datasets.Paired | datasets.Folder:
+        """The pictures themselves, to score on or, without ground truth, to dehaze."""
+        if self.benchmark.truth == "none":
+            return datasets.Folder([hazy for hazy, _ in self.pairs], self.folder)
+        return datasets.Paired(self.pairs, self.folder, self.benchmark.border)
+
+
+def find(names: Sequence[str], root: str | Path) -> list[Found]:
+    """Find sets ("o_haze"), splits ("O-HAZE:test") and groups ("SOTS") under ``root``, `LEVELS` deep, or at it.
+
+    Of a group, sets that are absent are left out with a remark. Raises `UserError` for an unknown name, a set that
+    is not there, a hazy picture without its one ground truth, and sizes that do not agree. Reads headers only.
+    """
+    wanted, top = _wanted(names), images.resolve(root)
+    if not top.is_dir():
+        raise UserError(f"{top}: a file, not a data root; name the folder that holds the benchmarks")
+    folders = _folders(top)
+    places = {name: _places(BENCHMARKS[name], folders) for name, _ in wanted}
+    absent = [name for name, found in places.items() if not found or not found[0].whole]
+    present = {group for (name, _), group in wanted.items() if name not in absent and group}
+    missing = [name for (name, _), group in wanted.items() if name in absent and group not in present]
+    if missing:
+        raise UserError(_missing({name: places[name] for name in missing}, top))
+    found, first = [], {}
+    for (name, split), group in wanted.items():
+        if name not in absent:
+            found.append(_gather(BENCHMARKS[name], split, places[name]))
+            first.setdefault(group, found[-1])
+    for group, head in first.items():
+        gone = dict.fromkeys(name for (name, _), by in wanted.items() if by == group and name in absent)
+        if gone:
+            head.remarks.append(f"of {group}, not under {top} and left out: {', '.join(gone)}")
+    return found
+
+
+def _wanted(names: Sequence[str]) -> dict[tuple[str, str], str]:
+    """(set, split) -> the group that it was named by, or "" if by itself; each once, in the order of the user."""
+    sets = {_key(name): name for name in (*BENCHMARKS, *GROUPS)}
+    wanted: dict[tuple[str, str], str] = {}
+    for text in names:
+        asked, _, split = (part.strip() for part in text.partition(":"))
+        name, split = sets.get(_key(asked), ""), split.lower() or "all"
+        if not name:
+            raise UserError(f"'{asked}': no such benchmark{nearest(asked.lower(), map(str.lower, sets.values()))}")
+        parts = GROUPS.get(name, (name,))
+        having = [part for part in parts if split in BENCHMARKS[part].splits]
+        if not having:
+            known = {split for part in parts for split in BENCHMARKS[part].splits}
+            raise UserError(f"'{text}': no such split{nearest(split, known)}")
+        for part in having:
+            group = name if name in GROUPS else ""
+            wanted[part, split] = group and wanted.get((part, split), group)  # by itself: no longer optional
+    return wanted
+
+
+def _key(name: str) -> str:
+    return re.sub("[-_ ]", "", name).casefold()
+
+
+class Place(NamedTuple):
+    """Where a set lies; of several folders of ``truths`` the first counts, and may be the hazy one itself."""
+
+    hazy: Path
+    truths: list[Path]
+    whole: bool  # has the ground truth that it should have
+
+
+def _places(benchmark: Benchmark, folders: list[Path]) -> list[Place]:
+    """The best first: whole ones, then by the order of the layouts, then the shallowest; each real folder once."""
+    places: dict[str, Place] = {}
+    for layout in benchmark.places:
+        for folder in (folder for folder in folders if _fits(folder, layout, 1)):
+            truths = []
+            if "{" in layout:
+                truths = [other for other in _subfolders(folder.parent) if _fits(other, layout, 2)]
+                truths.sort(key=lambda path: path.name.lower() != "gt")
+            elif benchmark.truth != "none":
+                truths = [folder]
+            if _holds_pictures(folder, "_gt" if truths == [folder] else ""):
+                whole = bool(truths) or benchmark.truth == "none"
+                places.setdefault(os.path.realpath(folder), Place(folder, truths, whole))
+    return sorted(places.values(), key=lambda place: not place.whole)
+
+
+def _fits(folder: Path, layout: str, side: int) -> bool:
+    return _regex(layout, side).fullmatch(folder.as_posix()) is not None
+
+
+@functools.cache
+def _regex(layout: str, side: int) -> re.Pattern:
+    """What the path of a folder of hazy pictures (``side`` 1) or of ground truths (2) looks like."""
+    synonyms = {"hazy": HAZY, "haze": HAZY, "gt": TRUTH}
+    parts = re.sub(r"{(\w+),(\w+)}", rf"\{side}", layout).split("/")
+    choices = ("|".join(map(_pattern, synonyms.get(part, (part,)))) for part in parts)
+    return re.compile(".*" + "".join(f"/[#_ ]*(?:{choice})" for choice in choices), re.IGNORECASE)
+
+
+def _pattern(name: str) -> str:
+    """The regular expression for the name of one folder."""
+    joints = "[-_ ]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=[0-9])"  # PhoneHazy is Phone-Hazy too
+    text = re.sub(joints, "[-_ ]*", name.removesuffix("*"))
+    if name.endswith("*"):
+        text += f"(?:[-_ ]+{OTHER})?" if text else OTHER
+    return text
+
+
+def _folders(root: Path) -> list[Path]:
+    """``root`` and the folders below it, level by level; then, by their real names, those that links lead to."""
+    level, found = [Path(os.path.abspath(root))], []
+    for _ in range(LEVELS + 1):
+        found += level
+        level = [below for folder in level for below in _subfolders(folder)]
+    return list(dict.fromkeys([*found, *(Path(os.path.realpath(folder)) for folder in found)]))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Sorted; hidden folders, training data and links that lead back up are left out."""
+    subfolders, pictures, real = [], 0, Path(os.path.realpath(folder))
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed holds no benchmark
+        for entry in entries:
+            if entry.is_dir():
+                back = entry.is_symlink() and real.is_relative_to(os.path.realpath(entry))
+                if not back and not re.fullmatch(r"\..*|train(ing)?|val(id|idation)?", entry.name, re.IGNORECASE):
+                    subfolders.append(folder / entry.name)
+            elif _is_picture(entry.name):
+                pictures += 1
+                if pictures == MANY:
+                    break
+    return sorted(subfolders, key=lambda path: (path.name.casefold(), path.name))
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in images.EXTENSIONS
+
+
+def _holds_pictures(folder: Path, ending: str) -> bool:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = (entry.name for entry in entries if _is_picture(entry.name))
+        return any(os.path.splitext(name)[0].lower().endswith(ending) for name in names)
+    return False
+
+
+def _missing(places: dict[str, list[Place]], root: Path) -> str:
+    """One line about the sets that are not there: what was looked for, and where to get it."""
+    if len(places) > 3:
+        return f"{', '.join(places)}: not under {root}; --list-benchmarks has their layouts and where to get them"
+    hints = []
+    for name, half in places.items():
+        looked = f"looked for {', '.join(BENCHMARKS[name].places[:3])} and the like"
+        if half:
+            looked = f"{half[0].hazy} has no folder of ground truths beside it ({', '.join(TRUTH[:4])} ...)"
+        which = f"{name}: " if len(places) > 1 else ""
+        hints.append(f"{which}{looked}; to get it: {BENCHMARKS[name].paper.where}")
+    return f"{', '.join(places)}: not under {root}; {'; '.join(hints)}"
+
+
+def _gather(benchmark: Benchmark, split: str, places: list[Place]) -> Found:
+    """Pair and check the pictures of a split at the first of the places."""
+    place = places[0]
+    hazy, truths = _pictures(place.hazy), _pictures(place.truths[0]) if place.truths else []
+    if place.truths == [place.hazy]:
+        truths = [path for path in hazy if path.stem.lower().endswith("_gt")]
+        hazy = [path for path in hazy if path not in truths]
+    if split != "all":
+        numbers = benchmark.splits[split]
+        hazy = [path for path in hazy if _number(path) in unroll(numbers)]
+        if not hazy:
+            raise UserError(f"{place.hazy}: none of {benchmark.name}:{split} ({numbers}); add them or name no split")
+    pairs = [(path, None) for path in hazy]
+    if benchmark.truth != "none":
+        pairs = _pair(benchmark, hazy, truths, place.truths[0])
+        _check_sizes(benchmark, pairs)
+    found = Found(benchmark, split, place.hazy, pairs)
+    found.remarks.extend(_remarks(found))
+    others = [*place.truths[1:], *(other.hazy for other in places[1:] if other.whole)]
+    found.remarks.extend(f"there is also {other}; not used" for other in others)
+    return found
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Those in the folder itself, 2 before 10."""
+    return [path for path in images.find(folder) if path.parent == folder]
+
+
+def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
+    """Every hazy picture with its ground truth, by the set's rule; repackaged sets give both the same stem."""
+    stems, rule = images.by_stem(truths), RULES[benchmark.rule]
+    names = {path: path.stem.casefold() for path in hazy}
+    choices = {path: stems.get(name) or stems.get(rule(name), []) for path, name in names.items()}
+    double = [paths for paths in images.by_stem(hazy).values() if len(paths) > 1]
+    _refuse([f"{a} and {b} are hazy pictures of one name" for a, b, *_ in double], "keep one")
+    lone = [f"{path}: no ground truth {rule(names[path])}.* in {folder}" for path in hazy if not choices[path]]
+    _refuse(lone, f"add it; {benchmark.name} is paired as {benchmark.rule}, or by the same name")
+    many = {path: found for path, found in choices.items() if len(found) > 1}
+    _refuse([f"{path}: has two ground truths, {a} and {b}" for path, (a, b, *_) in many.items()], "keep one")
+    return [(path, found[0]) for path, found in choices.items()]
+
+
+def _check_sizes(benchmark: Benchmark, pairs: list[tuple[Path, Path]]) -> None:
+    sizes = {path: _size(path) for path in dict.fromkeys(path for pair in pairs for path in pair)}
+    wrong, border = [], benchmark.border
+    for hazy, truth in pairs:
+        if sizes[hazy] and sizes[truth]:
+            (w, h), (W, H) = sizes[hazy], sizes[truth]
+            if (W - w, H - h) not in [(0, 0), (2 * border, 2 * border)]:
+                wrong.append(f"{hazy} is {w}x{h} but its ground truth {truth} is {W}x{H}")
+    larger = f", or the ground truth {border} pixels larger on every side" if border else ""
+    _refuse(wrong, f"sizes must be equal{larger}, and nothing is ever resized; fetch the set again")
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height as seen upright, by the header alone; None if it cannot be read, which the reader will tell."""
+    Image.MAX_IMAGE_PIXELS = images.MAX_PIXELS
+    with contextlib.suppress(Exception), Image.open(path) as image:  # on broken bytes Pillow raises nearly any kind
+        exif = Image.Image.getexif(image)  # that of PNG files would first decode all pixels
+        return image.size[::-1] if exif.get(ORIENTATION) in QUARTER_TURNS else image.size
+    return None
+
+
+def _refuse(problems: list[str], remedy: str) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}; {remedy}")
+
+
+def _remarks(found: Found) -> Iterator[str]:
+    """What is missing or odd, by the numbers of the pictures where the set has any."""
+    benchmark, text = found.benchmark, found.benchmark.splits[found.split]
+    wanted, have = unroll(text), Counter(_number(hazy) for hazy, _ in found.pairs)
+    absent, few = [n for n in wanted if not have[n]], [n for n in wanted if 0 < have[n] < benchmark.each]
+    strange = [hazy.name for hazy, _ in found.pairs if wanted and _number(hazy) not in wanted]
+    parts = [f"missing: {_runs(absent, text)}"] if absent else []
+    parts += [f"fewer than {benchmark.each} each: {_runs(few, text)}"] if few else []
+    parts += [f"not of this set: {', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}"] if strange else []
+    if parts or len(found.pairs) != found.expected:
+        yield "; ".join([f"{len(found.pairs)} of {found.expected} hazy pictures", *parts])
+    if len(found.pairs) > found.expected:
+        yield f"more hazy pictures than the set has; is there anything else in {found.folder}?"
+    truths = len({truth for _, truth in found.pairs})
+    if len(found.pairs) == benchmark.hazy and benchmark.truths and truths not in (benchmark.truths, benchmark.hazy):
+        yield f"{truths} ground truths where the set has {benchmark.truths}"
+    if benchmark.truth == "unaligned":
+        yield "hazy pictures and ground truths are not aligned: full-reference figures mean little"
+
+
+def _number(path: Path) -> int | None:
+    digits = re.match("[0-9]+", path.stem)
+    return int(digits[0]) if digits else None
+
+
+def _runs(numbers: Sequence[int], like: str) -> str:
+    """The other way round, with as many digits as ``like`` begins with; of many runs the first `RUNS`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    width = len(like.partition("-")[0])
+    texts = [f"{a:0{width}}" if a == b else f"{a:0{width}}-{b:0{width}}" for a, b in runs]
+    return " ".join(texts[:RUNS]) + (f" ... ({len(numbers)} in all)" if len(texts) > RUNS else "")

@@ -1,0 +1,452 @@
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import benchmarks, locate
+from data.benchmarks import BENCHMARKS, GROUPS, GT, SAME, SCENE
+from data.datasets import Folder, Paired
+from data.locate import find
+from utils.errors import UserError
+
+NAMES = {  # a hazy picture and its ground truth, as the set names number n
+    "HSTS-synthetic": "{n:04}.jpg {n:04}.jpg",
+    "SOTS-outdoor": "{n:04}_0.8_0.2.jpg {n:04}.png",
+    "I-HAZE": "{n:02}_indoor_hazy.jpg {n:02}_indoor_GT.jpg",
+    "O-HAZE": "{n:02}_outdoor_hazy.jpg {n:02}_outdoor_GT.JPG",
+    "NH-HAZE2": "{n:02}.png {n:02}.png",
+    "Haze4K": "{n}_0.79_1.44.png {n}.png",
+} | dict.fromkeys(["NH-HAZE", "Dense-HAZE"], "{n:02}_hazy.png {n:02}_GT.png")
+LAYOUTS = [(b.name, layout) for b in BENCHMARKS.values() for layout in b.places]
+ELSEWHERE = """
+SOTS-indoor: RESIDE/SOTS/indoor/{hazy,clear}; RESIDE-IN/test/{hazy,GT}; SOTS_indoor/{input,target}
+SOTS-outdoor: RESIDE/SOTS/outdoor/{hazy,clear}; RESIDE-OUT/test/{hazy,GT}; sots outdoor/{HAZY,Clean}
+HSTS-synthetic: hsts_synthetic/{hazy,original}; HSTS/Synthetic/{synthetic,original}
+HSTS-real: HSTS/real world; HSTS_real
+I-HAZE: # I-HAZY NTIRE 2018/{hazy,GT}; i_haze/{hazy,ground truth}
+O-HAZE: # O-HAZY NTIRE 2018/{hazy,GT}; O-HAZE/{input,gt}; OHAZE/{haze,clear}
+NH-HAZE: NH_HAZE; NH HAZE/test/{hazy,gt}
+Dense-HAZE: Dense_Haze_NTIRE19/{hazy,GT}; DenseHaze/{hazy,gt}
+NH-HAZE2: NTIRE2021 Train_{Hazy,GT}; NH-HAZE-2/{hazy,gt}; nh_haze2/{hazy,non-hazy}
+Haze4K: haze4k-test/{hazy,gt}; Haze-4K/test/{haze,gt}
+RTTS: RTTS-sample/{hazy}; RESIDE/RTTS/JPEGImages
+URHI: URHI/UnannotatedHazyImages
+Fattal: FATTAL
+PhoneHazy: Phone-Hazy/{hazy,gt}; phonehazy/test/{hazy,clear}
+"""
+TOLD = [line.partition(": ") for line in ELSEWHERE.strip().splitlines()]
+LAYOUTS += [(name, layout) for name, _, layouts in TOLD for layout in layouts.split("; ")]
+
+
+def save(path: Path, size=(4, 3), **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path, **options)
+    return path
+
+
+def number(benchmark, n: int) -> int:
+    numbers = benchmarks.unroll(benchmark.test or benchmark.numbers)
+    return numbers[n] if numbers else n + 1
+
+
+def fill(name: str, hazy: Path, truth: Path, numbers=(0, 1)) -> list[tuple[Path, Path | None]]:
+    """Pictures of a set by its own names; several at a number where it has several."""
+    b, pairs = BENCHMARKS[name], []
+    for n in (number(b, n) for n in numbers):
+        for k in range(1, b.each + 1):
+            default = f"{n}_{k}.png {n}.png" if b.rule == SCENE else f"{n}.png {n}.png"
+            names = NAMES.get(name, default) if hazy != truth or b.rule != GT else NAMES["NH-HAZE"]
+            names = names.format(n=n).split()
+            save(hazy / names[0])
+            pairs.append((hazy / names[0], None if b.truth == "none" else save(truth / names[1])))
+    return pairs
+
+
+def lay(name: str, layout: str, root: Path) -> list[tuple[Path, Path | None]]:
+    """A set laid out as a layout says."""
+    layout = layout.replace("/*", "/pictures").replace("*", "-more").replace("{hazy}", "hazy")
+    return fill(name, *(root / re.sub("{(.*),(.*)}", rf"\{side}", layout) for side in (1, 2)))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_entry_is_complete(name):
+    b = BENCHMARKS[name]
+    assert b.name == name
+    assert b.hazy > 0
+    assert (b.truths == 0) == (b.truth == "none") == (b.metrics == "no-reference")
+    assert b.rule in (SCENE, SAME, GT)
+    assert b.paper.authors in str(b.paper)
+    assert str(b.paper.year) in str(b.paper)
+    assert b.paper.where.startswith(("https://", "search for"))
+    assert (b.airlight, b.guided_filter, b.border) == (
+        ("max", False, 10) if name == "SOTS-indoor" else ("dark_channel", True, 0)
+    )
+    if b.numbers:
+        assert len(benchmarks.unroll(b.numbers)) * b.each == b.hazy
+        assert set(benchmarks.unroll(b.test)) <= set(benchmarks.unroll(b.numbers))
+    else:
+        assert not b.test
+
+
+def test_the_agreed_splits_and_groups():
+    splits = {name: b.test for name, b in BENCHMARKS.items() if b.test}
+    assert splits == {
+        "I-HAZE": "31-35",
+        "O-HAZE": "41-45",
+        "NH-HAZE": "51-55",
+        "Dense-HAZE": "51-55",
+        "NH-HAZE2": "21-25",
+    }
+    assert 26 not in benchmarks.unroll(BENCHMARKS["I-HAZE"].numbers)
+    assert GROUPS["all"] == tuple(BENCHMARKS)
+    assert all(part in BENCHMARKS for parts in GROUPS.values() for part in parts)
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_every_layout_is_found(tmp_path, name, layout):
+    pairs = lay(name, layout, tmp_path / "some")
+    (found,) = find([name], tmp_path)
+    assert found.pairs == pairs
+    assert found.folder == pairs[0][0].parent
+    assert not any("also" in remark for remark in found.remarks)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """All sets as shipped, side by side, among folders that are none of them."""
+    root = tmp_path_factory.mktemp("everything")
+    pairs = {name: lay(name, b.places[0], root) for name, b in BENCHMARKS.items()}
+    for folder in ("RESIDE-IN/train/GT", "Haze4K/train/haze", "train/O-HAZE/hazy", "ITS-sample/hazy", ".cache/RTTS"):
+        save(root / folder / "9.png")
+    for folder in ("O-HAZE-train/hazy", "RTTS-dehazed", "SOTS-indoor_results/hazy", "NH-HAZE23/hazy", "XO-HAZE/hazy"):
+        save(root / folder / "9.png")
+        save(root / folder / "../gt/9.png")
+    return root, pairs
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_no_set_is_taken_for_another(everything, name):
+    root, pairs = everything
+    (found,) = find([name], root)
+    assert found.pairs == pairs[name]
+    assert not any("also" in remark for remark in found.remarks)
+
+
+def test_all_in_the_order_of_the_table_and_groups(everything):
+    root, pairs = everything
+    assert [found.name for found in find(["all"], root)] == list(BENCHMARKS)
+    assert {found.name: found.pairs for found in find(["all"], root)} == pairs
+    names = [found.name for found in find(["hsts", "O-HAZE", "Sots", "SOTS-indoor", "o_haze:Test", "ohaze"], root)]
+    assert names == ["HSTS-synthetic", "HSTS-real", "O-HAZE", "SOTS-indoor", "SOTS-outdoor", "O-HAZE:test"]
+    tests = [found.name for found in find(["all:test"], root)]
+    assert tests == [f"{name}:test" for name, b in BENCHMARKS.items() if b.test]
+
+
+def test_the_data_root_may_be_the_set_itself(everything, tmp_path, monkeypatch):
+    root, pairs = everything
+    assert find(["SOTS-indoor"], root / "SOTS" / "indoor")[0].pairs == pairs["SOTS-indoor"]
+    assert find(["SOTS-indoor"], root / "SOTS" / "indoor" / "hazy")[0].pairs == pairs["SOTS-indoor"]
+    monkeypatch.chdir(root / "SOTS" / "indoor")
+    assert find(["SOTS-indoor"], ".")[0].pairs == pairs["SOTS-indoor"]
+    (tmp_path / "link").symlink_to(root / "RTTS")
+    assert find(["RTTS"], tmp_path / "link")[0].pairs == pairs["RTTS"]
+
+
+def test_links(tmp_path):
+    lay("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path / "disk")
+    lay("RTTS", "photos", tmp_path / "disk")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "first").symlink_to(tmp_path / "disk" / "O-HAZE")  # known by where it leads
+    (root / "RTTS").symlink_to(tmp_path / "disk" / "photos")  # known by its own name
+    (root / "back").symlink_to(tmp_path)
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    found = find(["O-HAZE", "RTTS"], root)
+    assert [len(f.pairs) for f in found] == [2, 2]
+    assert found[0].folder == tmp_path / "disk" / "O-HAZE" / "hazy"
+    assert found[1].folder == root / "RTTS"
+    assert not any("also" in remark for f in found for remark in f.remarks)
+
+
+def test_the_first_place_is_taken_and_the_others_told(tmp_path):
+    lay("SOTS-indoor", "a/SOTS-indoor/{hazy,gt}", tmp_path)
+    lay("SOTS-indoor", "deep/down/SOTS/indoor/{hazy,gt}", tmp_path)
+    pairs = lay("SOTS-indoor", "z/SOTS/indoor/{hazy,gt}", tmp_path)
+    save(tmp_path / "z/SOTS/indoor/clear/1400.png")
+    (found,) = find(["SOTS-indoor"], tmp_path)
+    assert found.pairs == pairs
+    others = [remark for remark in found.remarks if "also" in remark]
+    assert others == [
+        f"there is also {tmp_path / path}; not used"
+        for path in ("z/SOTS/indoor/clear", "deep/down/SOTS/indoor/hazy", "a/SOTS-indoor/hazy")
+    ]
+
+
+def test_huge_folders_are_not_listed_to_their_end(tmp_path, monkeypatch):
+    save(tmp_path / "ots" / "1.png")
+    for n in range(2, 50):
+        (tmp_path / "ots" / f"{n}.png").touch()
+    lay("RTTS", "RTTS", tmp_path)
+    seen = []
+    is_picture = locate._is_picture
+    monkeypatch.setattr(locate, "_is_picture", lambda name: seen.append(name) or is_picture(name))
+    monkeypatch.setattr(locate, "MANY", 5)
+    assert len(find(["RTTS"], tmp_path)[0].pairs) == 2
+    assert len(seen) < 12
+
+
+def test_pictures_of_sub_folders_are_none_of_the_set(tmp_path):
+    pairs = lay("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path)
+    save(pairs[0][0].parent / "old" / "01_outdoor_hazy.jpg")
+    assert find(["O-HAZE"], tmp_path)[0].pairs == pairs
+
+
+def test_natural_order(tmp_path):
+    for n in (10, 9, 100, 1):
+        fill("Haze4K", tmp_path / "Haze4K/test/haze", tmp_path / "Haze4K/test/gt", [n - 1])
+    assert [h.name.split("_")[0] for h, _ in find(["haze4k"], tmp_path)[0].pairs] == ["1", "9", "10", "100"]
+
+
+def test_the_same_stem_comes_before_the_rule(tmp_path):
+    for name in ("hazy/1400_1.png", "hazy/1400_2.png", "GT/1400_1.png", "GT/1400_2.png", "GT/1400.png"):
+        save(tmp_path / "RESIDE-IN/test" / name)
+    pairs = find(["SOTS-indoor"], tmp_path)[0].pairs
+    assert [truth.name for _, truth in pairs] == ["1400_1.png", "1400_2.png"]
+
+
+def test_a_rule_is_not_that_of_another_set(tmp_path):
+    save(tmp_path / "HSTS-synthetic/hazy/1_2.png")
+    save(tmp_path / "HSTS-synthetic/gt/1.png")
+    with pytest.raises(
+        UserError, match=r"1_2\.png: no ground truth 1_2\.\* in .*gt; .*HSTS-synthetic is paired as 0586"
+    ):
+        find(["HSTS-synthetic"], tmp_path)
+
+
+def test_splits(tmp_path):
+    b = BENCHMARKS["O-HAZE"]
+    folders = tmp_path / "O-HAZE/hazy", tmp_path / "O-HAZE/gt"
+    for n in (1, 40, 41, 45):
+        save(folders[0] / f"{n:02}_outdoor_hazy.jpg")
+        save(folders[1] / f"{n:02}_outdoor_GT.jpg")
+    whole, test = find(["O-HAZE", "O-HAZE:test"], tmp_path)
+    assert (whole.name, whole.split, whole.expected, len(whole.pairs)) == ("O-HAZE", "all", 45, 4)
+    assert (test.name, test.split, test.expected, len(test.pairs)) == ("O-HAZE:test", "test", 5, 2)
+    assert test.benchmark is b
+    assert whole.remarks == ["4 of 45 hazy pictures; missing: 02-39 42-44"]
+    assert test.remarks == ["2 of 5 hazy pictures; missing: 42-44"]
+    for path in [*folders[0].glob("4[15]*")]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"hazy: none of O-HAZE:test \(41-45\)"):
+        find(["O-HAZE:test"], tmp_path)
+
+
+def test_whole_sets_need_no_remark(tmp_path):
+    fill("I-HAZE", tmp_path / "I-HAZE/hazy", tmp_path / "I-HAZE/gt", range(5))
+    (found,) = find(["I-HAZE:test"], tmp_path)
+    assert found.remarks == []
+    assert len(found.pairs) == found.expected == 5
+
+
+def test_what_is_too_much_is_told(tmp_path):
+    hazy, gt = tmp_path / "I-HAZE/hazy", tmp_path / "I-HAZE/gt"
+    for n in range(1, 36):
+        save(hazy / f"{n:02}_indoor_hazy.jpg")
+        save(gt / f"{n:02}_indoor_GT.jpg")
+    remarks = find(["I-HAZE"], tmp_path)[0].remarks
+    assert remarks[0].startswith("35 of 30 hazy pictures; not of this set: 26_indoor_hazy.jpg, ")
+    assert remarks[0].endswith("28_indoor_hazy.jpg ...")
+    assert "more hazy pictures than the set has" in remarks[1]
+
+
+def test_incomplete_scenes_are_told(tmp_path):
+    hazy, gt = tmp_path / "SOTS/indoor/hazy", tmp_path / "SOTS/indoor/gt"
+    fill("SOTS-indoor", hazy, gt, range(50))
+    (found,) = find(["SOTS-indoor"], tmp_path)
+    assert (len(found.pairs), found.remarks) == (500, [])
+    for name in ("1403_2", "1404_10", *(f"1449_{k}" for k in range(1, 11))):
+        (hazy / f"{name}.png").unlink()
+    (found,) = find(["SOTS-indoor"], tmp_path)
+    assert found.remarks == ["488 of 500 hazy pictures; missing: 1449; fewer than 10 each: 1403-1404"]
+
+
+def test_a_wrong_number_of_ground_truths_is_told(tmp_path):
+    fill("HSTS-synthetic", tmp_path / "HSTS-synthetic/hazy", tmp_path / "HSTS-synthetic/gt", range(10))
+    assert find(["HSTS-synthetic"], tmp_path)[0].remarks == []
+    fill("SOTS-outdoor", tmp_path / "SOTS/outdoor/hazy", tmp_path / "SOTS/outdoor/gt", [0])
+    for k in range(499):
+        (tmp_path / f"SOTS/outdoor/hazy/0001_0.8_{k}.jpg").touch()
+    assert find(["SOTS-outdoor"], tmp_path)[0].remarks == ["1 ground truths where the set has 492"]
+
+
+@given(st.sets(st.integers(1, 60)))
+def test_runs_of_numbers(numbers):
+    text = locate._runs(sorted(numbers), "01-60")
+    if "..." not in text:
+        assert benchmarks.unroll(text) == tuple(sorted(numbers))
+    else:
+        assert text.endswith(f" ... ({len(numbers)} in all)")
+        assert set(benchmarks.unroll(text.partition(" ...")[0])) < numbers
+
+
+@given(st.sampled_from(sorted(BENCHMARKS)), st.randoms(use_true_random=False))
+def test_names_in_any_spelling(name, random):
+    spelt = "".join(random.choice([c.upper(), c.lower()]) if c != "-" else random.choice(["-", "_", " "]) for c in name)
+    assert locate._wanted([spelt]) == {(name, "all"): ""}
+
+
+def test_groups_leave_out_what_is_absent(tmp_path):
+    lay("RTTS", "RTTS", tmp_path)
+    lay("SOTS-outdoor", "SOTS/outdoor/{hazy,gt}", tmp_path)
+    rtts, outdoor = find(["RTTS", "SOTS"], tmp_path)
+    assert f"of SOTS, not under {tmp_path} and left out: SOTS-indoor" in outdoor.remarks
+    assert not any("left out" in remark for remark in rtts.remarks)
+    assert "left out" in " ".join(find(["all"], tmp_path)[0].remarks)
+    with pytest.raises(UserError, match="SOTS-indoor: not under"):
+        find(["SOTS", "SOTS-indoor"], tmp_path)
+    with pytest.raises(UserError, match="HSTS-synthetic, HSTS-real: not under"):
+        find(["HSTS", "all"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ohase"], r"'ohase': no such benchmark; did you mean 'o-haze'\?"),
+        ([""], r"'': no such benchmark; known: all, "),
+        (["O-HAZE:tests"], r"'O-HAZE:tests': no such split; did you mean 'test'\?"),
+        (["SOTS:test"], r"'SOTS:test': no such split; known: all"),
+        (["RTTS"], r"RTTS: not under .*looked for RTTS/JPEGImages, RTTS/hazy, RTTS and .* https://sites\.google"),
+        (["NH-HAZE2"], r"NH-HAZE2: not under .*NTIRE2021_Train_\{Hazy,GT\}.* search for \"NTIRE 2021 NonHom"),
+        (["RTTS", "URHI"], r"^RTTS, URHI: not under "),
+        (["all"], r"SOTS-indoor, .*, PhoneHazy: not under .*; --list-benchmarks has"),
+    ],
+)
+def test_refusals_of_names(tmp_path, names, message):
+    (tmp_path / "RTTS").mkdir()  # empty
+    with pytest.raises(UserError, match=message) as refusal:
+        find(names, tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_refusals_of_the_root(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        find(["RTTS"], tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"a\.png: a file, not a data root"):
+        find(["RTTS"], save(tmp_path / "a.png"))
+
+
+def test_hazy_pictures_without_ground_truths(tmp_path):
+    pairs = lay("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path)
+    pairs[1][1].unlink()
+    with pytest.raises(
+        UserError, match=r"42_outdoor_hazy\.jpg: no ground truth 42_outdoor_gt\.\* in .*gt; add it; .*_GT"
+    ):
+        find(["O-HAZE"], tmp_path)
+    pairs[0][1].rename(pairs[0][1].with_name("other.jpg"))
+    with pytest.raises(UserError, match=r"41_outdoor_hazy\.jpg: .* \(and 1 more like it\)"):
+        find(["O-HAZE"], tmp_path)
+    pairs[0][1].with_name("other.jpg").unlink()
+    with pytest.raises(UserError, match=r"gt: no pictures"):
+        find(["O-HAZE"], tmp_path)
+    pairs[0][1].parent.rmdir()
+    with pytest.raises(UserError, match=r"O-HAZE/hazy has no folder of ground truths beside it \(gt, gts, clear"):
+        find(["O-HAZE"], tmp_path)
+
+
+def test_two_of_a_name(tmp_path):
+    pairs = lay("Haze4K", "Haze4K/test/{haze,gt}", tmp_path)
+    other = save(pairs[0][1].with_suffix(".jpg"))
+    with pytest.raises(
+        UserError, match=r"1_0\.79_1\.44\.png: has two ground truths, .*1\.(png|jpg) and .*1\.(png|jpg); keep"
+    ):
+        find(["Haze4K"], tmp_path)
+    other.unlink()
+    save(pairs[0][0].with_suffix(".bmp"))
+    with pytest.raises(UserError, match=r"1_0\.79_1\.44\.bmp and .*1_0\.79_1\.44\.png are hazy pictures of one name"):
+        find(["Haze4K"], tmp_path)
+
+
+def sizes(root: Path, name: str, hazy: tuple[int, int], truth: tuple[int, int]):
+    """A set whose first pair has these sizes."""
+    pairs = lay(name, BENCHMARKS[name].places[0], root)
+    for k in range(BENCHMARKS[name].each):
+        save(pairs[k][0], hazy)
+    save(pairs[0][1], truth)
+    return find([name], root)[0]
+
+
+def test_border_rule(tmp_path):
+    found = sizes(tmp_path / "a", "SOTS-indoor", (20, 10), (40, 30))
+    items = found.items()
+    assert isinstance(items, Paired)
+    assert items.border == 10
+    assert items[0]["clear"].shape == items[0]["hazy"].shape == (3, 10, 20)
+    assert items[0]["name"] == "1400_1.png"
+    sizes(tmp_path / "b", "SOTS-indoor", (20, 10), (20, 10))  # some copies come cropped
+    with pytest.raises(
+        UserError, match=r"1400_1\.png is 20x10 but .*1400\.png is 40x10 \(and 9 more .* 10 pixels larger"
+    ):
+        sizes(tmp_path / "c", "SOTS-indoor", (20, 10), (40, 10))
+    with pytest.raises(UserError, match=r"is 20x10 but its ground truth .*1\.png is 40x30; sizes must be equal, and"):
+        sizes(tmp_path / "d", "Haze4K", (20, 10), (40, 30))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_sizes_are_those_of_upright_pictures(tmp_path, extension):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / f"PhoneHazy/hazy/1.{extension}", (5, 3), exif=exif)
+    save(tmp_path / "PhoneHazy/gt/1.png", (3, 5))
+    found = find(["PhoneHazy"], tmp_path)[0]
+    assert found.items()[0]["clear"].shape == (3, 5, 3)
+    assert any("not aligned: full-reference figures mean little" in remark for remark in found.remarks)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sizes_are_read_from_headers(tmp_path):
+    """Content decides, not the extension; pixels that are not there do not matter, nor does what has no header."""
+    pairs = lay("HSTS-synthetic", "HSTS/synthetic/{synthetic,original}", tmp_path)
+    pairs[0][1].write_bytes(b"junk")
+    for size in ((4, 3), (5, 3)):
+        save(pairs[1][1], size, format="PNG")
+        pairs[1][1].write_bytes(pairs[1][1].read_bytes()[:45])
+        if size == (4, 3):
+            assert find(["HSTS"], tmp_path)[0].pairs == pairs
+    with pytest.raises(UserError, match=r"0002\.jpg is 4x3 but its ground truth .*0002\.jpg is 5x3"):
+        find(["HSTS"], tmp_path)
+
+
+def test_items_without_ground_truth(tmp_path):
+    lay("RTTS", "RTTS/JPEGImages", tmp_path)
+    items = find(["RTTS"], tmp_path)[0].items()
+    assert isinstance(items, Folder)
+    assert items.names == ["1.png", "2.png"]
+
+
+def test_flat_sets_do_not_score_their_ground_truths(tmp_path):
+    pairs = lay("NH-HAZE", "NH-HAZE", tmp_path)
+    (found,) = find(["NH-HAZE"], tmp_path)
+    assert found.pairs == pairs
+    assert found.items().names == ["51_hazy.png", "52_hazy.png"]
+
+
+def test_folders_that_cannot_be_listed_are_passed_by(tmp_path):
+    lay("RTTS", "RTTS", tmp_path)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    assert len(find(["RTTS"], tmp_path)[0].pairs) == 2
+    closed.chmod(0o700)  # so that it can be removed
+
+
+def test_listing_names_all_and_fits_the_terminal():
+    text = benchmarks.listing()
+    assert max(map(len, text.splitlines())) <= 120
+    for b in BENCHMARKS.values():
+        row = next(line for line in text.splitlines() if line.startswith(f"{b.name} "))
+        assert all(word in row.split() for word in (str(b.hazy), b.airlight, b.metrics))
+        assert b.paper.title in " ".join(text.split())
+        assert b.paper.where in text
+    assert all(group in text for group in GROUPS)
