@@ -148,14 +148,15 @@ class Run:
                 recalibrate(method, datasets.loader(source, 0, count * stage.batch, stage.batch, workers), self.device)
             if self.validation is None:
                 return self.export(method)
-            means = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, bar="validating"))
-            if better := means.psnr > self.best:
-                self.best = means.psnr
+            mean = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, bar="validating"))
+            psnr, ssim = mean["ours.psnr"], mean["ours.ssim"]
+            if better := psnr > self.best:
+                self.best = psnr
                 self.export(method)
-        self.log.figures(stage.name, self.global_step, validation={"psnr": means.psnr, "ssim": means.ssim})
+        self.log.figures(stage.name, self.global_step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
-            f"step {self.global_step}: {means.psnr:.2f} dB, SSIM {means.ssim:.4f} on {len(self.validation)} validation "
-            f"pictures (hazy: {means.hazy_psnr:.2f} dB){', the best so far' if better else ''}"
+            f"step {self.global_step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(self.validation)} validation pictures "
+            f"(hazy: {mean['hazy.psnr']:.2f} dB){', the best so far' if better else ''}"
         )
 
     def export(self, method: models.Method) -> None:

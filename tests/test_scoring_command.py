@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import models
 from data import images
-from models import DCP, NeDR
-from utils import checkpoint, config, errors
+from models import DCP, NeDR, testing
+from utils import checkpoint, config, errors, evaluation, journal, quality
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {  # name -> (mode, size, how it is saved)
@@ -114,12 +116,17 @@ def experiment(tmp_path_factory):
 def seen(monkeypatch):
     """The settings under which NeDR dehazes; it gives the hazy picture back."""
     seen = []
-    monkeypatch.setattr(NeDR, "restore", lambda self, hazy: seen.append(self.settings) or hazy)
+    monkeypatch.setattr(NeDR, "find", lambda self, hazy, tile: seen.append(self.settings) or {"clear": hazy})
     return seen
 
 
 def results(folder):
     return json.loads((folder / "results.json").read_text())
+
+
+def row(folder, method="dcp", benchmark="pictures"):
+    rows = results(folder)["rows"]
+    return next(each for each in rows if (each["method"], each["benchmark"]) == (method, benchmark))
 
 
 def pictures(folder):
@@ -132,13 +139,31 @@ def test_scores_as_a_process(pairs, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("hazy input", "dcp", "protocol ours", "3 pictures done"):
         assert text in done.stdout
-    found = results(tmp_path / "out")
-    assert found["settings"]["dcp"] == {"guided_filter": False}
-    assert [row["name"] for row in found["per_image"]] == ["1_1.png", "1_2.png", "2_1.png"]
-    assert found["mean"]["hazy_psnr"] == pytest.approx(np.mean([row["hazy_psnr"] for row in found["per_image"]]))
+    found = row(tmp_path / "out")
+    assert found["settings"] == {"guided_filter": False}
+    assert [each["name"] for each in found["per_image"]] == ["1_1.png", "1_2.png", "2_1.png"]
+    for name, value in found["mean"].items():
+        assert value == pytest.approx(np.mean([each[name] for each in found["per_image"]]))
     with open(tmp_path / "out" / "per_image.csv", newline="") as file:
-        assert [float(row["psnr"]) for row in csv.DictReader(file)] == [row["psnr"] for row in found["per_image"]]
+        read = [float(each["ours.psnr"]) for each in csv.DictReader(file) if each["method"] == "dcp"]
+    assert read == [each["ours.psnr"] for each in found["per_image"]]
     assert pictures(tmp_path / "out" / "pictures") == {"1_1.png", "1_2.png", "2_1.png"}
+    assert {name.split("_")[0] for name in pictures(tmp_path / "out" / "panels")} == {"best", "median", "worst"}
+    assert not (tmp_path / "out" / journal.NAME).exists()
+
+
+def test_the_hazy_input_comes_out_as_scikit_image_has_it(run, pairs, tmp_path):
+    run("--model", "dcp", *pairs, "--output", "out")
+    for each in row(tmp_path / "out", "hazy input")["per_image"]:
+        hazy, clear = (
+            np.asarray(Image.open(tmp_path / folder / name))
+            for folder, name in [("hazy", each["name"]), ("clear", each["name"].split("_")[0] + ".png")]
+        )
+        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 2}
+        assert each["ours.psnr"] == pytest.approx(peak_signal_noise_ratio(clear, hazy, data_range=255), abs=1e-9)
+        assert each["ours.ssim"] == pytest.approx(
+            structural_similarity(clear, hazy, data_range=255, **window), abs=1e-9
+        )
 
 
 def test_a_mistake_as_a_process_is_one_line(tmp_path):
@@ -154,7 +179,8 @@ def test_dehazes_pictures_of_every_kind_and_size(run, photos, tmp_path):
     out = tmp_path / "results" / "pictures"
     expected = {name: f"{Path(name).with_suffix('')}.png" for name in FORMATS}
     expected |= {f"deeper/twin.{kind}": f"deeper/twin.{kind}.png" for kind in ("png", "jpg")}
-    assert pictures(tmp_path / "results") == {f"pictures/{name}" for name in expected.values()}
+    assert pictures(tmp_path / "results" / "pictures") == set(expected.values())
+    assert not (tmp_path / "results" / "results.json").exists()  # there is no figure to report
     for name, written in expected.items():
         with Image.open(out / written) as image:
             assert image.mode == "RGB"
@@ -166,7 +192,7 @@ def test_one_picture_and_a_list(run, photos, tmp_path):
     assert pictures(tmp_path / "one") == {"pictures/turned.png"}
     (tmp_path / "some.flist").write_text("photos/grey.png\nphotos/deeper/twin.jpg\n")
     assert run("--model", "dcp", "--hazy", "some.flist", "--output", "two").status == 0
-    assert pictures(tmp_path / "two") == {"pictures/grey.png", "pictures/deeper/twin.png"}
+    assert pictures(tmp_path / "two" / "pictures") == {"grey.png", "deeper/twin.png"}
 
 
 def test_a_network_takes_any_size(run, photos, experiment, tmp_path):
@@ -180,9 +206,11 @@ def test_a_network_takes_any_size(run, photos, experiment, tmp_path):
 def test_a_checkpoint_is_scored_where_it_lies(run, pairs, experiment, seen):
     assert run("--model", "nedr", "--checkpoints", experiment, *pairs, "precision=bf16").status == 0
     found = results(experiment / "results")
-    assert (found["model"], found["weights"], found["settings"]["precision"]) == ("nedr", "last.pt", "bf16")
-    assert found["settings"]["nedr"]["base_channels"] == 8  # the checkpoint's, not the default
-    assert found["mean"]["psnr"] == found["mean"]["hazy_psnr"]
+    about = found["methods"]["nedr"]
+    assert (about["weights"], found["settings"]["precision"]) == ("last.pt", "bf16")
+    assert about["settings"]["base_channels"] == 8  # the checkpoint's, not the default
+    assert about["parameters"] > 1000
+    assert row(experiment / "results", "nedr")["mean"] == row(experiment / "results", "hazy input")["mean"]
 
 
 def test_settings_given_for_the_test_are_applied_and_training_settings_are_not(run, pairs, experiment, seen, tmp_path):
@@ -208,9 +236,12 @@ def test_pictures_named_on_the_command_line_leave_the_configured_truth_out(run, 
 
 
 def test_better_weights_come_first(tmp_path):
-    for name in reversed(command.WEIGHTS):
+    test = config.load("nedr", models.settings_types()).test
+    for name in reversed(testing.WEIGHTS):
         (tmp_path / name).touch()
-        assert command.find_weights(tmp_path).name == name
+        assert testing._weights(tmp_path, test).name == name
+    test.ema = False  # weights.safetensors holds averaged ones alone
+    assert testing._weights(tmp_path, test).name == "last.pt"
 
 
 def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path):
@@ -218,12 +249,13 @@ def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path
     (tmp_path / "hazy" / "1_2.png").write_bytes(whole[: len(whole) // 2])
     done = run("--model", "dcp", *pairs, "--output", "out")
     assert done.status == 2
-    first, last = done.err.splitlines()
-    assert first.startswith("skipped: ")
-    assert "1_2.png" in first
-    assert last == "error: 1 of 3 pictures could not be used, as said above"
-    assert results(tmp_path / "out")["images"] == 2
-    assert len(results(tmp_path / "out")["skipped"]) == 1
+    *said, last = done.err.splitlines()
+    assert len(said) == 1  # though two rows lack it
+    assert said[0].startswith("skipped: ")
+    assert "1_2.png" in said[0]
+    assert last == "error: 1 picture could not be used, as said above"
+    assert row(tmp_path / "out")["images"] == 2
+    assert len(row(tmp_path / "out")["skipped"]) == 1
     assert pictures(tmp_path / "out" / "pictures") == {"1_1.png", "2_1.png"}
 
 
@@ -246,10 +278,189 @@ def test_lists_models(run):
     assert run("--list-models").out.split() == models.names()
 
 
+@pytest.fixture
+def benchmarks(tmp_path):
+    """A data root with SOTS-indoor as RESIDE ships it (border and all), HSTS and RTTS, a part of each."""
+    rng = torch.Generator().manual_seed(0)
+    for scene in (1400, 1401):
+        clear = torch.rand(3, 44, 60, generator=rng)
+        images.write(tmp_path / f"data/SOTS/indoor/gt/{scene}.png", clear)
+        images.write(tmp_path / f"data/SOTS/indoor/hazy/{scene}_1.png", 0.6 * clear[:, 10:-10, 10:-10] + 0.35)
+    clear = torch.rand(3, 20, 24, generator=rng)
+    images.write(tmp_path / "data/HSTS/synthetic/original/0586.jpg", clear)
+    images.write(tmp_path / "data/HSTS/synthetic/synthetic/0586.jpg", 0.6 * clear + 0.35)
+    images.write(tmp_path / "data/RTTS/JPEGImages/a.png", clear)
+    return ["--data-root", tmp_path / "data"]
+
+
+def test_benchmarks_by_name_with_a_method_beside_and_two_protocols(run, benchmarks, experiment, tmp_path):
+    argv = ["--model", "nedr", "dcp", "--checkpoints", experiment, "--output", "out", *benchmarks]
+    done = run(*argv, "--benchmarks", "sots_indoor", "HSTS", "RTTS", "--protocols", "ours", "d4", "test.panels=false")
+    assert done.status == 0
+    assert "SOTS-indoor: 2 of 500" in done.out
+    assert "left out: HSTS-real" in done.err
+    found = results(tmp_path / "out")
+    assert [(each["benchmark"], each["method"]) for each in found["rows"]] == [
+        *((name, method) for name in ("SOTS-indoor", "HSTS-synthetic") for method in ("hazy input", "nedr", "dcp")),
+        ("RTTS", "nedr"),
+        ("RTTS", "dcp"),
+    ]
+    assert list(found["protocols"]) == ["ours", "d4"]
+    assert row(tmp_path / "out", "dcp", "SOTS-indoor")["mean"].keys() == {
+        "ours.psnr", "ours.ssim", "d4.psnr", "d4.ssim",
+    }  # fmt: skip
+    assert "out/pictures/RTTS/dcp/a.png" in {f"out/{name}" for name in pictures(tmp_path / "out")}
+    assert "protocol `d4`" in (tmp_path / "out/results.md").read_text()
+
+
+def test_without_a_metric_for_real_haze_it_is_said_what_to_install(run, benchmarks, monkeypatch):
+    monkeypatch.setattr(quality, "installed", lambda name: False)
+    done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
+    assert done.status == 0
+    assert "pip install fade-python" in done.err
+    assert "s/picture" in done.out
+
+
+def test_metrics_of_real_haze_are_used_where_they_are_installed(run, benchmarks, monkeypatch, tmp_path):
+    def load(names, device):
+        if "niqe" in names:
+            raise UserError("niqe: its weights are not here")
+        return {name: lambda dehazed, clear: float(dehazed.mean()) for name in names}
+
+    monkeypatch.setattr(quality, "installed", lambda name: name in ("fade", "niqe"))
+    monkeypatch.setattr(quality, "load", load)
+    done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
+    assert "without niqe: niqe: its weights are not here" in done.err
+    assert row(tmp_path / "results", "dcp", "RTTS")["mean"].keys() == {"fade"}
+    assert row(tmp_path / "results", "hazy input", "RTTS")["mean"].keys() == {"fade"}
+
+
+def test_ciede2000_beside_psnr_and_ssim(run, pairs, tmp_path):
+    run("--model", "dcp", *pairs, "--metrics", "ciede2000", "test.pictures=false")
+    means = row(tmp_path / "results")["mean"]
+    assert means.keys() == {"ours.psnr", "ours.ssim", "ciede2000"}
+    assert not (tmp_path / "results" / "pictures").exists()
+
+
+@pytest.mark.parametrize("airlight", ["max", "learned"])
+def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
+    run, benchmarks, experiment, seen, tmp_path, airlight
+):
+    state = checkpoint.read(experiment / "last.pt")
+    state["settings"]["nedr"]["airlight"] = airlight
+    state["networks"] = {k: v for k, v in state["networks"].items() if airlight == "learned" or ".airlight." not in k}
+    checkpoint.save(tmp_path / "other.pt", {k: v for k, v in state.items() if k not in ("format", "version")})
+    argv = ["--weights", "other.pt", "--benchmarks", "SOTS-indoor", "HSTS", *benchmarks]
+
+    def in_force(name):
+        return tuple(row(tmp_path / "results", "nedr", name)["settings"].values())
+
+    run(*argv)
+    learned = airlight == "learned"
+    assert in_force("SOTS-indoor") == ((airlight, False) if learned else ("max", False))
+    assert in_force("HSTS-synthetic") == ((airlight, False) if learned else ("dark_channel", True))
+    assert (seen[-1].airlight, seen[-1].guided_filter) == in_force("HSTS-synthetic")
+    run(*argv, "nedr.guided_filter=false")  # what is asked for goes before
+    assert in_force("HSTS-synthetic")[1] is False
+
+
+def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path, monkeypatch):
+    written, write = [], images.write
+
+    def interrupted(path, picture):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, picture)
+
+    argv = ["--model", "dcp", *pairs, "--output", "out", "data.workers=0", "test.panels=false"]
+    run(*argv, "--output", "whole")
+    monkeypatch.setattr(images, "write", interrupted)
+    assert run(*argv).status == 130
+    assert not (tmp_path / "out/results.json").exists()
+    monkeypatch.setattr(images, "write", lambda path, picture: (written.append(path.name), write(path, picture)))
+    done = run(*argv)
+    assert done.status == 0
+    assert "going on where an interrupted run stopped: 5 pictures are done" in done.err  # three are the hazy input's
+    assert written == ["1_1.png", "1_2.png", "2_1.png"]
+    assert row(tmp_path / "out")["resumed"] == 2
+    assert row(tmp_path / "out")["mean"] == row(tmp_path / "whole")["mean"]
+    assert [each["name"] for each in row(tmp_path / "out")["per_image"]] == ["1_1.png", "1_2.png", "2_1.png"]
+    assert not (tmp_path / "out" / journal.NAME).exists()
+    run(*argv)
+    assert len(written) == 6  # a finished run is not continued
+
+
+@pytest.mark.parametrize("change", ["settings", "files", "picture"])
+def test_what_the_interrupted_run_did_otherwise_is_done_anew(run, pairs, tmp_path, monkeypatch, change):
+    argv = ["--model", "dcp", *pairs, "--output", "out", "data.workers=0", "test.panels=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluation, "finish", lambda *_: sys.exit(1))
+        run(*argv)
+    if change == "settings":
+        argv.append("dcp.guided_filter=false")
+    elif change == "files":
+        images.write(tmp_path / "clear/1.png", torch.rand(3, 24, 36))
+    else:
+        (tmp_path / "out/pictures/1_2.png").unlink()
+    done = run(*argv)
+    assert done.status == 0
+    assert ("beginning anew" in done.err) == (change != "picture")
+    assert row(tmp_path / "out")["resumed"] == (2 if change == "picture" else 0)
+    assert pictures(tmp_path / "out/pictures") == {"1_1.png", "1_2.png", "2_1.png"}
+
+
+def test_mixed_up_folders_are_noticed(run, pairs, tmp_path):
+    for path in (tmp_path / "hazy").iterdir():
+        images.write(tmp_path / "same" / f"{path.stem.split('_')[0]}.png", images.read(path))
+    done = run("--model", "dcp", "--hazy", tmp_path / "same", "--clear", tmp_path / "clear")
+    assert "warning" not in done.err
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "same").iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    done = run("--model", "dcp", "--hazy", tmp_path / "same", "--clear", tmp_path / "copy")
+    assert "2 of 2 hazy pictures equal their ground truth" in done.err
+    done = run("--model", "dcp", "--hazy", tmp_path / "clear", "--clear", tmp_path / "same")
+    assert "look clearer than their ground truth" in done.err
+    assert "look clearer" in "".join(row(tmp_path / "results")["remarks"])
+
+
+def test_tiles_and_self_ensemble_reach_the_method(run, photos, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        DCP, "dehaze", lambda self, hazy, tile=None, ensemble=False: seen.append((tile, ensemble)) or hazy
+    )
+    argv = ["--model", "dcp", "--hazy", photos / "grey.png", "test.panels=false"]
+    for settings in ([], ["test.tile=128"], ["test.tile=0", "test.self_ensemble=true"]):
+        run(*argv, *settings)
+    assert [each for each in seen if each != seen[0]] or seen
+    assert seen[1::2] == [(None, False), (128, False), (None, True)]  # the first of each counts the operations
+
+
+def test_runs_are_compared(run, pairs, tmp_path):
+    run("--model", "dcp", *pairs, "--output", "a")
+    run("--model", "dcp", *pairs, "--output", "b", "dcp.guided_filter=false")
+    done = run("--compare", "a", "b", "--output", "both")
+    assert done.status == 0
+    assert "difference" in done.out
+    assert pictures(tmp_path / "both") == {"comparison.json", "comparison.md"}
+    run("--model", "dcp", *pairs, "--output", "c", "--protocols", "d4")
+    done = run("--compare", "a", "c")
+    assert done.status == 2
+    assert "protocol" in done.err
+
+
+def test_lists_benchmarks(run):
+    done = run("--list-benchmarks")
+    assert done.status == 0
+    for name in ("SOTS-indoor", "NH-HAZE2", "PhoneHazy"):
+        assert name in done.out
+
+
 MISTAKES = {  # name -> (arguments, what the one line must say)
     "missing folder": (["--model", "dcp", "--hazy", "nowhere"], "nowhere: no such file or folder"),
     "empty folder": (["--model", "dcp", "--hazy", "empty"], "empty: no pictures"),
-    "no pictures named": (["--model", "dcp"], "give --hazy PATH"),
+    "no pictures named": (["--model", "dcp"], "or --hazy PATH"),
     "no weights named": (["--model", "nedr", "--hazy", "photos"], "a --model without any (dcp)"),
     "folder without weights": (["--checkpoints", "empty", "--hazy", "photos"], "no weights.safetensors or last.pt"),
     "missing experiment": (["--checkpoints", "nowhere", "--hazy", "photos"], "nowhere: no such file or folder"),
@@ -257,6 +468,15 @@ MISTAKES = {  # name -> (arguments, what the one line must say)
     "missing weights": (["--weights", "nowhere.pt", "--hazy", "photos"], "no checkpoint nowhere.pt"),
     "damaged checkpoint": (["--checkpoints", "damaged", "--hazy", "photos"], "last.pt: it is damaged"),
     "unknown model": (["--model", "nadr", "--hazy", "photos"], "did you mean 'nedr'?"),
+    "unknown protocol": (["--model", "dcp", "--hazy", "photos", "--protocols", "our"], "did you mean 'ours'?"),
+    "unknown metric": (["--model", "dcp", "--hazy", "photos", "--metrics", "nique"], "did you mean 'niqe'?"),
+    "unknown benchmark": (["--model", "dcp", "--benchmarks", "OHAZZE", "--data-root", "photos"], "did you mean"),
+    "missing data root": (["--model", "dcp", "--benchmarks", "O-HAZE", "--data-root", "nowhere"], "nowhere: no such"),
+    "missing benchmark": (["--model", "dcp", "--benchmarks", "O-HAZE", "--data-root", "photos"], "O-HAZE"),
+    "two things to score": (["--model", "dcp", "--benchmarks", "O-HAZE", "--hazy", "photos"], "give one of them"),
+    "a tile too small": (["--model", "dcp", "--hazy", "photos", "test.tile=12"], "tile"),
+    "a tile that is a word": (["--model", "dcp", "--hazy", "photos", "test.tile=big"], "a whole number or auto"),
+    "nothing to compare": (["--compare", "empty"], "results.json"),
     "unknown setting": (["--model", "dcp", "--hazy", "photos", "dcp.guided_filtre=false"], "'guided_filter'?"),
     "a word too many": (["--model", "dcp", "--hazy", "photos", "fast"], "key=value"),
     "no such device": (["--model", "dcp", "--hazy", "photos", "device=cuda:99"], "device=cuda:99"),

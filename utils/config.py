@@ -116,7 +116,15 @@ class Test:
     clear: str | None
     output: str | None
     weights: str | None
+    benchmarks: list[str]
+    data_root: str
+    protocols: list[str]
+    metrics: list[str]
+    ema: bool
+    self_ensemble: bool
+    tile: Literal["auto"] | CountOrZero
     pictures: bool
+    panels: bool
 
 
 @dataclass
@@ -281,8 +289,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
             raise UserError(f"{path}={value}: {wrong}")
         return value
     if origin in (Union, types.UnionType):
-        inner = next(arg for arg in args if arg is not type(None))
-        return None if value is None else convert(value, inner, path)
+        return _either(value, args, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path}={value}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
@@ -295,6 +302,20 @@ def convert(value: Any, kind: Any, path: str) -> Any:
             raise UserError(f"{path}={value}: needs {len(args)} values in brackets, got {len(items)}")
         return tuple(convert(item, arg, path) for item, arg in zip(items, args, strict=True))
     return _scalar(value, kind, path)
+
+
+def _either(value: Any, kinds: tuple, path: str) -> Any:
+    """``value`` as None or as one of some words, where ``kinds`` has these, else as the kind that remains."""
+    if value is None and type(None) in kinds:
+        return None
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if value in words:
+        return value
+    rest = next(kind for kind in kinds if kind is not type(None) and get_origin(kind) is not Literal)
+    try:
+        return convert(value, rest, path)
+    except UserError as error:
+        raise UserError(" or ".join([str(error), *words])) from None
 
 
 def _scalar(value: Any, kind: type, path: str) -> Any:

@@ -1,7 +1,6 @@
-"""What a scoring run leaves behind: a table on the screen, results.json and per_image.csv, each naming its protocol."""
+"""The files of a scoring run: results.json (complete), results.md (for a paper), per_image.csv, and pictures' names."""
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -10,59 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils import config, metrics, scoring
+from utils import tables
 from utils.checkpoint import atomic
-from utils.config import Settings
-from utils.scoring import Score
-
-FIGURES = ("psnr", "ssim", "hazy_psnr", "hazy_ssim")
+from utils.results import Row, flat, keys
 
 
-def table(model: str, scores: Sequence[Score]) -> str:
-    """Mean figures of ``model`` beneath those of the hazy input, and the protocol, as lines for a terminal."""
-    mean, width = scoring.mean(scores), max(len(model), len("hazy input"))
-    lines = [
-        f"{'':{width}}  PSNR (dB)    SSIM  s/picture",
-        f"{'hazy input':{width}}  {mean.hazy_psnr:9.2f}  {mean.hazy_ssim:6.4f}",
-        f"{model:{width}}  {mean.psnr:9.2f}  {mean.ssim:6.4f}  {mean.seconds:9.3f}",
-        f"pictures: {len(scores)}",
-        *(f"left out of the mean {key}: {count}, infinite or undefined" for key, count in _left_out(scores).items()),
-        f"protocol {metrics.PROTOCOL['name']}: {metrics.PROTOCOL['pixels']}",
-        f"  PSNR: {metrics.PROTOCOL['psnr']}",
-        f"  SSIM: {metrics.PROTOCOL['ssim']}",
-    ]
-    return "\n".join(lines)
+def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
+    """Write results.json, results.md and per_image.csv into ``folder``, each whole or not at all.
 
-
-def write(
-    folder: Path, scores: Sequence[Score], settings: Settings, *, weights: Path | None, device: str, skipped: list[str]
-) -> None:
-    """Write results.json and per_image.csv into ``folder``, each whole or not at all.
-
-    ``settings`` are those in force, ``skipped`` says of every picture left out what was wrong. Infinite and undefined
-    figures are the texts "inf" and "nan", since JSON has no numbers for them. Raises `UserError` if it cannot write.
+    Infinite and undefined figures are the texts "inf" and "nan" in JSON, which has no numbers for them. Raises
+    `UserError` if it cannot write.
     """
-    in_force, mean = config.to_dict(settings), dataclasses.asdict(scoring.mean(scores))
-    results = {
-        "model": settings.model,
-        "weights": weights and weights.name,
-        "device": device,
-        "settings": {key: in_force[key] for key in ("precision", "test", settings.model)},
-        "protocol": metrics.PROTOCOL,
-        "versions": metrics.versions(),
-        "images": len(scores),
-        "skipped": skipped,
-        "mean": {key: mean[key] for key in FIGURES},
-        "left_out_of_mean": _left_out(scores),
-        "median_seconds": mean["seconds"],
-        "per_image": [dataclasses.asdict(score) for score in scores],
-    }
     _write_text(folder / "results.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
-    rows = io.StringIO(newline="")
-    writer = csv.DictWriter(rows, [field.name for field in dataclasses.fields(Score)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(score) for score in scores)
-    _write_text(folder / "per_image.csv", rows.getvalue())
+    _write_text(folder / "results.md", tables.markdown(rows, results))
+    _write_text(folder / "per_image.csv", _csv(rows))
 
 
 def picture_names(names: Sequence[str]) -> dict[str, str]:
@@ -80,9 +40,15 @@ def picture_names(names: Sequence[str]) -> dict[str, str]:
     return outputs
 
 
-def _left_out(scores: Sequence[Score]) -> dict[str, int]:
-    counts = {key: scoring.left_out(getattr(score, key) for score in scores) for key in FIGURES}
-    return {key: count for key, count in counts.items() if count}
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO(newline="")
+    columns = ["benchmark", "method", "name", "width", "height", "seconds", *keys(rows)]
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        start = {"benchmark": row.benchmark, "method": row.method}
+        writer.writerows(start | flat(score) for score in row.outcome.scores)
+    return out.getvalue()
 
 
 def _plain(value: Any) -> Any:

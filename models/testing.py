@@ -1,0 +1,119 @@
+"""Methods made ready for test.py: with their weights, the settings that may change after training, and their cost."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import models
+from models.method import Method
+from utils import config, cost, tiling
+from utils.device import autocast
+from utils.errors import UserError, nearest
+from utils.evaluation import Candidate, Pictures
+
+WEIGHTS = ("weights.safetensors", "last.pt")  # of an experiment's folder, the first that is there
+
+
+class Tested(NamedTuple):
+    """A method ready to be tested, where its weights come from (None: it has none), and what was asked of it.
+
+    ``asked`` are the test-time settings that the user gave; presets of benchmarks do not go over them.
+    """
+
+    name: str
+    method: Method
+    weights: Path | None
+    asked: dict[str, Any]
+
+    def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
+        """The method as it treats this set: with the set's preset, unless other settings were asked for."""
+        method, test = self.method, settings.test
+        models.change(method, method.preset(**pictures.preset) | self.asked)
+
+        def dehaze(hazy: Tensor) -> Tensor:
+            with autocast(device, settings.precision):
+                return method.dehaze(hazy, tiling.choose(*hazy.shape[-2:], device, test.tile), test.self_ensemble)
+
+        def estimate(hazy: Tensor) -> dict[str, Tensor]:
+            with autocast(device, settings.precision):
+                return method.estimate(hazy, tiling.choose(*hazy.shape[-2:], device, test.tile))
+
+        in_force = {key: getattr(method.settings, key) for key in method.test_time}
+        return Candidate(self.name, dehaze, estimate, in_force, folder)
+
+    def facts(self, device: torch.device) -> dict[str, Any]:
+        """What a report says of the method: its weights, settings, size and cost."""
+        return {
+            "weights": self.weights and self.weights.name,
+            "sha256": self.weights and cost.sha256(self.weights),
+            "settings": dataclasses.asdict(self.method.settings),
+            "parameters": cost.parameters(self.method, self.method.inference),
+            "macs_256": cost.macs(self.method.dehaze, device),
+        }
+
+
+def prepare(
+    named: Sequence[str], folder: Path | None, test: config.Test, files: Sequence[Path], overrides: Sequence[str]
+) -> list[Tested]:
+    """The methods ``named``, in that order: those without weights, and one that is loaded from ``test.weights``.
+
+    Without weights named, they are looked for in ``folder``; with no name at all they tell the method. ``files`` and
+    ``overrides`` may change test-time settings, and nothing else of a trained method. Raises `UserError`.
+    """
+    names = list(dict.fromkeys(named))
+    for name in names:
+        if name not in models.METHODS:
+            raise UserError(f"unknown model '{name}'{nearest(name, models.METHODS)}")
+    trained = [name for name in names if models.METHODS[name].stages]
+    if len(trained) > 1:
+        raise UserError(f"{' and '.join(trained)} need weights each: score one after the other, then --compare them")
+    if not names or trained:
+        loaded = _load(trained[0] if trained else None, _weights(folder, test), test.ema, files, overrides)
+    return [loaded if name in trained else _build(name, files, overrides) for name in names] or [loaded]
+
+
+def _build(name: str, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
+    settings = config.load(name, models.settings_types(), files, overrides)
+    return Tested(name, models.build(settings).eval(), None, _asked(name, files, overrides))
+
+
+def _load(named: str | None, path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
+    method = models.load(path, ema=ema)
+    name = models.name_of(method)
+    if named not in (None, name):
+        raise UserError(f"{path} holds a {name} model, not {named}; give --model {name} or other weights")
+    given = config.given(models.settings_types(), overrides=overrides).get(name, {})
+    fixed = [key for key in given if key not in method.test_time]
+    if fixed:
+        raise UserError(f"{name}.{fixed[0]} was settled by training; only {', '.join(method.test_time)} can change now")
+    asked = _asked(name, files, overrides)
+    models.change(method, asked)
+    return Tested(name, method, path, asked)
+
+
+def _asked(name: str, files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """The test-time settings of ``name`` that ``files`` and ``overrides`` themselves give."""
+    types = models.settings_types()
+    given, values = config.given(types, files, overrides).get(name, {}), config.load(name, types, files, overrides)
+    return {key: getattr(values.method, key) for key in given if key in models.METHODS[name].test_time}
+
+
+def _weights(folder: Path | None, test: config.Test) -> Path:
+    """The file that ``test`` names, or the best weights of an experiment's folder."""
+    if test.weights:
+        path = Path(test.weights).expanduser()
+        if not test.ema and path.suffix == ".safetensors":
+            raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
+        return path
+    if folder is None:
+        free = ", ".join(name for name, kind in models.METHODS.items() if not kind.stages)
+        raise UserError(f"no weights named; give --checkpoints DIR, --weights FILE, or a --model without any ({free})")
+    choice = WEIGHTS if test.ema else WEIGHTS[1:]
+    for name in choice:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: no {' or '.join(choice)}; train it, or give --weights FILE (official ones too)")

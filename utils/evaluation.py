@@ -1,0 +1,191 @@
+"""Methods on sets of pictures: each pair of them becomes a row of the report, with its pictures and panels."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import cost, metrics, panels, quality, report, results, scoring, tiling
+from utils.config import Settings
+from utils.errors import UserError
+from utils.journal import Journal
+from utils.results import HAZY, Row
+
+FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for pictures without ground truth, used where they are installed
+
+
+@dataclass
+class Pictures:
+    """A set to be scored: ``items`` as of `scoring.run`, with their ``names``; ``truth`` says if they have a ``clear``.
+
+    ``expected`` is the number that the whole set has, None where no one can know; ``preset`` the test-time settings
+    with which the released methods treat this set; ``folder`` the results' sub-folder, empty for a set of one's own.
+    """
+
+    name: str
+    items: Sequence[dict]
+    truth: bool
+    expected: int | None = None
+    remarks: list[str] = field(default_factory=list)
+    preset: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+    @property
+    def benchmark(self) -> bool:
+        """Is it a set with a name, not just some pictures?"""
+        return bool(self.folder)
+
+
+@dataclass
+class Candidate:
+    """What is tested: how it dehazes, what maps it finds (None: no panels), and its settings in force."""
+
+    name: str
+    dehaze: scoring.Dehaze
+    estimate: Callable[[Tensor], dict[str, Tensor]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+
+class Evaluation:
+    """One run of test.py: where its files go, what is measured, and what an interrupted one had done already.
+
+    ``write`` puts a picture (3,H,W) into a file; ``say`` tells the user a line.
+    """
+
+    def __init__(
+        self, settings: Settings, device: torch.device, output: Path, write: Callable, say: Callable[[str], None]
+    ):
+        self.settings, self.device, self.output, self.write, self.say = settings, device, output, write, say
+        self.further = quality.load(settings.test.metrics, device)
+        self.rows: list[Row] = []
+        self.skipped: list[str] = []
+        for name in settings.test.protocols:
+            metrics.protocol(name)
+        tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
+
+    def begin(self, sets: Sequence[Pictures], identity: Mapping[str, Any]) -> None:
+        """Look for what an interrupted run of the same ``identity``, sets and settings has done."""
+        own = {"sets": [[each.name, _files(each)] for each in sets], "settings": repr(self.settings)}
+        versions = {"versions": metrics.versions(), "device": str(self.device)}
+        self.journal = Journal(self.output, dict(identity) | own | versions)
+        if self.journal.resumed:
+            self.say(f"going on where an interrupted run stopped: {self.journal.resumed} pictures are done")
+        elif self.journal.replaced:
+            self.say("an interrupted run with other settings or files was here; beginning anew")
+
+    def row(self, pictures: Pictures, candidate: Candidate) -> Row:
+        """Dehaze, measure and save all of a set; pictures that an earlier run did are not done again."""
+        names, key = pictures.items.names, f"{pictures.name}/{candidate.name}"
+        folder = self.output / "pictures" / pictures.folder / candidate.folder
+        files = {name: folder / file for name, file in report.picture_names(names).items()}
+        keep = self.settings.test.pictures and candidate.name != HAZY
+        done = {n: s for n, s in self.journal.done(key, names).items() if not keep or files[n].is_file()}
+        cost.reset_peak(self.device)
+        outcome = scoring.run(
+            candidate.dehaze,
+            pictures.items,
+            self._measure(pictures),
+            (lambda item, dehazed: self.write(files[item["name"]], dehazed)) if keep else None,
+            device=self.device,
+            workers=self.settings.data.workers,
+            indices=[k for k, name in enumerate(names) if name not in done],
+            on_score=lambda score: self.journal.add(key, score),
+            on_error=self._skip,
+            bar=f"{pictures.name}, {candidate.name}",
+        )
+        scores = done | {score.name: score for score in outcome.scores}
+        outcome.scores = [scores[name] for name in names if name in scores]
+        row = Row(pictures.name, candidate.name, pictures.expected, outcome, candidate.settings, pictures.remarks)
+        row.peak_memory, row.resumed = cost.peak_memory(self.device), len(done)
+        self.rows.append(row)
+        if candidate.name == HAZY:
+            self._look_for_equal(pictures, outcome.scores)
+        elif candidate.estimate and self.settings.test.panels and (pictures.benchmark or pictures.truth):
+            self._panels(pictures, candidate, outcome.scores)
+        return row
+
+    def finish(self, methods: Mapping[str, dict], device: str) -> dict[str, Any] | None:
+        """Write the results of all rows and forget the journal; None where a folder was dehazed without any figure."""
+        found = None
+        if any(row.method == HAZY for row in self.rows) or self.settings.test.benchmarks:
+            found = results.build(self.rows, self.settings, methods, device)
+            report.write(self.output, self.rows, found)
+        self.journal.close()
+        return found
+
+    def measures(self, pictures: Pictures) -> bool:
+        """Is there any figure for this set? For a benchmark without one, why not is among its remarks."""
+        if pictures.truth or self._free(pictures):
+            return True
+        if pictures.benchmark:
+            packages = defaultdict(list)
+            for name in FREE:
+                packages[quality.METRICS[name].package].append(name)
+            wanted = " or ".join(f"{package} (for {', '.join(names)})" for package, names in packages.items())
+            pictures.remarks.append(f"no ground truth: pictures and times only; for figures, pip install {wanted}")
+        return False
+
+    def _measure(self, pictures: Pictures) -> scoring.Measure:
+        protocols, further = self.settings.test.protocols, self.further if pictures.truth else self._free(pictures)
+
+        def measure(item: dict, dehazed: Tensor) -> dict[str, float]:
+            clear = item["clear"].to(dehazed.device) if pictures.truth else None
+            figures = metrics.figures(dehazed, clear, protocols) if pictures.truth else {}
+            return figures | {name: metric(dehazed, clear) for name, metric in further.items()}
+
+        return measure
+
+    def _free(self, pictures: Pictures) -> dict[str, Callable]:
+        """Metrics without ground truth: those asked for; else, for benchmarks, all that are installed and loadable."""
+        asked = {name: metric for name, metric in self.further.items() if not quality.METRICS[name].needs_clear}
+        if asked or self.settings.test.metrics:
+            return asked
+        if not pictures.benchmark:
+            return {}
+        if not hasattr(self, "_installed"):
+            self._installed = {}
+            for name in filter(quality.installed, FREE):
+                try:
+                    self._installed |= quality.load([name], self.device)
+                except UserError as error:
+                    self.say(f"without {name}: {error}")
+        return self._installed
+
+    def _skip(self, error: UserError) -> None:
+        if str(error) not in self.skipped:  # every method meets it again
+            self.skipped.append(str(error))
+            self.say(f"skipped: {error}")
+
+    def _look_for_equal(self, pictures: Pictures, scores: Sequence[scoring.Score]) -> None:
+        key = f"{self.settings.test.protocols[0]}.psnr"
+        equal = [score.name for score in scores if score.figures.get(key) == math.inf]
+        if equal:
+            count = f"{len(equal)} of {len(scores)}" if len(equal) > 1 else "one"
+            pictures.remarks.append(
+                f"{count} hazy pictures equal their ground truth (the first: {equal[0]}); are the folders mixed up?"
+            )
+            self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
+
+    def _panels(self, pictures: Pictures, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
+        key = next(iter(scores[0].figures), None) if scores else None
+        better = results.describe(key)["better"] if key else "higher"
+        for place, score in panels.choose(scores, key, better).items():
+            item = pictures.items[list(pictures.items.names).index(score.name)]
+            found = candidate.estimate(item["hazy"][None].to(self.device))
+            maps = {name: value[0].float().cpu() for name, value in found.items()}
+            shown = panels.parts(item["hazy"], maps, item.get("clear"), score)
+            file = f"{place}_{Path(score.name).stem}.png"
+            self.write(self.output / "panels" / pictures.folder / candidate.folder / file, panels.panel(shown))
+
+
+def _files(pictures: Pictures) -> list:
+    """Every file of a set, with what changes when it does."""
+    paths = getattr(pictures.items, "pairs", None) or [(path,) for path in pictures.items.paths]
+    about = [(path, path.stat()) for group in paths for path in group]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in about]
