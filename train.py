@@ -149,14 +149,14 @@ class Run:
             if self.validation is None:
                 return self.export(method)
             mean = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, bar="validating"))
-            psnr, ssim = mean["ours.psnr"], mean["ours.ssim"]
+            psnr, ssim, hazy = (mean[key] for key in ("ours.psnr", "ours.ssim", "hazy.psnr"))
             if better := psnr > self.best:
                 self.best = psnr
                 self.export(method)
         self.log.figures(stage.name, self.global_step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
             f"step {self.global_step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(self.validation)} validation pictures "
-            f"(hazy: {mean['hazy.psnr']:.2f} dB){', the best so far' if better else ''}"
+            f"(hazy: {hazy:.2f} dB){', the best so far' if better else ''}"
         )
 
     def export(self, method: models.Method) -> None:

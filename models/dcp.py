@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.method import Method
-from utils import physics
+from utils import physics, tiling
 
 
 @dataclass
@@ -19,10 +19,18 @@ class DCP(Method):
     Settings = DCPSettings
     test_time = ("guided_filter",)
 
-    def restore(self, hazy: Tensor) -> Tensor:
-        airlight = physics.dark_channel_airlight(hazy)
-        t = physics.dark_channel_transmission(hazy, airlight)
+    def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        A = physics.dark_channel_airlight(hazy)
+
+        def transmission(piece: Tensor, _: tiling.Window) -> Tensor:
+            return physics.dark_channel_transmission(piece, A)
+
+        def restore(piece: Tensor, window: tiling.Window) -> Tensor:
+            return physics.restore(piece, window.cut(t), A)
+
+        t = tiling.apply(transmission, hazy, tile=tile, halo=physics.DARK_CHANNEL_SIZE // 2)
         if self.settings.guided_filter:
-            t = physics.guided_filter(hazy, t)
+            t = physics.guided_filter(hazy, t, tile=tile)
         # D4's code does not clamp t, and the filter may carry it below 0; only a division by 0 is prevented here.
-        return physics.restore(hazy, t.where(t.abs() > 1e-6, 1e-6), airlight)
+        t = t.where(t.abs() > 1e-6, 1e-6)
+        return {"clear": tiling.apply(restore, hazy, tile=tile), "transmission": t}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils import config
+from utils import config, tiling
 from utils.errors import UserError
 
 
@@ -23,7 +23,7 @@ class Loss(NamedTuple):
 class Method(nn.Module):
     """A dehazing system: networks as named children and four verbs.
 
-    A subclass gives `Settings` (its block of configs.yml), `restore`, and, unless it is free of training,
+    A subclass gives `Settings` (its block of configs.yml), `restore` or `find`, and, unless it is free of training,
     `optimisers`, `losses` and `pictures`. ``stage`` is ``warm_start`` (supervised, on haze made by the haze law) or
     ``train`` (the method's own game).
     """
@@ -48,6 +48,10 @@ class Method(nn.Module):
         """Take settings changed after training. Raises `UserError` for what the networks cannot follow."""
         self.settings = settings
 
+    def preset(self, **released: Any) -> dict[str, Any]:
+        """Of the settings with which the released code tests a benchmark, those that these weights want."""
+        return {}
+
     @classmethod
     def from_official(cls, state: dict, settings: Any) -> "Method | None":
         """The method that the authors' released file holds, or None if it is not one of this method's."""
@@ -69,27 +73,68 @@ class Method(nn.Module):
         return {}
 
     def restore(self, hazy: Tensor) -> Tensor:
-        """Clear pictures for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1]."""
+        """Clear pictures for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1].
+
+        All that a new method needs in order to dehaze; one with more to show or with tiles of its own gives `find`.
+        """
         raise UserError(f"{type(self).__name__} cannot dehaze")
+
+    def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        """What the method finds in hazy pictures (N,3,H,W) whose sides suit the networks.
+
+        ``clear`` (N,3,H,W) in [0,1] and, where the method has one, ``transmission`` (N,1,H,W). With ``tile``, the side
+        of tiles in pixels, memory must stay bounded. Here tiles are taken through `restore` with a quarter of their
+        side around them and cross-faded, so that what the networks take from the whole picture is a tile's own; a
+        method whose computation can be taken apart overrides this with tiles that give the numbers of the whole.
+        """
+        if tile is None:
+            return {"clear": self.restore(hazy)}
+        side, step = max(tile, 2 * self.minimum, 2 * self.multiple), self.multiple
+        around = {"halo": side // 4, "blend": side // 8, "down": step, "up": step}
+        return {"clear": tiling.apply(lambda piece, _: self.restore(piece), hazy, tile=side, **around)}
 
     def inference_state(self) -> dict[str, Tensor]:
         """The weights that `dehaze` needs."""
         return {key: value for key, value in self.state_dict().items() if key.split(".")[0] in self.inference}
 
-    @torch.no_grad()
-    def dehaze(self, hazy: Tensor) -> Tensor:
+    def dehaze(self, hazy: Tensor, tile: int | None = None, ensemble: bool = False) -> Tensor:
         """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
 
-        Sides that do not suit the networks are padded by reflection, to the right and below, and cropped again.
+        ``tile`` computes in tiles of that many pixels a side, at least 128, to bound memory (`tiling.choose`); None:
+        the whole picture at once. ``ensemble`` averages over the eight flips and quarter turns of the picture
+        (geometric self-ensemble; Lim et al., EDSR, CVPRW 2017), in eight times the time and the memory of one.
+        Raises `UserError` for another shape and for smaller tiles.
         """
-        if hazy.dim() != 4 or hazy.shape[1] != 3 or 0 in hazy.shape:
-            raise UserError(f"dehaze needs pictures of shape (N,3,H,W), got {tuple(hazy.shape)}")
+        if not ensemble:
+            return self.estimate(hazy, tile)["clear"]
+        _check(hazy)
+        total = torch.zeros_like(hazy)
+        for turns in range(4):
+            for flips in ([], [3]):
+                clear = self.estimate(hazy.rot90(turns, (2, 3)).flip(flips), tile)["clear"]
+                total += clear.flip(flips).rot90(-turns, (2, 3))
+        return total / 8
+
+    @torch.no_grad()
+    def estimate(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        """The clear pictures as of `dehaze`, and what else the method finds in hazy ones (N,3,H,W), by name.
+
+        ``clear`` (N,3,H,W) and, where the method has one, ``transmission`` (N,1,H,W). Sides that do not suit the
+        networks are padded by reflection, to the right and below, and all maps cropped again.
+        """
+        _check(hazy)
+        tiling.check(tile)
         height, width = hazy.shape[-2:]
         padded = reflect(reflect(hazy, 2, self._fit(height)), 3, self._fit(width))
-        return self.restore(padded)[..., :height, :width]
+        return {name: found[..., :height, :width] for name, found in self.find(padded, tile).items()}
 
     def _fit(self, side: int) -> int:
         return -(-max(side, self.minimum) // self.multiple) * self.multiple
+
+
+def _check(hazy: Tensor) -> None:
+    if hazy.dim() != 4 or hazy.shape[1] != 3 or 0 in hazy.shape:
+        raise UserError(f"dehaze needs pictures of shape (N,3,H,W), got {tuple(hazy.shape)}")
 
 
 def reflect(x: Tensor, dim: int, size: int) -> Tensor:

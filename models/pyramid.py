@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils import tiling
 from utils.checkpoint import read_weights
 from utils.errors import UserError
 
 BACKBONE = "tf_efficientnet_lite3"
 ENCODER_CHANNELS = (32, 48, 136, 384)  # at strides 4, 8, 16, 32
 STRIDE = 32
+STAGES = (slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7))  # the encoder's blocks that end at those strides
 
 
 class ResidualUnit(nn.Module):
@@ -36,6 +38,7 @@ class Fusion(nn.Module):
 
     The published order is up-sampling, then the 1x1 projection; both are linear and the interpolation weights
     sum to one, so projecting first gives the same numbers at a quarter of the cost.
+    ``tile``: the side, in pixels of x, of the tiles in which it is refined.
     """
 
     def __init__(self, channels: int, out_channels: int, skip: bool):
@@ -44,10 +47,14 @@ class Fusion(nn.Module):
         self.refine = ResidualUnit(channels)
         self.project = nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.skip is not None:
-            x = x + self.skip(skip)
-        x = self.project(self.refine(x))
+    def forward(self, x: Tensor, skip: Tensor | None = None, tile: int | None = None) -> Tensor:
+        def refine(piece: Tensor, window: tiling.Window) -> Tensor:
+            if self.skip is not None:
+                piece = piece + self.skip(window.cut(skip))
+            return self.project(self.refine(piece))
+
+        x = tiling.apply(refine, x, tile=tile, halo=tiling.reach(self))
+        # Of the whole: with aligned corners the positions between which it interpolates depend on the whole size.
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
@@ -56,6 +63,7 @@ class Pyramid(nn.Module):
 
     H and W are multiples of 32, at least 64. ``mixer`` makes the module that works on each encoder map at F, 2F,
     4F and 8F channels (NeDR's KAN-CID; None for none). The pooled maps carry gradients; detach where not wanted.
+    ``tile`` computes the same, map by map, in tiles of that many pixels of the picture a side, in eval mode.
     """
 
     def __init__(self, features: int = 32, mixer: Callable[[int], nn.Module] | None = None):
@@ -71,14 +79,31 @@ class Pyramid(nn.Module):
             Fusion(width, max(features, width // 2), skip=k < 3) for k, width in enumerate(widths)
         )
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self.encoder(image)
+    def forward(self, image: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        maps = self._encode(image, tile)
         pooled = torch.cat([m.mean((2, 3)) for m in maps], 1)
-        skips = [mix(reduce(m)) for m, reduce, mix in zip(maps, self.reduce, self.mixers, strict=True)]
-        x = self.fusion[3](skips[3])
+        half, eighth = tiling.part(tile, 2), tiling.part(tile, 8)  # the mixers' spline bases are eight times as large
+        mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]
+        skips = [tiling.through(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
+        x = self.fusion[3](skips[3], tile=half)
         for fuse, skip in zip(reversed(self.fusion[:3]), reversed(skips[:3]), strict=True):
-            x = fuse(x, skip)
+            x = fuse(x, skip, half)
         return x, pooled
+
+    def _encode(self, image: Tensor, tile: int | None) -> list[Tensor]:
+        """The encoder's maps, each made from the one before.
+
+        All but the first are cut into tiles of ``tile`` / 2 of their own pixels, not of the picture's: the coarser the
+        map, the wider its halo is, and the less memory it takes.
+        """
+        encoder = self.encoder
+        first, *others = (encoder.blocks[blocks] for blocks in STAGES)
+        x = tiling.through(nn.Sequential(encoder.conv_stem, encoder.bn1, first), image, tile=tile, down=4)
+        maps = [x]
+        for stage in others:
+            x = tiling.through(stage, x, tile=tiling.part(tile, 2), down=2)
+            maps.append(x)
+        return maps
 
 
 class Head(nn.Module):

@@ -76,12 +76,13 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
     )
     output, _ = scored.communicate()
     assert scored.returncode == 0, output
-    results = json.loads((experiment / "results" / "results.json").read_text())
-    assert results["images"] == 6
-    assert f"{results['mean']['psnr']:.2f}" in output
+    rows = json.loads((experiment / "results" / "results.json").read_text())["rows"]
+    hazy, nedr = rows
+    assert (hazy["images"], nedr["images"]) == (6, 6)
+    assert f"{nedr['mean']['ours.psnr']:.2f}" in output
     kept = max((line for line in logged if "validation/psnr" in line), key=lambda line: line["validation/psnr"])
-    first = next(row for row in results["per_image"] if row["name"].startswith("chelsea_1"))
-    assert first["psnr"] == pytest.approx(kept["validation/psnr"], abs=1e-3), "test.py scores what validation kept"
+    first = next(row for row in nedr["per_image"] if row["name"].startswith("chelsea_1"))
+    assert first["ours.psnr"] == pytest.approx(kept["validation/psnr"], abs=1e-3), "test.py scores what validation kept"
 
     arguments = ["--checkpoints", str(experiment), "--hazy", "sample:test/hazy", "--output", str(tmp_path / "out")]
     assert scoring_command.main(arguments) == 0

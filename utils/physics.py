@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils import tiling
+
 AIRLIGHT_CAP = 220 / 255  # D4's and NeDR's ceiling for the dark-channel airlight
+DARK_CHANNEL_SIZE = 15  # pixels
 GUIDE_RADIUS = 40  # pixels
 GUIDE_EPS = 1e-3
 
@@ -31,7 +34,7 @@ def restore(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
     return ((hazy - airlight) / t + airlight).clamp(0, 1)
 
 
-def dark_channel(image: Tensor, size: int = 15) -> Tensor:
+def dark_channel(image: Tensor, size: int = DARK_CHANNEL_SIZE) -> Tensor:
     """Minimum over channels, then over a ``size`` x ``size`` window; outside the picture counts as 1.
 
     (N,3,H,W) in [0,1] -> (N,1,H,W). DCP, eq. 5. ``size`` is odd.
@@ -73,13 +76,23 @@ def box_mean(x: Tensor, radius: int) -> Tensor:
     return F.avg_pool2d(rows, (1, size), 1, (0, radius), count_include_pad=False)
 
 
-def guided_filter(guide: Tensor, x: Tensor, radius: int = GUIDE_RADIUS, eps: float = GUIDE_EPS) -> Tensor:
+def guided_filter(
+    guide: Tensor, x: Tensor, radius: int = GUIDE_RADIUS, eps: float = GUIDE_EPS, tile: int | None = None
+) -> Tensor:
     """Smooth ``x`` (N,1,H,W) along the edges of ``guide`` (N,C,H,W), channel by channel, and average over C.
 
     The guide is first min-max normalised over each whole sample, as the released NeDR does. -> (N,1,H,W).
+    ``tile`` computes the same in tiles of that side.
     """
     low, high = guide.amin((1, 2, 3), keepdim=True), guide.amax((1, 2, 3), keepdim=True)
-    guide = (guide - low) / (high - low).clamp(min=1e-12)
+
+    def smooth(piece: Tensor, window: tiling.Window) -> Tensor:
+        return _smooth((piece - low) / (high - low).clamp(min=1e-12), window.cut(x), radius, eps)
+
+    return tiling.apply(smooth, guide, tile=tile, halo=2 * radius)  # a mean of means
+
+
+def _smooth(guide: Tensor, x: Tensor, radius: int, eps: float) -> Tensor:
     mean_g, mean_x = box_mean(guide, radius), box_mean(x, radius)
     covariance = box_mean(guide * x, radius) - mean_g * mean_x
     variance = box_mean(guide * guide, radius) - mean_g * mean_g

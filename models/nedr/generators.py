@@ -10,7 +10,7 @@ from models.nedr.implicit import IDRM
 from models.nedr.kan import KANCID
 from models.nedr.residual import DREM
 from models.pyramid import ENCODER_CHANNELS, Head, Pyramid, squash
-from utils import physics
+from utils import physics, tiling
 
 TRANSMISSION_RANGE = (0.05, 0.95)
 LEARNED_AIRLIGHT_RANGE = (0.5, 1.0)
@@ -20,10 +20,14 @@ class Removal(NamedTuple):
     """What the removal network finds in hazy pictures (N,3,H,W)."""
 
     clear: Tensor  # J (N,3,H,W) in [0,1]
-    depth: Tensor  # d (N,1,H,W), -ln(t) / beta
     density: Tensor  # beta (N,1,1,1)
     transmission: Tensor  # t (N,1,H,W)
     airlight: Tensor  # A (N,3,1,1)
+
+    @property
+    def depth(self) -> Tensor:
+        """d (N,1,H,W), -ln(t) / beta."""
+        return -self.transmission.log() / self.density
 
 
 class RemovalNet(nn.Module):
@@ -47,22 +51,34 @@ class RemovalNet(nn.Module):
         super().__init__()
         self.density_range = density_range
         self.pyramid = Pyramid(features, KANCID if kan_cid else None)
-        self.idrm = IDRM(features, out_channels=features, positional=positional) if idrm else nn.Identity()
+        self.idrm = IDRM(features, out_channels=features, positional=positional) if idrm else None
         self.drem = DREM(features) if drem else nn.Identity()
         self.head = Head(features)
         pooled = sum(ENCODER_CHANNELS)
         self.density = nn.Sequential(nn.Linear(pooled, 64), nn.Linear(64, 1))
         self.airlight = nn.Sequential(nn.Linear(pooled, 64), nn.ReLU(), nn.Linear(64, 3)) if learned_airlight else None
 
-    def forward(self, hazy: Tensor, airlight: str = "max", guided: bool = False) -> Removal:
-        """``airlight``: max | dark_channel | learned; ``guided`` refines t by the guided filter before its use."""
-        x, pooled = self.pyramid(hazy)
+    def forward(self, hazy: Tensor, airlight: str = "max", guided: bool = False, tile: int | None = None) -> Removal:
+        """``airlight``: max | dark_channel | learned; ``guided`` refines t by the guided filter before its use.
+
+        ``tile`` computes the same in tiles of that many pixels a side, in eval mode: every map but the widest layers'
+        is held whole, so density, airlight and positions are the whole picture's.
+        """
+        x, pooled = self.pyramid(hazy, tile)
         beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
-        t = squash(self.head(self.drem(self.idrm(x))), 0, 1).clamp(*TRANSMISSION_RANGE)
+        halo = 1 + tiling.reach(self.drem, self.head)  # IDRM sees one pixel
+        t = tiling.apply(self._transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
         A = self.estimate_airlight(hazy, pooled, airlight)
         if guided:
-            t = physics.guided_filter(hazy, t)
-        return Removal(physics.restore(hazy, t, A), -t.log() / beta, beta, t, A)
+            t = physics.guided_filter(hazy, t, tile=tile)
+        clear = tiling.apply(lambda piece, window: physics.restore(piece, window.cut(t), A), hazy, tile=tile)
+        return Removal(clear, beta, t, A)
+
+    def _transmission(self, features: Tensor, window: tiling.Window) -> Tensor:
+        """t of a piece of the picture, from features at half its size."""
+        if self.idrm is not None:
+            features = self.idrm(features, window=window)
+        return squash(self.head(self.drem(features)), 0, 1).clamp(*TRANSMISSION_RANGE)
 
     def estimate_airlight(self, hazy: Tensor, pooled: Tensor, kind: str) -> Tensor:
         """(N,3,1,1) by the per-channel maximum, the dark channel or the learned head."""

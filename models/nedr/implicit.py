@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.tiling import Window
+
 OCTAVES = 4
 
 
@@ -15,12 +17,15 @@ def pixel_centres(size: int, device=None) -> Tensor:
     return (torch.arange(size, device=device, dtype=torch.float32) * 2 + 1) / size - 1
 
 
-def position_encoding(height: int, width: int, device=None) -> Tensor:
+def position_encoding(height: int, width: int, device=None, window: Window | None = None) -> Tensor:
     """Coordinates and their encoding for every pixel centre: (1, 2 + 4 OCTAVES, height, width).
 
     Channels: row, column; then, axis by axis, sin(2^k pi p) and cos(2^k pi p) for k = 0..OCTAVES-1.
+    ``window``: only those of this piece.
     """
     rows, columns = pixel_centres(height, device), pixel_centres(width, device)
+    if window is not None:
+        rows, columns = rows[window.rows], columns[window.columns]
     point = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2,H,W)
     octaves = math.pi * 2.0 ** torch.arange(OCTAVES, device=device)
     waves = point.unsqueeze(1) * octaves[None, :, None, None]  # (2,OCTAVES,H,W)
@@ -32,6 +37,7 @@ class IDRM(nn.Module):
     """Implicit degradation representation: an MLP of local features, position and cell size, at every pixel.
 
     (N,C,H,W) -> (N,out,h,w); ``size`` = (h,w) queries the field at another resolution (default: that of the features).
+    ``window`` says which piece of a larger map the features are, where they are one; their pixels keep their places.
     The first layer sees, in this order, the 3x3 neighbourhood of the features (9 C, as torch's unfold), the pixel
     centre in [-1,1] and its encoding (2 + 16), and the cell size in feature pixels times two (2).
     The neighbourhood's share of that layer is a 3x3 convolution, computed as one.
@@ -46,14 +52,14 @@ class IDRM(nn.Module):
         widths = [9 * channels + 2 + 4 * OCTAVES + 2, hidden, hidden, hidden, out_channels]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
-    def forward(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, features: Tensor, size: tuple[int, int] | None = None, window: Window | None = None) -> Tensor:
         height, width = size or features.shape[-2:]
-        x = self._first(features, height, width)
+        x = self._first(features, height, width, window)
         for layer in self.layers[1:]:
             x = F.conv2d(x.relu(), layer.weight[..., None, None], layer.bias)
         return x
 
-    def _first(self, features: Tensor, height: int, width: int) -> Tensor:
+    def _first(self, features: Tensor, height: int, width: int, window: Window | None) -> Tensor:
         """The first layer, split by what it sees; bilinear between features, so the field is continuous."""
         local, position, cell = self.layers[0].weight.split([9 * self.channels, 2 + 4 * OCTAVES, 2], 1)
         bias = self.layers[0].bias + cell @ self._cell(features, height, width)
@@ -61,7 +67,8 @@ class IDRM(nn.Module):
         if (height, width) != tuple(features.shape[-2:]):
             x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
         if self.positional:
-            x = x + F.conv2d(position_encoding(height, width, features.device), position[..., None, None])
+            whole = (height, width) if window is None else window.size
+            x = x + F.conv2d(position_encoding(*whole, features.device, window), position[..., None, None])
         return x
 
     def _cell(self, features: Tensor, height: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +155,10 @@ class NeDR(Method):
             raise UserError("nedr.airlight=learned: these weights have no airlight head; set max or dark_channel")
         super().accept(settings)
 
+    def preset(self, **released: Any) -> dict[str, Any]:
+        """A learned airlight suits every set; without one, the released airlight and filter of each set apply."""
+        return {} if self.removal.airlight is not None else released
+
     def start(self) -> None:
         """Weights as training begins: the released initialisation, then the encoders' own weights."""
         for network in (self.removal, self.production, self.depth):
@@ -191,8 +195,9 @@ class NeDR(Method):
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
         return self._supervised(batch) if stage == "warm_start" else self._game(batch)
 
-    def restore(self, hazy: Tensor) -> Tensor:
-        return self.removal(hazy, self.settings.airlight, self.settings.guided_filter).clear
+    def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        found = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
+        return {"clear": found.clear, "transmission": found.transmission}
 
     # The supervised stage: haze made by the haze law, so everything is known.
 
