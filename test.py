@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
     output = Path(settings.test.output or (folder or Path()) / "results").expanduser()
     run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
-    sets = find(settings.test, output / "pictures")
+    sets = find(settings.test, output)
     return score(run, sets, testing.prepare(args.model or [], folder, settings.test, files, overrides))
 
 
@@ -88,37 +88,29 @@ def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[str]
         raise UserError("--hazy and --benchmarks name two things to score; give one of them")
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
     names = ("weights", "benchmarks", "data_root", "hazy", "clear", "protocols", "metrics", "output")
-    options = {name: getattr(args, name) for name in names}
-    quoted = [f"test.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value]
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    quoted = [f"test.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
     others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
     return folder, files, [*others, *args.settings, *quoted]  # what config.yml names beside is of other pictures
 
 
-def find(test: config.Test, results: Path) -> list[Pictures]:
+def find(test: config.Test, output: Path) -> list[Pictures]:
     """The sets to score, or the pictures to dehaze. Results never become inputs."""
     if test.benchmarks:
-        return [benchmark(found) for found in locate.find(test.benchmarks, test.data_root)]
+        return [found.pictures() for found in locate.find(test.benchmarks, test.data_root)]
     if not test.hazy:
         raise UserError("nothing to dehaze; give --benchmarks NAME, or --hazy PATH, or set test.hazy in config.yml")
     if not test.clear and not test.pictures and not test.metrics:
         raise UserError("test.pictures=false and no ground truth leave nothing to do; give --clear PATH")
     hazy = images.find(test.hazy)
-    if any(path.resolve().is_relative_to(results.resolve()) for path in hazy):
-        raise UserError(f"{results} holds earlier results, which are among the hazy pictures; give another --output")
+    results = [(output / part).resolve() for part in ("pictures", "panels")]
+    if any(path.resolve().is_relative_to(folder) for path in hazy for folder in results):
+        raise UserError(f"{output} holds earlier results, which are among the hazy pictures; give another --output")
     source = images.resolve(test.hazy)
     root = source if source.is_dir() else None
     pairs = images.pair(test.hazy, test.clear) if test.clear else None
     items = datasets.Paired(pairs, root) if pairs else datasets.Folder(hazy, root)
     return [Pictures("pictures", items, truth=bool(pairs), remarks=datasets.doubts(items) if pairs else [])]
-
-
-def benchmark(found: locate.Found) -> Pictures:
-    """A benchmark as a set to score, with the released methods' settings for it."""
-    about, items = found.benchmark, found.items()
-    truth, folder = about.truth != "none", found.name.replace(":", "-")
-    preset = {"airlight": about.airlight, "guided_filter": about.guided_filter}
-    remarks = [*found.remarks, *(datasets.doubts(items) if truth else [])]
-    return Pictures(found.name, items, truth, found.expected, remarks, preset, folder)
 
 
 def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -> int:
@@ -138,11 +130,10 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
     if found:
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
-    skipped = len(run.skipped)
     print(f"{tables.pictures(done)} done, see {run.output}")
-    if skipped:
-        print(f"error: {tables.pictures(skipped)} could not be used, as said above", file=sys.stderr)
-    return 2 if skipped else 0
+    if run.unusable:
+        print(f"error: {tables.pictures(run.unusable)} could not be used, as said above", file=sys.stderr)
+    return 2 if run.unusable else 0
 
 
 def compare(runs: list[str], output: str | None) -> int:

@@ -15,6 +15,7 @@ from PIL import Image
 from data import datasets, images
 from data.benchmarks import BENCHMARKS, GROUPS, HAZY, RULES, TRUTH, Benchmark, unroll
 from utils.errors import UserError, nearest
+from utils.evaluation import Pictures
 
 LEVELS = 5  # of folders below the data root that are looked through
 RUNS = 10  # of missing numbers that are named
@@ -51,6 +52,13 @@ class Found:
         if self.benchmark.truth == "none":
             return datasets.Folder([hazy for hazy, _ in self.pairs], self.folder)
         return datasets.Paired(self.pairs, self.folder, self.benchmark.border)
+
+    def pictures(self) -> Pictures:
+        """The set as `utils.evaluation` scores it, with the released methods' settings for it."""
+        about, items = self.benchmark, self.items()
+        truth, preset = about.truth != "none", {"airlight": about.airlight, "guided_filter": about.guided_filter}
+        remarks = [*self.remarks, *(datasets.doubts(items) if truth else [])]
+        return Pictures(self.name, items, truth, self.expected, remarks, preset, self.name.replace(":", "-"))
 
 
 def find(names: Sequence[str], root: str | Path) -> list[Found]:

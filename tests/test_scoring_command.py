@@ -330,7 +330,7 @@ def test_metrics_of_real_haze_are_used_where_they_are_installed(run, benchmarks,
     monkeypatch.setattr(quality, "installed", lambda name: name in ("fade", "niqe"))
     monkeypatch.setattr(quality, "load", load)
     done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
-    assert "without niqe: niqe: its weights are not here" in done.err
+    assert "left out: niqe: its weights are not here" in done.err
     assert row(tmp_path / "results", "dcp", "RTTS")["mean"].keys() == {"fade"}
     assert row(tmp_path / "results", "hazy input", "RTTS")["mean"].keys() == {"fade"}
 
@@ -408,6 +408,44 @@ def test_what_the_interrupted_run_did_otherwise_is_done_anew(run, pairs, tmp_pat
     assert ("beginning anew" in done.err) == (change != "picture")
     assert row(tmp_path / "out")["resumed"] == (2 if change == "picture" else 0)
     assert pictures(tmp_path / "out/pictures") == {"1_1.png", "1_2.png", "2_1.png"}
+
+
+def test_a_panel_that_fails_costs_no_figure_and_old_panels_go(run, pairs, tmp_path, monkeypatch):
+    argv = ["--model", "dcp", *pairs, "--output", "out"]
+    images.write(tmp_path / "out/panels/best_of_an_earlier_run.png", torch.rand(3, 8, 8))
+    assert run(*argv).status == 0
+    assert len(pictures(tmp_path / "out/panels")) == 3
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(DCP, "estimate", exhausted)
+    monkeypatch.setattr(DCP, "dehaze", lambda self, hazy, *_: hazy)
+    done = run(*argv)
+    assert done.status == 0
+    assert "no panel: 1_1.png: 36x24 pixels are too many" in done.err
+    assert row(tmp_path / "out")["images"] == 3
+
+
+def test_nothing_readable_is_still_a_report(run, pairs, tmp_path):
+    for path in (tmp_path / "clear").iterdir():
+        path.write_bytes(b"no picture")
+    done = run("--model", "dcp", *pairs, "--output", "out")
+    assert done.status == 2
+    assert "3 pictures could not be used" in done.err
+    assert (row(tmp_path / "out")["images"], len(row(tmp_path / "out")["skipped"])) == (0, 3)
+
+
+def test_raw_weights_in_place_of_the_averaged_ones(run, pairs, experiment, tmp_path):
+    state = checkpoint.read(experiment / "last.pt")
+    averaged = {k: v * 1.1 if v.is_floating_point() else v for k, v in state["networks"].items() if "removal" in k}
+    state["ema"] = {"weights": averaged}
+    checkpoint.save(tmp_path / "both.pt", {k: v for k, v in state.items() if k not in ("format", "version")})
+    raw, named = run("--weights", experiment / "last.pt", *pairs, "--output", "raw"), ["--weights", "both.pt", *pairs]
+    assert raw.status == run(*named, "--output", "ema").status == 0
+    assert run(*named, "--output", "chosen", "test.ema=false").status == 0
+    means = [row(tmp_path / folder, "nedr")["mean"]["ours.psnr"] for folder in ("raw", "chosen", "ema")]
+    assert means[0] == means[1] != means[2]
 
 
 def test_mixed_up_folders_are_noticed(run, pairs, tmp_path):

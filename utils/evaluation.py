@@ -64,7 +64,7 @@ class Evaluation:
         self.settings, self.device, self.output, self.write, self.say = settings, device, output, write, say
         self.further = quality.load(settings.test.metrics, device)
         self.rows: list[Row] = []
-        self.skipped: list[str] = []
+        self.told: set[str] = set()
         for name in settings.test.protocols:
             metrics.protocol(name)
         tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
@@ -110,6 +110,12 @@ class Evaluation:
             self._panels(pictures, candidate, outcome.scores)
         return row
 
+    @property
+    def unusable(self) -> int:
+        """How many pictures were left out, by the method that left out the most."""
+        sets = {row.benchmark: 0 for row in self.rows}
+        return sum(max(len(row.outcome.skipped) for row in self.rows if row.benchmark == name) for name in sets)
+
     def finish(self, methods: Mapping[str, dict], device: str) -> dict[str, Any] | None:
         """Write the results of all rows and forget the journal; None where a folder was dehazed without any figure."""
         found = None
@@ -154,12 +160,12 @@ class Evaluation:
                 try:
                     self._installed |= quality.load([name], self.device)
                 except UserError as error:
-                    self.say(f"without {name}: {error}")
+                    self.say(f"left out: {error}")
         return self._installed
 
     def _skip(self, error: UserError) -> None:
-        if str(error) not in self.skipped:  # every method meets it again
-            self.skipped.append(str(error))
+        if str(error) not in self.told:  # every method meets it again
+            self.told.add(str(error))
             self.say(f"skipped: {error}")
 
     def _look_for_equal(self, pictures: Pictures, scores: Sequence[scoring.Score]) -> None:
@@ -175,13 +181,20 @@ class Evaluation:
     def _panels(self, pictures: Pictures, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
         key = next(iter(scores[0].figures), None) if scores else None
         better = results.describe(key)["better"] if key else "higher"
+        folder = self.output / "panels" / pictures.folder / candidate.folder
+        for old in (old for place in panels.PLACES for old in folder.glob(f"{place}_*.png")):
+            old.unlink()  # an earlier run's best need not be this one's
         for place, score in panels.choose(scores, key, better).items():
-            item = pictures.items[list(pictures.items.names).index(score.name)]
-            found = candidate.estimate(item["hazy"][None].to(self.device))
+            try:
+                item = pictures.items[pictures.items.names.index(score.name)]
+                with scoring.enough_memory(item, self.device):
+                    found = candidate.estimate(item["hazy"][None].to(self.device))
+            except UserError as error:  # the figures are there; a picture less is no reason to lose them
+                self.say(f"no panel: {error}")
+                continue
             maps = {name: value[0].float().cpu() for name, value in found.items()}
             shown = panels.parts(item["hazy"], maps, item.get("clear"), score)
-            file = f"{place}_{Path(score.name).stem}.png"
-            self.write(self.output / "panels" / pictures.folder / candidate.folder / file, panels.panel(shown))
+            self.write(folder / f"{place}_{Path(score.name).stem}.png", panels.panel(shown))
 
 
 def _files(pictures: Pictures) -> list:

@@ -15,6 +15,7 @@ ERROR_SCALE = 0.25  # the mean absolute error over RGB, of [0,1], that is shown 
 LONG_SIDE = 480  # pixels of each part
 CAPTION = 24  # pixels above each part
 GAP = 4
+PLACES = ("best", "median", "worst", "first", "middle", "last")
 
 
 def choose(scores: Sequence[Score], key: str | None, better: str = "higher") -> dict[str, Score]:
@@ -24,7 +25,7 @@ def choose(scores: Sequence[Score], key: str | None, better: str = "higher") -> 
     """
     ranked = [score for score in scores if key in score.figures and math.isfinite(score.figures[key])]
     ranked.sort(key=lambda score: score.figures[key], reverse=better == "higher")
-    names = ("best", "median", "worst") if ranked else ("first", "middle", "last")
+    names = PLACES[:3] if ranked else PLACES[3:]
     ranked = ranked or list(scores)
     chosen: dict[str, Score] = {}
     for name, place in zip(names, (0, len(ranked) // 2, -1), strict=True):

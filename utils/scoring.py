@@ -169,20 +169,27 @@ def _dehaze(dehaze: Dehaze, work: _Work, device: torch.device) -> _Work:
 
 
 def _dehazed(dehaze: Dehaze, item: dict, device: torch.device) -> Tensor:
-    hazy, name = item["hazy"], item["name"]
-    try:
-        dehazed = dehaze(hazy[None].to(device))[0].float()
+    with enough_memory(item, device):
+        dehazed = dehaze(item["hazy"][None].to(device))[0].float()
         finite = bool(dehazed.isfinite().all())  # asks for a value, so a GPU has finished when it is there
+    if not finite:
+        raise UserError(
+            f"{item['name']}: the model gives values that are not numbers; set precision=float32 or use other weights"
+        )
+    return dehazed
+
+
+@contextmanager
+def enough_memory(item: dict, device: torch.device) -> Iterator[None]:
+    """Turns a lack of memory inside into a `UserError` that names the picture, its size and the remedy."""
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _exhausted(error):
             raise
-        size = f"{hazy.shape[2]}x{hazy.shape[1]}"
+        size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
+        name = item["name"]
         raise UserError(f"{name}: {size} pixels are too many for the memory of {device}; set test.tile=512") from None
-    if not finite:
-        raise UserError(
-            f"{name}: the model gives values that are not numbers; set precision=float32 or use other weights"
-        )
-    return dehazed
 
 
 def _exhausted(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """The figures of a scoring run as tables, for a terminal and in Markdown, each beside its protocol."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,19 +15,7 @@ def text(rows: Sequence[Row], results: Mapping) -> str:
     """The figures of every set under those of its hazy input, how long they took, and the protocols, for a terminal."""
     lines = []
     for name, members in _by_set(rows).items():
-        shown, width = keys(members), max(len(row.method) for row in members)
-        heads = [_head(key) for key in shown]
-        lines += [
-            "",
-            f"{name}: {pictures(members[0].count)}",
-            "  ".join([" " * width, *heads, "s/picture", "pictures/s"]),
-        ]
-        for row in members:
-            mean = scoring.mean(row.outcome.scores)
-            cells = [f"{_number(key, mean.get(key)):>{len(head)}}" for key, head in zip(shown, heads, strict=True)]
-            if row.method != HAZY:
-                cells += [f"{scoring.median_seconds(row.outcome.scores):9.3f}", f"{row.per_second:10.2f}"]
-            lines.append("  ".join([f"{row.method:{width}}", *cells]))
+        lines += ["", f"{name}: {pictures(members[0].count)}", *_screen_table(members)]
         lines += [line for row in members for line in _notes(row)]
     lines += [line for each in results["protocols"].values() for line in _protocol(each)]
     return "\n".join(lines[1:])
@@ -53,6 +42,26 @@ def markdown(rows: Sequence[Row], results: Mapping) -> str:
 def pictures(count: int | str) -> str:
     """``1 picture``, ``24 pictures``, ``60 of 500 pictures``."""
     return "1 picture" if count in (1, "1") else f"{count} pictures"
+
+
+def _screen_table(members: Sequence[Row]) -> list[str]:
+    """The methods on one set; the protocol stands over its PSNR and SSIM."""
+    shown, width = keys(members), max(len(row.method) for row in members)
+    heads = [f"{_title(key):>6}" for key in shown]
+    above, at = "", width
+    for key, head in zip(shown, heads, strict=True):
+        if key.endswith(".psnr"):
+            above = f"{above:{at + 2}}{key.removesuffix('.psnr')}"
+        at += 2 + len(head)
+    lines = [above] if above else []
+    lines.append("  ".join([" " * width, *heads, "s/picture", "pictures/s"]))
+    for row in members:
+        mean = scoring.mean(row.outcome.scores)
+        cells = [f"{_number(key, mean.get(key)):>{len(head)}}" for key, head in zip(shown, heads, strict=True)]
+        if row.method != HAZY and row.outcome.scores:
+            cells += [f"{scoring.median_seconds(row.outcome.scores):9.3f}", f"{row.per_second:10.2f}"]
+        lines.append("  ".join([f"{row.method:{width}}", *cells]).rstrip())
+    return lines
 
 
 def _figures_table(rows: Sequence[Row], protocol: str | None, figures: Sequence[str]) -> str:
@@ -117,7 +126,8 @@ def _exceptions(row: Row) -> list[str]:
 
 
 def _protocol(each: Mapping[str, str]) -> list[str]:
-    return ["", f"protocol {each['name']}: {each['pixels']}", f"  PSNR: {each['psnr']}", f"  SSIM: {each['ssim']}"]
+    lines = [f"protocol {each['name']}: {each['pixels']}", f"  PSNR: {each['psnr']}", f"  SSIM: {each['ssim']}"]
+    return ["", *(part for line in lines for part in textwrap.wrap(line, 110, subsequent_indent=" " * 8))]
 
 
 def _by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
