@@ -13,7 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data import datasets, images
-from data.benchmarks import BENCHMARKS, GROUPS, HAZY, RULES, TRUTH, Benchmark, unroll
+from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, RULES, TRUTH, Benchmark, unroll
 from utils.errors import UserError, nearest
 from utils.evaluation import Pictures
 
@@ -64,14 +64,17 @@ class Found:
 def find(names: Sequence[str], root: str | Path) -> list[Found]:
     """Find sets ("o_haze"), splits ("O-HAZE:test") and groups ("SOTS") under ``root``, `LEVELS` deep, or at it.
 
-    Of a group, sets that are absent are left out with a remark. Raises `UserError` for an unknown name, a set that
-    is not there, a hazy picture without its one ground truth, and sizes that do not agree. Reads headers only.
+    One set alone is also taken from a root that holds just its pictures, whatever the root's name. Of a group, sets
+    that are absent are left out with a remark. Raises `UserError` for an unknown name, a set that is not there, a hazy
+    picture without its one ground truth, and sizes that do not agree. Reads headers only.
     """
     wanted, top = _wanted(names), images.resolve(root)
     if not top.is_dir():
         raise UserError(f"{top}: a file, not a data root; name the folder that holds the benchmarks")
     folders = _folders(top)
     places = {name: _places(BENCHMARKS[name], folders) for name, _ in wanted}
+    if len(places) == 1 and not any(places.values()):
+        places = {name: _unnamed(BENCHMARKS[name], top) for name in places}
     absent = [name for name, found in places.items() if not found or not found[0].whole]
     present = {group for (name, _), group in wanted.items() if name not in absent and group}
     missing = [name for (name, _), group in wanted.items() if name in absent and group not in present]
@@ -121,10 +124,10 @@ class Place(NamedTuple):
     whole: bool  # has the ground truth that it should have
 
 
-def _places(benchmark: Benchmark, folders: list[Path]) -> list[Place]:
+def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str] = ()) -> list[Place]:
     """The best first: whole ones, then by the order of the layouts, then the shallowest; each real folder once."""
     places: dict[str, Place] = {}
-    for layout in benchmark.places:
+    for layout in layouts or benchmark.places:
         for folder in (folder for folder in folders if _fits(folder, layout, 1)):
             truths = []
             if "{" in layout:
@@ -136,6 +139,19 @@ def _places(benchmark: Benchmark, folders: list[Path]) -> list[Place]:
                 whole = bool(truths) or benchmark.truth == "none"
                 places.setdefault(os.path.realpath(folder), Place(folder, truths, whole))
     return sorted(places.values(), key=lambda place: not place.whole)
+
+
+def _unnamed(benchmark: Benchmark, top: Path) -> list[Place]:
+    """The data root itself as the one set that is asked for, unless its name or its numbers are those of another."""
+    root = Path(os.path.abspath(top))
+    below = _subfolders(root)
+    if any(_places(other, [root, *below]) for other in BENCHMARKS.values()):
+        return []
+    found = _places(benchmark, below, ["{hazy,gt}" if benchmark.truth != "none" else "hazy"])
+    if benchmark.truth == "none" or benchmark.rule == GT:
+        found += _places(benchmark, [root], ["*"])
+    wanted = unroll(benchmark.numbers)
+    return [place for place in found if all(not wanted or _number(path) in wanted for path in _pictures(place.hazy))]
 
 
 def _fits(folder: Path, layout: str, side: int) -> bool:

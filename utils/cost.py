@@ -1,5 +1,6 @@
 """What a method costs: parameters, multiply-accumulates, peak memory, and which weights exactly were used."""
 
+import contextlib
 import hashlib
 import resource
 import sys
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+PROCESS = Path("/proc/self")
 SIDE = 256  # pixels: MACs are given at SIDE x SIDE, as papers do
 
 
@@ -29,15 +31,25 @@ def macs(dehaze: Callable[[Tensor], Tensor], device: torch.device | str = "cpu",
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to watch the peak memory anew, where that can be done (on a GPU)."""
+    """Begin to watch the peak memory anew: on a GPU, and of a process on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            PROCESS.joinpath("clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: allocated on the GPU since `reset_peak`, or resident in the whole process so far."""
+    """Peak memory in bytes since `reset_peak`: allocated on the GPU, or else resident in the whole process.
+
+    Where the system cannot forget an earlier peak (not on Linux), it is that of the process since it began.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in PROCESS.joinpath("status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

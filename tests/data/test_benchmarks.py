@@ -450,3 +450,25 @@ def test_listing_names_all_and_fits_the_terminal():
         assert b.paper.title in " ".join(text.split())
         assert b.paper.where in text
     assert all(group in text for group in GROUPS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_one_set_alone_may_be_the_root_itself_whatever_its_name(tmp_path, name):
+    root = tmp_path / "mine"
+    without = BENCHMARKS[name].truth == "none"
+    pairs = lay(name, "mine" if without else "mine/{hazy,gt}", tmp_path)
+    (found,) = find([name], root)
+    assert found.pairs == pairs
+    if not without:  # with another set beside it, it could be either
+        with pytest.raises(UserError, match=f"{name}.*not under"):
+            find([name, "URHI"], root)
+
+
+def test_a_root_of_another_set_is_not_taken_for_the_one_asked_for(tmp_path):
+    lay("SOTS-indoor", "SOTS/indoor/{hazy,gt}", tmp_path)
+    for name in ("SOTS-outdoor", "HSTS-synthetic", "O-HAZE", "RTTS"):
+        with pytest.raises(UserError, match=f"{name}: not under"):
+            find([name], tmp_path / "SOTS" / "indoor")
+    lay("SOTS-outdoor", "mine/{hazy,gt}", tmp_path)
+    with pytest.raises(UserError, match="SOTS-indoor: not under"):  # its numbers are 1400 and more
+        find(["SOTS-indoor"], tmp_path / "mine")
