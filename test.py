@@ -84,18 +84,18 @@ def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[str]
     folder = images.resolve(args.checkpoints) if args.checkpoints else None
     if folder and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --checkpoints names an experiment's folder, --weights a file")
-    if args.hazy and args.benchmarks:
-        raise UserError("--hazy and --benchmarks name two things to score; give one of them")
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
     names = ("weights", "benchmarks", "data_root", "hazy", "clear", "protocols", "metrics", "output")
-    given = {name: getattr(args, name) for name in names if getattr(args, name)}
-    quoted = [f"test.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
+    given = {name: json.dumps(getattr(args, name), ensure_ascii=False) for name in names if getattr(args, name)}
     others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
+    quoted = [f"test.{name}={value}" for name, value in given.items()]
     return folder, files, [*others, *args.settings, *quoted]  # what config.yml names beside is of other pictures
 
 
 def find(test: config.Test, output: Path) -> list[Pictures]:
     """The sets to score, or the pictures to dehaze. Results never become inputs."""
+    if test.benchmarks and test.hazy:
+        raise UserError("benchmarks and hazy pictures are two things to score; give one of them")
     if test.benchmarks:
         return [found.pictures() for found in locate.find(test.benchmarks, test.data_root)]
     if not test.hazy:
@@ -126,8 +126,7 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
         for each in tested:
             folder = each.name if len(tested) > 1 else ""
             run.row(pictures, each.candidate(run.settings, run.device, pictures, folder))
-    found = run.finish(facts, device.describe(run.device))
-    if found:
+    if found := run.finish(facts, device.describe(run.device)):
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
     print(f"{tables.pictures(done)} done, see {run.output}")

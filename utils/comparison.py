@@ -24,7 +24,8 @@ HEADER = ("method", "mean", "difference", "95 % interval", "")
 MEANING = (
     f"difference: mean of paired differences to the reference; interval: percentiles of {RESAMPLES:,} bootstrap "
     "resamples of the pictures; better, worse: it excludes 0; -: one picture or equal differences, nothing to resample",
-    "the interval speaks of other pictures like these, not of how figures move when training is repeated (seeds)",
+    "the interval speaks of other pictures like these, each counted as independent, though those of one scene are not "
+    "quite; it does not say how figures move when training is repeated (seeds)",
 )
 
 
@@ -324,7 +325,7 @@ def _common(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
                 )
     if not keys or (not protocols and all(run.protocols for run in runs)):
         have = "; ".join(f"{run.name} has {', '.join(run.protocols or run.metrics) or 'none'}" for run in runs)
-        wanted = ",".join(first.protocols) or "ours"
+        wanted = " ".join(first.protocols) or "ours"
         raise UserError(f"runs of different protocols cannot be compared: {have}; score both with --protocols {wanted}")
     remarks = []
     for run in runs:
@@ -343,10 +344,10 @@ def _benchmark(benchmark: str, present: list[Entry], keys: list[str]) -> tuple[l
     common, scored = sorted(set.intersection(*map(set, pictures))), len(set().union(*pictures))
     if not common:
         return [], [*remarks, f"{benchmark} left out: no picture is common to {', '.join(e.label for e in lines)}"]
-    if len(common) < FEW:
-        remarks.append(f"{benchmark}: with {len(common)} pictures, fewer than {FEW}, intervals come out too narrow")
     row = next((row for row in runs[0].data["rows"] if row["benchmark"] == benchmark), {})
-    remarks += [f"{benchmark}: {remark}" for remark in row.get("remarks", ())]  # as that its pairs are not aligned
+    about = [f"{benchmark}: {remark}" for remark in row.get("remarks", ())]  # as that its pairs are not aligned
+    if 1 < len(common) < FEW:
+        about.append(f"{benchmark}: with {len(common)} pictures, fewer than {FEW}, intervals come out too narrow")
     tables = []
     for key in keys:
         values = np.array([[figures[name].get(key, math.nan) for figures in pictures] for name in common])
@@ -361,7 +362,7 @@ def _benchmark(benchmark: str, present: list[Entry], keys: list[str]) -> tuple[l
         metric = runs[0].metrics[key]
         figures = _compared([entry.label for entry in lines[first:]], finite, len(lines) - len(present) - first, metric)
         tables.append(Table(benchmark, metric, len(finite), len(common), scored, row.get("expected"), figures))
-    return tables, remarks
+    return tables, remarks + (about if tables else [])
 
 
 def _compared(labels: list[str], values: np.ndarray, reference: int, metric: Metric) -> list[Figure]:
