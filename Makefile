@@ -11,7 +11,7 @@ demo: .venv/ready  ## train NeDR on the embedded sample set, score it, dehaze a 
 	$(BIN)/python test.py --model nedr --checkpoints $(DEMO) --hazy sample:test/hazy --clear sample:test/clear
 	$(BIN)/python test.py --model nedr --checkpoints $(DEMO) --hazy sample:test/hazy --output $(DEMO)/dehazed
 	@echo
-	@echo "figures:   $(DEMO)/results/results.json, per_image.csv; the run's log: $(DEMO)/log.txt"
+	@echo "figures:   $(DEMO)/results/results.json, results.md, per_image.csv; the run's log: $(DEMO)/log.txt"
 	@echo "pictures:  $(DEMO)/results/pictures (scored), $(DEMO)/dehazed/pictures (the folder)"
 	@echo "curves:    $(BIN)/tensorboard --logdir $(DEMO)"
 

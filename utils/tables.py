@@ -15,7 +15,8 @@ def text(rows: Sequence[Row], results: Mapping) -> str:
     """The figures of every set under those of its hazy input, how long they took, and the protocols, for a terminal."""
     lines = []
     for name, members in _by_set(rows).items():
-        lines += ["", f"{name}: {pictures(members[0].count)}", *_screen_table(members)]
+        title = f"{name}: " if members[0].expected is not None else ""  # a set of one's own has no name to tell
+        lines += ["", title + pictures(members[0].count), *_screen_table(members)]
         lines += [line for row in members for line in _notes(row)]
     lines += [line for each in results["protocols"].values() for line in _protocol(each)]
     return "\n".join(lines[1:])
