@@ -1,6 +1,7 @@
 """Where a run computes, and in what precision."""
 
 import contextlib
+import ctypes
 import platform
 
 import torch
@@ -38,3 +39,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def describe(device: torch.device) -> str:
     """The device in words for a report: the GPU's name, or cpu and the kind of machine."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc); costs some 30 ms.
+
+    Between pictures of different sizes its heap frays: 40 of them left NeDR with 2.7 GB resident in place of 0.9.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

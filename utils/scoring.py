@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import metrics
+from utils.device import release_memory
 from utils.errors import UserError
 
 Dehaze = Callable[[Tensor], Tensor]  # (1,3,H,W) in [0,1] -> the same shape
@@ -93,6 +94,7 @@ def run(
     outcome, place, started = Outcome(), torch.device(device), time.perf_counter()
     order = range(len(items)) if indices is None else indices
     pending: deque[Future] = deque()
+    size = None
 
     def collect(limit: int) -> None:
         while len(pending) > limit:
@@ -103,6 +105,10 @@ def run(
     with _pool(workers) as readers, _pool(workers) as finishers, progress:
         with closing(_ahead(readers, lambda k: _read(items, k), order, workers)) as arriving:
             for arrived in arriving:
+                if arrived.item is not None:
+                    size, before = arrived.item["hazy"].shape, size
+                    if place.type == "cpu" and before not in (None, size):
+                        release_memory()
                 done = _dehaze(dehaze, arrived, place)
                 pending.append(finishers.submit(_finish, done, measure, save))
                 collect(0 if _large(done) else workers)

@@ -124,6 +124,15 @@ def test_large_pictures_are_not_held_beside_each_other(monkeypatch):
     assert max(most) <= 2  # the next may be read while the last is finished, no more
 
 
+def test_memory_is_given_back_between_pictures_of_different_sizes(monkeypatch):
+    given = []
+    monkeypatch.setattr(scoring, "release_memory", lambda: given.append(1))
+    scoring.run(half, Pairs())  # of three sizes
+    assert len(given) == 2
+    scoring.run(half, Pairs(), indices=[1, 1, 1])
+    assert len(given) == 2
+
+
 def test_threads_leave_the_number_of_threads_of_the_network_alone():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -229,6 +238,10 @@ def test_devices():
     for name in ("gpu", "cuda:", "cuda:x", "cpu:0", "cuda:99"):
         with pytest.raises(UserError, match=f"device={name}"):
             device.pick(name)
+
+
+def test_giving_memory_back_works_on_every_system():
+    device.release_memory()
 
 
 def test_precision():
