@@ -1,7 +1,7 @@
 """Score methods on benchmarks or on your own pairs, dehaze pictures without ground truth, compare finished runs.
 
 Benchmarks by name (--list-benchmarks), with the dark channel prior beside the model, under two protocols:
-    python test.py --model nedr dcp --checkpoints DIR --benchmarks SOTS-indoor HSTS --data-root data --protocols ours d4
+    python test.py --model nedr dcp --checkpoints DIR --data-root datasets --benchmarks SOTS HSTS --protocols ours d4
 What an experiment's config.yml names (test.hazy, test.clear, test.benchmarks):
     python test.py --model nedr --checkpoints checkpoints/test_example
 A folder, a .flist or one picture:
