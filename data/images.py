@@ -63,7 +63,8 @@ def write(path: str | Path, image: Tensor, compress_level: int = 6) -> None:
 
     Folders are made, and the file appears whole or not at all. Values outside [0,1] are clamped.
     """
-    pixels = image.detach().cpu().double().clamp(0, 1).mul(255).round().to(torch.uint8)
+    steps = image.detach().to("cpu", torch.float64, copy=True)  # one copy: a large picture has half a gigabyte of them
+    pixels = steps.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
     _save(Path(path), Image.fromarray(pixels.contiguous().numpy()), compress_level)
 

@@ -110,6 +110,8 @@ def run(
                     if place.type == "cpu" and before not in (None, size):
                         release_memory()
                 done = _dehaze(dehaze, arrived, place)
+                if place.type == "cpu" and _large(done):
+                    release_memory()  # to measure and to save it takes memory too
                 pending.append(finishers.submit(_finish, done, measure, save))
                 collect(0 if _large(done) else workers)
         collect(0)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils.device import release_memory
 from utils.errors import UserError
 
 SMALLEST = 128  # pixels: below it a tile is more halo than core
@@ -72,6 +73,8 @@ def apply(
         raise ValueError(f"tiles of {height}x{width}: down={down} must divide both, and {blend=} not exceed {halo=}")
     across, out = _cuts(width, tile, halo, down, blend), None
     for rows in _cuts(height, tile, halo, down, blend):
+        if x.device.type == "cpu":
+            release_memory()  # else the heap frays, and each row leaves more of it behind
         for columns in across:
             y = f(x[..., rows.seen, columns.seen], Window(rows.seen, columns.seen, (height, width)))
             if out is None:
