@@ -148,6 +148,11 @@ class Paired(Dataset):
         self.pairs, self.border = list(pairs), border
         self.names = _names([hazy for hazy, _ in self.pairs], root)
 
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        return [path for pair in self.pairs for path in pair]
+
     def __len__(self) -> int:
         return len(self.pairs)
 
@@ -169,6 +174,11 @@ class Folder(Dataset):
     def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
         self.paths = list(paths)
         self.names = _names(self.paths, root)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        return self.paths
 
     def __len__(self) -> int:
         return len(self.paths)

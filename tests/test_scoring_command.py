@@ -259,6 +259,14 @@ def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path
     assert pictures(tmp_path / "out" / "pictures") == {"1_1.png", "2_1.png"}
 
 
+def test_a_link_that_leads_nowhere_is_skipped(run, pairs, tmp_path):
+    (tmp_path / "hazy" / "2_2.png").symlink_to("nowhere.png")
+    done = run("--model", "dcp", *pairs, "--output", "out")
+    assert done.status == 2
+    assert "2_2.png: no such picture" in done.err
+    assert row(tmp_path / "out")["images"] == 3
+
+
 def test_a_pair_of_different_sizes_is_skipped(run, pairs, tmp_path):
     images.write(tmp_path / "clear" / "2.png", torch.rand(3, 24, 37))
     done = run("--model", "dcp", *pairs, "--output", "out")

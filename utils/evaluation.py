@@ -21,7 +21,7 @@ FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for pictures without grou
 
 @dataclass
 class Pictures:
-    """A set to be scored: ``items`` as of `scoring.run`, with their ``names``; ``truth`` says if they have a ``clear``.
+    """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: they have a ``clear``.
 
     ``expected`` is the number that the whole set has, None where no one can know; ``preset`` the test-time settings
     with which the released methods treat this set; ``folder`` the results' sub-folder, empty for a set of one's own.
@@ -71,7 +71,8 @@ class Evaluation:
 
     def begin(self, sets: Sequence[Pictures], identity: Mapping[str, Any]) -> None:
         """Look for what an interrupted run of the same ``identity``, sets and settings has done."""
-        own = {"sets": [[each.name, _files(each)] for each in sets], "settings": repr(self.settings)}
+        states = [[each.name, [_state(path) for path in each.items.files]] for each in sets]
+        own = {"sets": states, "settings": repr(self.settings)}
         versions = {"versions": metrics.versions(), "device": str(self.device)}
         self.journal = Journal(self.output, dict(identity) | own | versions)
         if self.journal.resumed:
@@ -197,8 +198,10 @@ class Evaluation:
             self.write(folder / f"{place}_{Path(score.name).stem}.png", panels.panel(shown))
 
 
-def _files(pictures: Pictures) -> list:
-    """Every file of a set, with what changes when it does."""
-    paths = getattr(pictures.items, "pairs", None) or [(path,) for path in pictures.items.paths]
-    about = [(path, path.stat()) for group in paths for path in group]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in about]
+def _state(path: Path) -> list:
+    """What of a file changes when its content does; nothing of one that cannot be looked at, which reading will tell."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), stat.st_size, stat.st_mtime_ns]
