@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.metrics import to_8bit
 
 EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"}
@@ -63,10 +64,9 @@ def write(path: str | Path, image: Tensor, compress_level: int = 6) -> None:
 
     Folders are made, and the file appears whole or not at all. Values outside [0,1] are clamped.
     """
-    steps = image.detach().to("cpu", torch.float64, copy=True)  # one copy: a large picture has half a gigabyte of them
-    pixels = steps.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    pixels = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-    _save(Path(path), Image.fromarray(pixels.contiguous().numpy()), compress_level)
+    pixels = to_8bit(image)
+    pixels = pixels[..., 0] if len(image) == 1 else pixels
+    _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level)
 
 
 def write_depth(path: str | Path, depth: Tensor) -> None:

@@ -21,7 +21,7 @@ FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for pictures without grou
 
 @dataclass
 class Pictures:
-    """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: they have a ``clear``.
+    """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: each has a ``clear``.
 
     ``expected`` is the number that the whole set has, None where no one can know; ``preset`` the test-time settings
     with which the released methods treat this set; ``folder`` the results' sub-folder, empty for a set of one's own.
@@ -199,7 +199,7 @@ class Evaluation:
 
 
 def _state(path: Path) -> list:
-    """What of a file changes when its content does; nothing of one that cannot be looked at, which reading will tell."""
+    """What of a file changes when its content does; of one that is gone the name alone: to read it will tell."""
     try:
         stat = path.stat()
     except OSError:

@@ -147,7 +147,7 @@ def figures(a: Tensor, b: Tensor, protocols: Sequence[str], kinds: Sequence[str]
 
 
 def to_8bit(image: Tensor) -> np.ndarray:
-    """A picture (3,H,W), float in [0,1], as (H,W,3) uint8 by rounding; values outside are clamped."""
+    """A picture (3,H,W), or a map (1,H,W), float in [0,1], as (H,W,C) uint8 by rounding; values outside are clamped."""
     return _pixels(image.detach().cpu(), "round").permute(1, 2, 0).numpy()
 
 
@@ -174,7 +174,7 @@ def _pixels(image: Tensor, pixels: str) -> Tensor:
         return image.clamp(0, 1)
     out = torch.empty(image.shape, dtype=torch.uint8, device=image.device)
     for rows in _strips(image.shape, image.device):
-        levels = image[:, rows].double().clamp_(0, 1).mul_(255)
+        levels = image[:, rows].to(torch.float64, copy=True).clamp_(0, 1).mul_(255)
         out[:, rows] = levels.round_() if pixels == "round" else levels.add_(EDGE)  # the conversion truncates
     return out
 

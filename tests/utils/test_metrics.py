@@ -330,3 +330,13 @@ def test_a_gpu_gives_the_same_figures():
 def test_versions_name_all_that_figures_depend_on():
     assert metrics.versions().keys() == {"python", *metrics.LIBRARIES}
     assert metrics.versions()["torch"] == torch.__version__.split("+")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measuring_leaves_the_pictures_alone(dtype):
+    picture, other = (torch.linspace(-0.5, 1.5, 3 * 64 * 64, dtype=dtype).view(3, 64, 64) + k for k in (0, 0.1))
+    before = picture.clone(), other.clone()
+    metrics.figures(picture, other, list(metrics.PROTOCOLS))
+    metrics.to_8bit(picture)
+    assert torch.equal(picture, before[0])
+    assert torch.equal(other, before[1])
