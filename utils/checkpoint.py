@@ -38,6 +38,12 @@ def atomic(path: Path):
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically; names of files that are no text are kept as they are."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain values) with this project's mark and version, atomically."""
     with atomic(path) as temporary:

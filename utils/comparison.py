@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.checkpoint import atomic
+from utils.checkpoint import write_text
 from utils.errors import UserError
 from utils.results import FORMAT, HAZY, VERSION
 
@@ -229,8 +229,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     """Write comparison.json and comparison.md into ``folder``, each whole or not at all; `UserError` if it cannot."""
     data = json.dumps(comparison.to_dict(), indent=2, allow_nan=False) + "\n"
     for name, text in (("comparison.json", data), ("comparison.md", comparison.markdown())):
-        with atomic(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / name, text)
 
 
 def bootstrap(differences: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from utils import tables
-from utils.checkpoint import atomic
+from utils.checkpoint import write_text
 from utils.results import Row, flat, keys
 
 
@@ -20,9 +20,9 @@ def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
     Infinite and undefined figures are the texts "inf" and "nan" in JSON, which has no numbers for them. Raises
     `UserError` if it cannot write.
     """
-    _write_text(folder / "results.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
-    _write_text(folder / "results.md", tables.markdown(rows, results))
-    _write_text(folder / "per_image.csv", _csv(rows))
+    write_text(folder / "results.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "results.md", tables.markdown(rows, results))
+    write_text(folder / "per_image.csv", _csv(rows))
 
 
 def picture_names(names: Sequence[str]) -> dict[str, str]:
@@ -57,8 +57,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")

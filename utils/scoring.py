@@ -62,8 +62,8 @@ def score(
     """
 
     def measure(item: dict, dehazed: Tensor) -> dict[str, float]:
-        clear = item["clear"].to(dehazed.device)
-        return metrics.figures(dehazed, clear, ["ours"]) | {"hazy.psnr": metrics.psnr(item["hazy"], item["clear"])}
+        hazy, clear = item["hazy"], item["clear"]
+        return metrics.figures(dehazed, clear, ["ours"]) | {"hazy.psnr": metrics.psnr(hazy, clear)}
 
     def stop(error: UserError) -> None:
         raise error

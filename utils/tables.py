@@ -138,10 +138,6 @@ def _by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return dict(sets)
 
 
-def _head(key: str) -> str:
-    return f"{key.rpartition('.')[0]} {_title(key)}".lstrip()
-
-
 def _title(key: str) -> str:
     shown = describe(key)
     return f"{shown['title']} ({shown['unit']})" if shown["unit"] else shown["title"]
