@@ -30,8 +30,6 @@ from utils.errors import UserError
 from utils.evaluation import Candidate, Evaluation, Pictures
 from utils.results import HAZY
 
-LISTS = ("model", "benchmarks", "protocols", "metrics", "compare")  # options that take one value or more
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command; ``argv`` as on the command line. Returns 0, or 2 if some pictures could not be used."""
@@ -71,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of configs.yml")
     args = parser.parse_intermixed_args(argv)
-    for option in LISTS:  # an option with several values takes the settings after it for its own
+    for option in ("model", "benchmarks", "protocols", "metrics", "compare"):  # they take settings for values too
         values = getattr(args, option)
         if values:
             args.settings += [value for value in values if re.match(r"[a-z_0-9.]+=", value)]
@@ -115,7 +113,7 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
 
 def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -> int:
     """Every method on every set, beneath the hazy input; the report; the exit status."""
-    facts = {each.name: each.facts(run.device) for each in tested}
+    facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)
     for pictures in sets:
         measured = run.measures(pictures)
@@ -126,7 +124,11 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
         for each in tested:
             folder = each.name if len(tested) > 1 else ""
             run.row(pictures, each.candidate(run.settings, run.device, pictures, folder))
-    if found := run.finish(facts, device.describe(run.device)):
+
+    def methods() -> dict[str, dict]:
+        return {each.name: facts[each.name] | each.cost(run.device) for each in tested}
+
+    if found := run.finish(methods, device.describe(run.device)):
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
     print(f"{tables.pictures(done)} done, see {run.output}")

@@ -1,7 +1,7 @@
 """Methods made ready for test.py: with their weights, the settings that may change after training, and their cost."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,23 +34,29 @@ class Tested(NamedTuple):
         method, test = self.method, settings.test
         models.change(method, method.preset(**pictures.preset) | self.asked)
 
-        def dehaze(hazy: Tensor) -> Tensor:
+        def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
             with autocast(device, settings.precision):
-                return method.dehaze(hazy, tiling.choose(*hazy.shape[-2:], device, test.tile), test.self_ensemble)
+                return verb(hazy, tiling.choose(*hazy.shape[-2:], device, test.tile), *options)
 
-        def estimate(hazy: Tensor) -> dict[str, Tensor]:
-            with autocast(device, settings.precision):
-                return method.estimate(hazy, tiling.choose(*hazy.shape[-2:], device, test.tile))
+        return Candidate(
+            self.name,
+            dehaze=lambda hazy: apply(method.dehaze, hazy, test.self_ensemble),
+            estimate=lambda hazy: apply(method.estimate, hazy),
+            settings={key: getattr(method.settings, key) for key in method.test_time},
+            folder=folder,
+        )
 
-        in_force = {key: getattr(method.settings, key) for key in method.test_time}
-        return Candidate(self.name, dehaze, estimate, in_force, folder)
-
-    def facts(self, device: torch.device) -> dict[str, Any]:
-        """What a report says of the method: its weights, settings, size and cost."""
+    def facts(self) -> dict[str, Any]:
+        """What the figures of the method depend on: its weights and settings."""
         return {
             "weights": self.weights and self.weights.name,
             "sha256": self.weights and cost.sha256(self.weights),
             "settings": dataclasses.asdict(self.method.settings),
+        }
+
+    def cost(self, device: torch.device) -> dict[str, int]:
+        """Size and cost, which a report gives beside the figures; takes a forward pass."""
+        return {
             "parameters": cost.parameters(self.method, self.method.inference),
             "macs_256": cost.macs(self.method.dehaze, device),
         }

@@ -1,5 +1,6 @@
 """Methods on sets of pictures: each pair of them becomes a row of the report, with its pictures and panels."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -102,8 +103,8 @@ class Evaluation:
         )
         scores = done | {score.name: score for score in outcome.scores}
         outcome.scores = [scores[name] for name in names if name in scores]
-        row = Row(pictures.name, candidate.name, pictures.expected, outcome, candidate.settings, pictures.remarks)
-        row.peak_memory, row.resumed = cost.peak_memory(self.device), len(done)
+        about = (candidate.settings, pictures.remarks, cost.peak_memory(self.device), len(done))
+        row = Row(pictures.name, candidate.name, pictures.expected, outcome, *about)
         self.rows.append(row)
         if candidate.name == HAZY:
             self._look_for_equal(pictures, outcome.scores)
@@ -113,15 +114,20 @@ class Evaluation:
 
     @property
     def unusable(self) -> int:
-        """How many pictures were left out, by the method that left out the most."""
-        sets = {row.benchmark: 0 for row in self.rows}
-        return sum(max(len(row.outcome.skipped) for row in self.rows if row.benchmark == name) for name in sets)
+        """How many pictures were left out, of every set by the method that left out the most."""
+        most: dict[str, int] = defaultdict(int)
+        for row in self.rows:
+            most[row.benchmark] = max(most[row.benchmark], len(row.outcome.skipped))
+        return sum(most.values())
 
-    def finish(self, methods: Mapping[str, dict], device: str) -> dict[str, Any] | None:
-        """Write the results of all rows and forget the journal; None where a folder was dehazed without any figure."""
+    def finish(self, methods: Callable[[], Mapping[str, dict]], device: str) -> dict[str, Any] | None:
+        """Write the results of all rows and forget the journal; None where a folder was dehazed without any figure.
+
+        ``methods`` is asked, for a report only, what each method is and costs.
+        """
         found = None
         if any(row.method == HAZY for row in self.rows) or self.settings.test.benchmarks:
-            found = results.build(self.rows, self.settings, methods, device)
+            found = results.build(self.rows, self.settings, methods(), device)
             report.write(self.output, self.rows, found)
         self.journal.close()
         return found
@@ -142,7 +148,7 @@ class Evaluation:
         protocols, further = self.settings.test.protocols, self.further if pictures.truth else self._free(pictures)
 
         def measure(item: dict, dehazed: Tensor) -> dict[str, float]:
-            clear = item["clear"].to(dehazed.device) if pictures.truth else None
+            clear = item["clear"] if pictures.truth else None
             figures = metrics.figures(dehazed, clear, protocols) if pictures.truth else {}
             return figures | {name: metric(dehazed, clear) for name, metric in further.items()}
 
@@ -155,14 +161,18 @@ class Evaluation:
             return asked
         if not pictures.benchmark:
             return {}
-        if not hasattr(self, "_installed"):
-            self._installed = {}
-            for name in filter(quality.installed, FREE):
-                try:
-                    self._installed |= quality.load([name], self.device)
-                except UserError as error:
-                    self.say(f"left out: {error}")
         return self._installed
+
+    @functools.cached_property
+    def _installed(self) -> dict[str, Callable]:
+        """Those of `FREE` that are installed and whose weights are there; of the other installed ones it is said."""
+        found = {}
+        for name in filter(quality.installed, FREE):
+            try:
+                found |= quality.load([name], self.device)
+            except UserError as error:
+                self.say(f"left out: {error}")
+        return found
 
     def _skip(self, error: UserError) -> None:
         if str(error) not in self.told:  # every method meets it again
