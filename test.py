@@ -4,6 +4,8 @@ Benchmarks by name (--list-benchmarks), with the dark channel prior beside the m
     python test.py --model nedr dcp --checkpoints DIR --data-root datasets --benchmarks SOTS HSTS --protocols ours d4
 What an experiment's config.yml names (test.hazy, test.clear, test.benchmarks):
     python test.py --model nedr --checkpoints checkpoints/test_example
+Several trained methods side by side:
+    python test.py --weights a/weights.safetensors b/weights.safetensors --benchmarks SOTS --output results
 A folder, a .flist or one picture:
     python test.py --checkpoints checkpoints/test_example --hazy photos --output dehazed
 A method without weights, on the embedded samples:
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; ``argv`` as on the command line. Returns 0, or 2 if some pictures could not be used."""
     args = parse(argv)
     if args.list_models or args.list_benchmarks:
-        print(benchmarks.listing() if args.list_benchmarks else "\n".join(models.names()))
+        print(benchmarks.listing() if args.list_benchmarks else models.listing())
         return 0
     if args.compare:
         return compare(args.compare, args.output)
@@ -56,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several = partial(parser.add_argument, nargs="+", metavar="NAME")
     several("--model", help="may be left out where the weights tell it; methods without weights may stand beside")
     parser.add_argument("--checkpoints", metavar="DIR", help="the experiment's folder: its config.yml and weights")
-    parser.add_argument("--weights", metavar="FILE", help="in place of DIR's; official files too")
+    several("--weights", help="files in place of DIR's, of any methods, to be scored side by side; official ones too")
     several("--benchmarks", help="sets by name; O-HAZE:test is a split, SOTS and HSTS are groups")
     parser.add_argument("--data-root", metavar="DIR", help="where the benchmarks are")
     parser.add_argument("--hazy", metavar="PATH", help="folder, .flist, picture or sample:test/hazy, and then ...")
@@ -65,11 +67,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
     parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
     several("--compare", metavar="RUN", help="put the results of finished runs side by side, and leave")
-    parser.add_argument("--list-models", action="store_true", help="print the models' names and leave")
+    parser.add_argument(
+        "--list-models", action="store_true", help="print size, cost and paper of every model and leave"
+    )
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of configs.yml")
     args = parser.parse_intermixed_args(argv)
-    for option in ("model", "benchmarks", "protocols", "metrics", "compare"):  # they take settings for values too
+    for option in (
+        "model",
+        "weights",
+        "benchmarks",
+        "protocols",
+        "metrics",
+        "compare",
+    ):  # they take settings for values too
         values = getattr(args, option)
         if values:
             args.settings += [value for value in values if re.match(r"[a-z_0-9.]+=", value)]

@@ -35,9 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="nedr", help="the method; --list-models names them")
     parser.add_argument("--checkpoints", default="checkpoints/train_example", help="the experiment's folder")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in the folder, if there is one")
-    parser.add_argument("--list-models", action="version", version="\n".join(models.names()), help="name the methods")
+    parser.add_argument(
+        "--list-models", action="store_true", help="print size, cost and paper of every method and leave"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over those of the files")
     options = parser.parse_intermixed_args(arguments)
+    if options.list_models:
+        print(models.listing())
+        return 0
     folder = Path(options.checkpoints)
     settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
     run = Run(settings, folder, options.resume)
@@ -57,7 +62,8 @@ class Run:
         self.autocast()
         models.check_training(settings)
         self.stages = config.stages(settings)
-        self.datasets = {stage.name: datasets.training(settings, stage.name) for stage in self.stages}
+        kinds = models.METHODS[settings.model].stages
+        self.datasets = {each.name: datasets.training(settings, each.name, kinds[each.name]) for each in self.stages}
         self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
 

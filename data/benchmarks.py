@@ -1,8 +1,9 @@
-"""The table of benchmarks: how each is laid out on disk, paired, measured and cited, and where to get it.
+"""The table of sets to score and to train on: how each is laid out, paired, measured and cited, and where to get it.
 
 A layout is a path in which case, ``-``, ``_`` and blanks do not matter and whose end must be that of the folder:
 ``{hazy,gt}`` are the folders of hazy pictures and of ground truths side by side, under these or their usual other
 names (`HAZY`, `TRUTH`); without braces everything lies in one folder; ``*`` is a further word, as in RTTS-sample.
+Snow and blur have the place of haze: "hazy" pictures are those that want restoring.
 """
 
 import functools
@@ -18,11 +19,16 @@ HAZY = ("hazy", "haze", "hazy-images", "input", "inputs")
 TRUTH = ("gt", "gts", "clear", "clean", "ground-truth", "target", "non-hazy", "haze-free", "original", "clear-images")
 
 SCENE, SAME, GT = "1400_1 -> 1400", "0586 -> 0586", "01_hazy -> 01_GT"
+ORDER = "the first to the first"  # where no two files have the same name
 RULES: dict[str, Callable[[str], str]] = {  # stem of the hazy picture -> stem of its ground truth, in lower case
     SCENE: lambda stem: stem.split("_")[0],
     SAME: lambda stem: stem,
     GT: lambda stem: re.sub("_hazy$", "_gt", stem),
+    ORDER: lambda stem: stem,
 }
+
+
+WHOLE = "all"  # as the numbers of a split
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,17 @@ class Paper:
 
     @property
     def where(self) -> str:
-        return self.url or f'search for "{self.title}"'
+        return self.url or f'search for "{self.title.partition(":")[0]}"'
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """One set. ``hazy`` and ``truths`` are how many pictures it has, ``numbers`` how they are numbered ("01-25 31-35").
 
-    ``each`` hazy pictures have the same number; ``test`` are the numbers of its test split; ``border`` is how many
-    pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of
-    the released D4 and NeDR. A repackaged set may repeat the ground truth under the name of every hazy picture.
+    ``each`` hazy pictures have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
+    is one itself; ``border`` is how many pixels a ground truth may be larger on every side; ``airlight`` and
+    ``guided_filter`` are the test settings of the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number.
+    A repackaged set may repeat the ground truth under the name of every hazy picture.
     """
 
     name: str
@@ -61,29 +68,39 @@ class Benchmark:
     truth: Literal["aligned", "unaligned", "none"] = "aligned"
     numbers: str = ""
     each: int = 1
+    train: str = ""
     test: str = ""
     border: int = 0
     airlight: Literal["max", "dark_channel"] = "dark_channel"
     guided_filter: bool = True
+    degradation: Literal["haze", "snow", "defocus"] = "haze"
     note: str = ""
 
     @property
     def splits(self) -> dict[str, str]:
-        """The numbers of every split: "all", and "test" where the field has agreed on one."""
-        return {"all": self.numbers} | ({"test": self.test} if self.test else {})
+        """The numbers of every split: "all", and "train" and "test" where the field has agreed on them."""
+        parts = {"train": self.train, "test": self.test}
+        return {"all": self.numbers} | {k: self.numbers if v == WHOLE else v for k, v in parts.items() if v}
 
     @property
     def metrics(self) -> str:
         """What can be measured: ``full-reference``, ``no-reference``, or ``doubtful`` where pairs do not align."""
         return {"aligned": "full-reference", "unaligned": "doubtful", "none": "no-reference"}[self.truth]
 
-    @property
-    def places(self) -> tuple[str, ...]:
+    def to_train_on(self, split: str = "all") -> bool:
+        """Are the pictures of a split to train on, and not to score?"""
+        return split == "train" or self.train == WHOLE
+
+    def places(self, split: str = "all") -> tuple[str, ...]:
         """All layouts, the best first: as shipped and repackaged, then the plain ones under the set's own name."""
+        name = self.name.partition(":")[0]
+        training = (f"{name}/train/{{hazy,gt}}", f"{name}-train/{{hazy,gt}}") if self.to_train_on(split) else ()
+        if self.train == WHOLE:
+            return tuple(dict.fromkeys((*self.layouts, *training)))
         folders = ("/hazy", "") if self.truth == "none" else ("/{hazy,gt}", "/test/{hazy,gt}")
         folders += ("",) if self.rule == GT else ()
-        plain = (name + folder for name in (self.name, f"{self.name}*") for folder in folders)
-        return tuple(dict.fromkeys((*self.layouts, *plain)))
+        plain = (start + folder for start in (name, f"{name}*") for folder in folders)
+        return tuple(dict.fromkeys((*training, *self.layouts, *plain)))
 
 
 # fmt: off
@@ -118,6 +135,20 @@ COLOR_LINES = Paper(
     "ACM Transactions on Graphics", 2014, "https://www.cs.huji.ac.il/~raananf/projects/dehaze_cl/")
 NON_ALIGNED = Paper(
     "Fan, Guo, Qian, Li, Li and Yang", "Non-aligned Supervision for Real Image Dehazing", "arXiv 2303.04940", 2023)
+CSD = Paper(
+    "Chen, Fang, Hsieh, Tsai, Chen, Ding and Kuo",
+    "ALL Snow Removed: Single Image Desnowing Algorithm Using Hierarchical Dual-Tree Complex Wavelet Representation "
+    "and Contradict Channel Loss",
+    "ICCV", 2021)
+JSTASR = Paper(
+    "Chen, Fang, Ding, Tsai and Kuo",
+    "JSTASR: Joint Size and Transparency-Aware Snow Removal Algorithm Based on Modified Partial Convolution and "
+    "Veiling Effect Removal",
+    "ECCV", 2020)
+DESNOWNET = Paper(
+    "Liu, Jaw, Huang and Hwang", "DesnowNet: Context-Aware Deep Network for Snow Removal",
+    "IEEE Transactions on Image Processing", 2018)
+DUAL_PIXEL = Paper("Abuolaim and Brown", "Defocus Deblurring Using Dual-Pixel Data", "ECCV", 2020)
 
 TABLE = (
     Benchmark(
@@ -142,24 +173,30 @@ TABLE = (
     ),
     Benchmark("HSTS-real", 10, 0, SAME, RESIDE, ("HSTS/real-world", "HSTS/real", "HSTS/real/hazy"), truth="none"),
     Benchmark(
-        "I-HAZE", 30, 30, GT, I_HAZE, ("I-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-25 31-35", test="31-35",
+        "I-HAZE", 30, 30, GT, I_HAZE, ("I-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-25 31-35",
+        train="01-25", test="31-35",
         note="There are no 26-30. Unpaired methods average all 30 pictures, others 31-35.",
     ),
     Benchmark(
-        "O-HAZE", 45, 45, GT, O_HAZE, ("O-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-45", test="41-45",
+        "O-HAZE", 45, 45, GT, O_HAZE, ("O-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-45", train="01-40", test="41-45",
         note="Up to 5436x3612. Unpaired methods average all 45 pictures, supervised ones 41-45.",
     ),
     Benchmark(
         "NH-HAZE", 55, 55, GT, NH_HAZE, ("NH-HAZE", "NH-HAZE-2020/{hazy,gt}", "NH-HAZE-2020"),
-        numbers="01-55", test="51-55", note="Comes flat: 01_hazy.png beside 01_GT.png. Supervised methods use 51-55.",
+        numbers="01-55", train="01-50", test="51-55",
+        note="Comes flat: 01_hazy.png beside 01_GT.png. Supervised methods use 51-55.",
     ),
-    Benchmark("Dense-HAZE", 55, 55, GT, DENSE_HAZE, ("Dense_Haze_NTIRE19/{hazy,gt}",), numbers="01-55", test="51-55"),
+    Benchmark(
+        "Dense-HAZE", 55, 55, GT, DENSE_HAZE, ("Dense_Haze_NTIRE19/{hazy,gt}",),
+        numbers="01-55", train="01-50", test="51-55",
+    ),
     Benchmark(
         "NH-HAZE2", 25, 25, GT, NTIRE_2021,
-        ("NTIRE2021_Train_{Hazy,GT}", "NH-HAZE-2021/{hazy,gt}", "NH-HAZE-2021"), numbers="01-25", test="21-25",
+        ("NTIRE2021_Train_{Hazy,GT}", "NH-HAZE-2021/{hazy,gt}", "NH-HAZE-2021"),
+        numbers="01-25", train="01-20", test="21-25",
         note="The public training part of the challenge; ground truth bears the name of the hazy picture.",
     ),
-    Benchmark("Haze4K", 1000, 1000, SCENE, HAZE_4K, ("Haze4K/test/{haze,gt}",), numbers="1-1000"),
+    Benchmark("Haze4K", 1000, 1000, SCENE, HAZE_4K, ("Haze4K/test/{haze,gt}",), numbers="1-1000", test=WHOLE),
     Benchmark("RTTS", 4322, 0, SAME, RESIDE, ("RTTS/JPEGImages",), truth="none"),
     Benchmark("URHI", 4807, 0, SAME, RESIDE, ("URHI", "URHI/*"), truth="none"),
     Benchmark("Fattal", 31, 0, SAME, COLOR_LINES, truth="none", note="Only the hazy inputs may be in the folder."),
@@ -167,13 +204,71 @@ TABLE = (
         "PhoneHazy", 415, 415, SAME, NON_ALIGNED, truth="unaligned",
         note="Pairs are not aligned: full-reference figures mean little.",
     ),
+    Benchmark(
+        "ITS", 13_990, 1_399, SCENE, RESIDE,
+        ("ITS/{hazy,gt}", "ITS/train/{ITS_haze,ITS_clear}", "ITS/{ITS_haze,ITS_clear}", "RESIDE-IN/train/{hazy,gt}",
+         "reside-indoor/train/{hazy,gt}"),
+        numbers="1-1399", each=10, train=WHOLE, border=SOTS_BORDER,
+        note="Some copies have ground truth of 640x480 against 620x460: 10 pixels are cut off every side.",
+    ),
+    Benchmark(
+        "OTS", 72_135, 2_061, SCENE, RESIDE,
+        ("OTS/{hazy,gt}", "OTS_ALPHA/{haze/OTS,clear/clear_images}", "OTS_ALPHA/{haze,clear}", "OTS/{,clear}",
+         "RESIDE-OUT/train/{hazy,gt}", "reside-outdoor/train/{hazy,gt}"),
+        train=WHOLE,
+        note="Hazy pictures may lie in folders part1 to part4. Repackagings may hold more pictures than RESIDE.",
+    ),
+    Benchmark("Haze4K:train", 3000, 3000, SCENE, HAZE_4K, ("Haze4K/train/{haze,gt}",), train=WHOLE),
+    Benchmark(
+        "CSD", 2000, 2000, SAME, CSD, ("CSD/Test/{Snow,gt}", "CSD/test2000/{Snow,gt}"), test=WHOLE, degradation="snow",
+    ),
+    Benchmark(
+        "CSD:train", 8000, 8000, SAME, CSD, ("CSD/Train/{Snow,gt}", "CSD/train2500/{Snow,gt}"),
+        train=WHOLE, degradation="snow",
+    ),
+    Benchmark(
+        "SRRS", 2000, 2000, SAME, JSTASR, ("SRRS/test/{Snow,gt}", "SRRS/test/{Syn,gt}", "SRRS/test2000/{Snow,gt}"),
+        test=WHOLE, degradation="snow", note="Comes without splits: papers test on 2,000 pictures of their own choice.",
+    ),
+    Benchmark(
+        "SRRS:train", 0, 0, SAME, JSTASR,
+        ("SRRS/train/{Snow,gt}", "SRRS/train/{Syn,gt}", "SRRS/train2500/{Snow,gt}", "SRRS/{Syn,gt}"),
+        train=WHOLE, degradation="snow",
+    ),
+    *(
+        Benchmark(
+            f"Snow100K-{size}", number, number, SAME, DESNOWNET,
+            (f"Snow100K-{size}/{{synthetic,gt}}",), test=WHOLE, degradation="snow",
+        )
+        for size, number in (("S", 16_611), ("M", 16_588), ("L", 16_801))
+    ),
+    Benchmark(
+        "Snow100K:train", 50_000, 50_000, SAME, DESNOWNET,
+        ("Snow100K/train/{synthetic,gt}", "Snow100K-training/{synthetic,gt}", "Snow100K-training/all/{synthetic,gt}",
+         "Snow100K/all/{synthetic,gt}", "Snow100K/train2500/{Snow,gt}"),
+        train=WHOLE, degradation="snow",
+    ),
+    Benchmark(
+        "DPDD", 76, 76, ORDER, DUAL_PIXEL,
+        ("dd_dp_dataset*/test_c/{source,target}", "DPDD/test_c/{source,target}", "DPDD/test/{inputC,target}",
+         "test/DPDD/{inputC,target}"),
+        test=WHOLE, degradation="defocus",
+        note="The combined (not the dual-pixel) pictures. Source and target have different names and pair in order.",
+    ),
+    Benchmark(
+        "DPDD:train", 350, 350, ORDER, DUAL_PIXEL,
+        ("dd_dp_dataset*/train_c/{source,target}", "DPDD/train_c/{source,target}", "DPDD/train/{inputC,target}",
+         "train/DPDD/{inputC,target}"),
+        train=WHOLE, degradation="defocus",
+    ),
 )
 # fmt: on
 BENCHMARKS = {benchmark.name: benchmark for benchmark in TABLE}
 GROUPS = {
     "SOTS": ("SOTS-indoor", "SOTS-outdoor"),
     "HSTS": ("HSTS-synthetic", "HSTS-real"),
-    "all": tuple(BENCHMARKS),
+    "Snow100K": ("Snow100K-S", "Snow100K-M", "Snow100K-L"),
+    "all": tuple(b.name for b in TABLE if b.degradation == "haze" and not b.to_train_on()),
 }
 
 
@@ -186,15 +281,19 @@ def unroll(text: str) -> tuple[int, ...]:
 
 def listing() -> str:
     """All sets as a text of at most 120 columns: sizes, splits, test settings, layouts, traps and sources."""
-    row = "{:16}{:>4}{:>8}  {:16}{:8}{:24}{}".format
-    lines = [row("set", "hazy", "truths", "metrics", ":test", "airlight (filter)", "layout, e.g.")]
+    row = "{:15}{:>6}{:>7}  {:15}{:7}{:7}{:22}{}".format
+    lines = [row("set", "hazy", "truths", "metrics", ":train", ":test", "airlight (filter)", "layout, e.g.")]
     for b in TABLE:
-        light = b.airlight + " (guided)" * b.guided_filter
-        lines.append(row(b.name, b.hazy, b.truths or "-", b.metrics, b.test or "-", light, b.places[0]))
+        light = b.airlight + " (guided)" * b.guided_filter if b.name in GROUPS["all"] else "-"
+        use = "(to train on)" if b.to_train_on() else b.metrics
+        parts = (part or "-" for part in (b.hazy, b.truths, use, b.train, b.test))
+        lines.append(row(b.name, *parts, light, b.places()[0]))
     usage = (
-        "Names may be in any case, - and _ alike. SOTS, HSTS and all are groups; O-HAZE:test is a split. Airlight and "
-        "guided filter are the test settings of the released D4 and NeDR. Other usual layouts are found too, among "
-        "them NAME/{hazy,gt} and, without ground truth, NAME/hazy or NAME itself."
+        "Names may be in any case, - and _ alike. SOTS, HSTS, Snow100K and all are groups; O-HAZE:test is a split. The "
+        "group all has every set of haze but those to train on; CSD, SRRS and Snow100K are of snow, DPDD of defocus. "
+        "train.py takes sets and splits as data.pairs and data.validation_pairs. Airlight and guided filter are the "
+        "test settings of the released D4 and NeDR. Other usual layouts are found too, among them NAME/{hazy,gt}, "
+        "NAME/train/{hazy,gt} and, without ground truth, NAME/hazy or NAME itself."
     )
     lines += ["", *_wrapped(usage)]
     lines += ["", *(line for b in TABLE if b.note for line in _wrapped(f"{b.name:16}{b.note}", 16)), ""]

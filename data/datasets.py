@@ -6,6 +6,7 @@ which process. To resume is to start at a position.
 
 import math
 import os
+import re
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +56,9 @@ class Stream(Dataset):
     is replaced by the next one in the order, and ``skipped`` says why. Raises `UserError` if none can be used.
     """
 
-    def __init__(self, paths: Sequence[Path], transform: Callable, seed: int, name: str):
+    remarks: Sequence[str] = ()  # what is odd about the pictures, a line each
+
+    def __init__(self, paths: Sequence, transform: Callable, seed: int, name: str):
         self.paths, self.transform, self.name = list(paths), transform, name
         self.entropy = [seed, zlib.crc32(name.encode())]
         self.epoch_length = len(self.paths)
@@ -89,29 +92,25 @@ class Stream(Dataset):
 
 
 class Synthetic(Stream):
-    """A stream of clear pictures made hazy on the fly: the items of `haze.random_haze`, cropped, with ``skipped``.
+    """A stream of clear pictures made hazy on the fly: the items of ``add_haze``, with ``skipped``.
 
-    Depth maps are matched to the pictures by stem; without ``depth_paths`` smooth ones are made up. Raises `UserError`
-    at once if a picture has no depth map; a map of another size than its picture is skipped like an unreadable one.
+    ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` gets the crop and is as `haze.random_haze` or `haze.degrade`.
+    Depth maps are matched to the pictures by stem; without ``depth_paths`` it makes them up. Raises `UserError` at
+    once if a picture has no depth map; a map of another size than its picture is skipped like an unreadable one.
     """
 
     def __init__(
         self,
         clear_paths: Sequence[Path],
         depth_paths: Sequence[Path] | None,
-        *,
-        size: int,
-        rule: str,
-        flip: bool,
+        transform: Callable,
+        add_haze: Callable[[Tensor, Tensor | None, np.random.Generator], dict],
         seed: int,
-        density: tuple[float, float] = haze.DENSITY,
-        airlight: tuple[float, float] = haze.AIRLIGHT,
-        colour: float = 0.0,
-        name: str = "synthetic",
+        name: str,
     ):
-        super().__init__(clear_paths, _cropper(size, rule, flip), seed, name)
+        super().__init__(clear_paths, transform, seed, name)
         self.depth = None if depth_paths is None else images.match_depth(self.paths, depth_paths)
-        self.add_haze = partial(haze.random_haze, density=density, airlight=airlight, colour=colour)
+        self.add_haze = add_haze
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         path = self.paths[index]
@@ -121,11 +120,36 @@ class Synthetic(Stream):
         return self.add_haze(both[:3], None if depth is None else both[3:], rng)
 
 
+class Pairs(Stream):
+    """A stream of hazy pictures with their ground truth, cut and flipped alike: {hazy, clear, skipped}.
+
+    A pair that cannot be read, or whose sizes do not agree by the rule of `Paired`, is skipped.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        transform: Callable,
+        seed: int,
+        name: str,
+        remarks: Sequence[str] = (),
+    ):
+        super().__init__(pairs, transform, seed, name)
+        self.remarks = list(remarks)
+
+    def _load(self, index: int, rng: np.random.Generator) -> dict:
+        pair = self.paths[index]
+        both = _named(pair[0], self.transform, torch.cat(_read_pair(*pair, SOTS_BORDER)), rng)
+        return {"hazy": both[:3], "clear": both[3:]}
+
+
 class Unpaired(Dataset):
     """Hazy and clear pictures of different scenes: item k holds item k of each stream, {hazy, clear, skipped}.
 
     ``epoch_length`` is the size of the larger pool.
     """
+
+    remarks: Sequence[str] = ()
 
     def __init__(self, hazy: Stream, clear: Stream):
         self.hazy, self.clear = hazy, clear
@@ -144,8 +168,14 @@ class Paired(Dataset):
     The name is the hazy picture's path below ``root`` (or what they share).
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], root: str | Path | None = None, border: int = SOTS_BORDER):
-        self.pairs, self.border = list(pairs), border
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        root: str | Path | None = None,
+        border: int = SOTS_BORDER,
+        remarks: Sequence[str] = (),
+    ):
+        self.pairs, self.border, self.remarks = list(pairs), border, list(remarks)
         self.names = _names([hazy for hazy, _ in self.pairs], root)
 
     @property
@@ -157,14 +187,7 @@ class Paired(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
-        paths = self.pairs[index]
-        hazy, clear = (images.read(path) for path in paths)
-        border = self.border
-        if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
-            clear = clear[:, border:-border, border:-border].contiguous()
-        if hazy.shape != clear.shape:
-            (_, h, w), (_, H, W) = hazy.shape, clear.shape
-            raise UserError(f"{paths[0]} is {w}x{h} but its ground truth {paths[1]} is {W}x{H}; crop them to one size")
+        hazy, clear = _read_pair(*self.pairs[index], self.border)
         return {"hazy": hazy, "clear": clear, "name": self.names[index]}
 
 
@@ -187,37 +210,48 @@ class Folder(Dataset):
         return {"hazy": images.read(self.paths[index]), "name": self.names[index]}
 
 
-def training(settings: Settings, stage: str) -> Unpaired | Synthetic:
-    """The pictures of a stage of training, as the settings have it. Raises `UserError` if they are not to be found.
+def training(settings: Settings, stage: str, kind: str) -> Unpaired | Stream:
+    """The pictures of a stage of training, as the settings have it; what is odd about them is in its ``remarks``.
 
-    ``warm_start``: synthetic haze on clear pictures; ``train``: unpaired. Without data.hazy the hazy pictures are
-    clear ones of another, independently shuffled stream, with haze added; only then does data.depth matter.
+    ``kind``: ``paired`` hazy and clear pictures of one scene; ``unpaired`` ones, independently shuffled; ``synthetic``
+    haze or the ``degraded`` imaging model on clear pictures. Unpaired without data.hazy, the hazy pictures are clear
+    ones of another stream, with synthetic haze. The stage ``warm_start`` has clear pictures and depth of its own.
+    Raises `UserError` if they are not to be found, or hazy pictures lack their ground truth.
     """
-    data, warm, law = settings.data, settings.warm_start, settings.haze
-    crops = {"size": data.crop_size, "rule": data.crop, "flip": data.flip}
-    look = {"density": law.density, "airlight": law.airlight, "colour": law.colour}
+    data, law = settings.data, settings.haze
+    if data.pairs and kind != "paired":
+        raise UserError(f"data.pairs={data.pairs}: {settings.model} does not train on pairs; empty it, set data.clear")
+    cut = _cropper(data.crop_size, data.crop, data.flip)
+    add_haze = partial(haze.random_haze, density=law.density, airlight=law.airlight, colour=law.colour)
 
-    def synthetic(clear: str, depth: str | None, name: str) -> Synthetic:
-        maps = None if depth is None else images.find(depth, images.DEPTH_EXTENSIONS)
-        return Synthetic(images.find(clear), maps, **crops, **look, seed=settings.seed, name=name)
+    def stream(source: str, name: str) -> Stream:
+        return Stream(images.find(source), cut, settings.seed, name)
 
-    if stage == "warm_start":
-        return synthetic(_required(warm.clear or data.clear, "warm_start.clear"), warm.depth, "warm_start")
-    clear, cut = _required(data.clear, "data.clear"), _cropper(**crops)
-    if data.hazy is None:
-        hazy = synthetic(clear, data.depth, "hazy")
-    else:
-        hazy = Stream(images.find(data.hazy), cut, settings.seed, "hazy")
-    return Unpaired(hazy, Stream(images.find(clear), cut, settings.seed, "clear"))
+    def synthetic(name: str, add_haze: Callable) -> Synthetic:
+        clear, depth = _clear_and_depth(settings, name)
+        return Synthetic(clear, depth, cut, add_haze, settings.seed, name)
+
+    match kind:
+        case "paired":
+            pairs, remarks = _pairs(settings, "")
+            return Pairs(pairs, cut, settings.seed, stage, remarks)
+        case "synthetic":
+            return synthetic(stage, add_haze)
+        case "degraded":
+            return synthetic(stage, partial(haze.degrade, settings=settings.degradations))
+        case "unpaired":
+            clear = stream(_required(data.clear, "data.clear"), "clear")
+            return Unpaired(synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy"), clear)
+    raise ValueError(f"no such kind of training pictures: {kind}")
 
 
 def validation(settings: Settings) -> Paired | None:
     """The validation pairs, or an evenly spread part of them; None where none are set. Raises `UserError`."""
     data, limit = settings.data, settings.log.validation_limit
-    if data.validation_hazy is None:
+    if not data.validation_pairs and data.validation_hazy is None:
         return None
-    pairs = images.pair(data.validation_hazy, _required(data.validation_clear, "data.validation_clear"))
-    return Paired(pairs[:: math.ceil(len(pairs) / limit)] if limit else pairs)
+    pairs, remarks = _pairs(settings, "validation_")
+    return Paired(pairs[:: math.ceil(len(pairs) / limit)] if limit else pairs, remarks=remarks)
 
 
 def doubts(paired: Paired) -> list[str]:
@@ -240,8 +274,46 @@ def doubts(paired: Paired) -> list[str]:
 
 def _required(source: str | None, key: str) -> str:
     if source is None:
-        raise UserError(f"{key} is not set: name a folder or a .flist of clear pictures, as {key}=PATH")
+        what = re.split("[._]", key)[-1]
+        raise UserError(f"{key} is not set: name a folder or a .flist of {what} pictures, as {key}=PATH")
     return source
+
+
+def _clear_and_depth(settings: Settings, stage: str) -> tuple[list[Path], list[Path] | None]:
+    """The clear pictures of a stage, and the depth maps if there are any."""
+    data, warm = settings.data, settings.warm_start
+    if stage == "warm_start":
+        clear, depth = _required(warm.clear or data.clear, "warm_start.clear"), warm.depth
+    else:
+        clear, depth = _required(data.clear, "data.clear"), data.depth
+    return images.find(clear), None if depth is None else images.find(depth, images.DEPTH_EXTENSIONS)
+
+
+def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """All pairs of the sets that data.``prefix``pairs names, or those of two pools; and what is odd about them."""
+    data = settings.data
+    names, hazy, clear = (getattr(data, prefix + key) for key in ("pairs", "hazy", "clear"))
+    pools = f"data.{prefix}hazy and data.{prefix}clear"
+    if names and (hazy is not None or clear is not None):
+        raise UserError(f"data.{prefix}pairs={names} and {pools} are two sources of pairs; empty one of them")
+    if names:
+        from data import locate  # here, not above: it is built on this module
+
+        return locate.pairs(names, data.root)
+    if hazy is None and clear is None:
+        raise UserError(f"no pairs: set data.{prefix}pairs to sets by name, as data.{prefix}pairs=[ITS], or {pools}")
+    return images.pair(_required(hazy, f"data.{prefix}hazy"), _required(clear, f"data.{prefix}clear")), []
+
+
+def _read_pair(hazy_path: Path, clear_path: Path, border: int) -> tuple[Tensor, Tensor]:
+    """Both pictures, in one size: a ground truth ``border`` larger on every side is cut. Else raises `UserError`."""
+    hazy, clear = images.read(hazy_path), images.read(clear_path)
+    if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
+        clear = clear[:, border:-border, border:-border].contiguous()
+    if hazy.shape != clear.shape:
+        (_, h, w), (_, H, W) = hazy.shape, clear.shape
+        raise UserError(f"{hazy_path} is {w}x{h} but its ground truth {clear_path} is {W}x{H}; crop them to one size")
+    return hazy, clear
 
 
 def loader(dataset: Dataset, start: int, stop: int, batch: int, workers: int = 0, pin: bool = False) -> DataLoader:

@@ -1,26 +1,30 @@
-"""Haze on clear pictures by the scattering model, I = J t + A (1 - t), t = exp(-beta d).
+"""Haze on clear pictures: the law of RESIDE, and a model of imaging in haze with several degradations.
 
-As a command it writes a set in the manner of RESIDE's ITS (Li et al., "Benchmarking Single-Image Dehazing and
-Beyond", TIP 2019): d is the depth divided by the maximum of the whole map, beta in [0.6, 1.8], A in [0.7, 1].
+The law is the scattering model, I = J t + A (1 - t), t = exp(-beta d), in the manner of RESIDE's ITS (Li et al.,
+"Benchmarking Single-Image Dehazing and Beyond", TIP 2019): d is the depth divided by the maximum of the whole map,
+beta in [0.6, 1.8], A in [0.7, 1].
 
-    python -m data.haze --clear CLEAR --depth DEPTH --output OUTPUT --per-image 10
+The model, `degrade`, is our own. KA-Net's paper (TPAMI 2024) trains on "a hazy imaging model with multiple degraded
+factors" whose formulas and code were never released; this is a reconstruction from physics and the literature named
+below, and no claim about theirs.
+
+As a command (see `haze_set`) it writes a set: python -m data.haze --clear CLEAR --depth DEPTH --output OUTPUT
 """
 
-import argparse
-import multiprocessing
-import zlib
-from functools import partial
+import io
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from data import images
-from utils import errors, physics
+from utils import config, errors, physics
 from utils.errors import UserError
+from utils.metrics import to_8bit
 
 DENSITY = (0.6, 1.8)
 AIRLIGHT = (0.7, 1.0)
@@ -39,7 +43,7 @@ def smooth_depth(height: int, width: int, rng: np.random.Generator) -> Tensor:
 
 
 def add_haze(clear: Tensor, depth: Tensor, beta: float, airlight: Tensor) -> tuple[Tensor, Tensor]:
-    """Put haze on ``clear`` (3,H,W) in [0,1], with ``depth`` (1,H,W), density ``beta`` >= 0, ``airlight`` (3,).
+    """Put haze on ``clear`` (3,H,W) in [0,1], with ``depth`` (1,H,W), density ``beta`` >= 0, ``airlight`` of 3.
 
     -> hazy (3,H,W) in [0,1], transmission (1,H,W) in (0,1].
     """
@@ -63,8 +67,8 @@ def random_haze(
     if depth is None:
         depth = smooth_depth(*clear.shape[1:], rng)
     beta, grey = rng.uniform(*density), rng.uniform(*airlight)
-    tint = np.clip(grey + rng.uniform(-1, 1, 3) * colour, 0, 1)
-    light = torch.from_numpy(tint.astype(np.float32))
+    shifted = np.clip(grey + rng.uniform(-1, 1, 3) * colour, 0, 1)
+    light = torch.from_numpy(shifted.astype(np.float32))
     hazy, t = add_haze(clear, depth, beta, light)
     return {
         "hazy": hazy,
@@ -73,6 +77,120 @@ def random_haze(
         "airlight": light.view(3, 1, 1),
         "density": torch.tensor([beta], dtype=torch.float32),
     }
+
+
+def degrade(
+    clear: Tensor, depth: Tensor | None, rng: np.random.Generator, settings: config.Degradations
+) -> dict[str, Tensor]:
+    """Put ``clear`` (3,H,W) in [0,1] through the imaging model; without ``depth`` (1,H,W) that is made up too.
+
+    Other light, airlight of another colour, haze, a second scattering, blur, noise and JPEG follow one another as in
+    front of a camera and in it, each with its own probability and ranges. Every number is drawn, used or not, so
+    that to switch one degradation off leaves the others as they were.
+    -> hazy (3,H,W) in [0,1]; clear as it came, the target: the light is a degradation that the network shall undo,
+    too, as in the overview of CGID (TCSVT 2024), by KA-Net's first author; transmission (1,H,W), the scene's share
+    after both scatterings; airlight (3,1,1); density (1,), 0 where there is no haze.
+    """
+    if depth is None:
+        depth = smooth_depth(*clear.shape[1:], rng)
+    grey = rng.uniform(*settings.airlight)
+    illumination, colour, scattering, second, blurring, noise, jpeg = (
+        _draw(getattr(settings, field.name), rng) for field in fields(settings) if field.name != "airlight"
+    )
+    scene, light = clear, torch.full((3, 1, 1), grey)
+    if colour:
+        light = tint(light, **colour)
+    if illumination:
+        scene, light = (illuminate(x, **illumination) for x in (scene, light))
+    beta = scattering["density"] if scattering else 0.0
+    hazy, t = add_haze(scene, depth, beta, light)
+    if second:
+        hazy, t = scatter_again(hazy, t, light, **second)
+    if blurring:
+        hazy = blur(hazy, t, **blurring)
+    if noise:
+        hazy = add_noise(hazy, rng, **noise)
+    if jpeg:
+        hazy = compress(hazy, **jpeg)
+    return {
+        "hazy": hazy,
+        "clear": clear,
+        "transmission": t,
+        "airlight": light,
+        "density": torch.tensor([beta], dtype=torch.float32),
+    }
+
+
+def illuminate(x: Tensor, factor: float, gamma: float) -> Tensor:
+    """Change the light on a scene: ``factor`` x^gamma, clamped to [0,1]; any shape, x in [0,1].
+
+    So Lv et al. make dark pictures, "Attention Guided Low-Light Image Enhancement" (IJCV 2021). The airlight goes
+    through it as well: it is scattered light of the same source.
+    """
+    return (factor * x**gamma).clamp(0, 1)
+
+
+def tint(light: Tensor, warmth: float, green: float) -> Tensor:
+    """Colour an airlight (3,1,1) in [0,1] along a camera's two axes of white balance; (3,1,1) in [0,1].
+
+    ``warmth`` in [-1,1] takes blue away (above 0: yellow and brown dust) or red (below 0: bluish haze), and 0.4 of
+    that from green; ``green`` in [-1,1] adds to green. The 0.4 is chosen by eye.
+    """
+    gain = torch.tensor([1 + min(warmth, 0), 1 - 0.4 * abs(warmth) + green, 1 - max(warmth, 0)], dtype=light.dtype)
+    return (light * gain.view(3, 1, 1)).clamp(0, 1)
+
+
+def scatter_again(hazy: Tensor, t: Tensor, light: Tensor, transmission: float) -> tuple[Tensor, Tensor]:
+    """A second scattering, the same at every depth: I' = (A / max A) I t' + A (1 - t').
+
+    ``hazy`` (3,H,W) with transmission ``t`` (1,H,W), ``light`` A (3,1,1), ``transmission`` t' in [0,1].
+    -> hazy (3,H,W), t t' (1,H,W). After the overview of CGID (TCSVT 2024), by KA-Net's first author, which has
+    A I t' + A (1 - t'): the light on near things, too, is scattered and yellow in dust. Dividing by the largest
+    channel is ours; it leaves grey airlight's pass without darkening, and t' = 1 then without effect.
+    """
+    cast = light / light.amax().clamp(min=1e-6)
+    return physics.scatter(cast * hazy, torch.tensor(transmission), light).clamp(0, 1), t * transmission
+
+
+def blur(hazy: Tensor, t: Tensor, sigma: float) -> Tensor:
+    """Forward scattering: I' = I t + (G * I) (1 - t), G a Gaussian of ``sigma`` > 0 pixels, edges repeated.
+
+    Light that was scattered by a small angle arrives beside its place, the more of it the denser the haze: the glow
+    of Narasimhan and Nayar, "Shedding Light on the Weather" (CVPR 2003), simplified to one Gaussian.
+    ``hazy`` (3,H,W), ``t`` (1,H,W), both in [0,1] -> (3,H,W) in [0,1].
+    """
+    radius = int(3 * sigma + 0.5)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    soft = F.pad(hazy[:, None], (radius,) * 4, mode="replicate")
+    soft = F.conv2d(F.conv2d(soft, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[:, 0]
+    return torch.lerp(soft, hazy, t).clamp(0, 1)
+
+
+def add_noise(image: Tensor, rng: np.random.Generator, shot: float, read: float) -> Tensor:
+    """Normal noise of variance shot^2 I + read^2, clamped: photons and electronics. (3,H,W) in [0,1] -> the same.
+
+    ``shot``: the photons' standard deviation at white; ``read``: that of the electronics, everywhere.
+    Foi et al., "Practical Poissonian-Gaussian Noise Modeling and Fitting for Single-Image Raw-Data" (TIP 2008).
+    """
+    normal = torch.from_numpy(rng.standard_normal(image.shape, np.float32))
+    return (image + (shot**2 * image + read**2).sqrt() * normal).clamp(0, 1)
+
+
+def compress(image: Tensor, quality: float) -> Tensor:
+    """Write (3,H,W) in [0,1] as JPEG of ``quality``, 1 to 100, colour at half resolution, and read it again."""
+    file = io.BytesIO()
+    Image.fromarray(to_8bit(image)).save(file, "JPEG", quality=round(quality))
+    pixels = torch.from_numpy(np.array(Image.open(file)))
+    return pixels.permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _draw(degradation: object, rng: np.random.Generator) -> dict[str, float] | None:
+    """Every value of a degradation, uniform in its range; None where it does not happen. Always as many draws."""
+    happens = rng.random() < degradation.probability
+    ranges = {field.name: getattr(degradation, field.name) for field in fields(degradation)}
+    values = {name: rng.uniform(*ends) for name, ends in ranges.items() if name != "probability"}
+    return values if happens else None
 
 
 def read_with_depth(clear: Path, depth: Path | None) -> tuple[Tensor, Tensor | None]:
@@ -87,86 +205,7 @@ def read_with_depth(clear: Path, depth: Path | None) -> tuple[Tensor, Tensor | N
     return picture, distance
 
 
-def write_hazy(task: tuple[Path, Path | None], options: argparse.Namespace) -> None:
-    """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone."""
-    clear, depth = task
-    picture, distance = read_with_depth(clear, depth)
-    rng = np.random.default_rng([options.seed, zlib.crc32(clear.stem.encode())])
-    if distance is None:
-        distance = smooth_depth(*picture.shape[1:], rng)
-    picture, distance = (_trim(tensor, options, clear) for tensor in (picture, distance))
-    save = partial(images.write, compress_level=1)
-    save(options.output / "clear" / f"{clear.stem}.{options.format}", picture)
-    if depth is not None:
-        images.write_depth(options.output / "depth" / f"{clear.stem}.png", distance)
-    for n in range(1, options.per_image + 1):
-        grey = round(rng.uniform(*options.airlight), 5)  # the name tells it with five places: be true to it
-        hazy, _ = add_haze(picture, distance, rng.uniform(*options.density), torch.full((3,), grey))
-        save(options.output / "hazy" / f"{clear.stem}_{n}_{grey:.5f}.{options.format}", hazy)
-
-
-def _trim(tensor: Tensor, options: argparse.Namespace, path: Path) -> Tensor:
-    border, (height, width) = options.border, tensor.shape[1:]
-    if 2 * border >= min(height, width):
-        raise UserError(f"{path}: {width}x{height} leaves nothing inside --border {border}; make it smaller")
-    tensor = tensor[:, border : height - border, border : width - border]
-    return tensor.flip(2) if options.mirror else tensor
-
-
-def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None]]:
-    clear = images.find(options.clear)
-    for paths in images.by_stem(clear).values():
-        if len(paths) > 1:
-            raise UserError(f"{paths[0]} and {paths[1]} would be written to one name; rename one")
-    if options.depth is None:
-        return [(path, None) for path in clear]
-    depth = images.match_depth(clear, images.find(options.depth, images.DEPTH_EXTENSIONS))
-    return list(zip(clear, depth, strict=True))
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.haze",
-        description="Write a hazy set in the manner of RESIDE's ITS: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth.",
-    )
-    parser.add_argument("--clear", required=True, help="clear pictures: a folder, a .flist or sample:train/clear")
-    parser.add_argument("--depth", help="depth maps of the same stems (grey pictures or .npy); else made up")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--per-image", type=int, default=1, help="hazy pictures of each clear one (1)")
-    parser.add_argument("--density", type=float, nargs=2, default=DENSITY, help="range of beta (0.6 1.8)")
-    parser.add_argument("--airlight", type=float, nargs=2, default=AIRLIGHT, help="range of A (0.7 1.0)")
-    parser.add_argument("--seed", type=int, default=10)
-    parser.add_argument("--border", type=int, default=0, help="pixels to cut from every side (0)")
-    parser.add_argument("--mirror", action="store_true", help="flip left to right")
-    parser.add_argument("--format", choices=("png", "jpg"), default="png")
-    parser.add_argument("--workers", type=int, default=2, help="processes; 0 is this one alone (2)")
-    options = parser.parse_args(arguments)
-    for name, most in (("density", float("inf")), ("airlight", 1.0)):
-        low, high = getattr(options, name)
-        if not 0 <= low <= high <= most:
-            raise UserError(f"--{name} {low} {high}: wanted 0 <= low <= high" + (" <= 1" if most == 1 else ""))
-    for name, least in (("per_image", 1), ("border", 0), ("seed", 0), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: wanted {least} or more")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command; ``arguments`` as on the command line."""
-    options = _options(arguments)
-    if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
-        raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
-    tasks, work = _tasks(options), partial(write_hazy, options=options)
-    bar = partial(tqdm, total=len(tasks), unit="picture", disable=None)
-    if options.workers == 0:
-        for task in bar(tasks):
-            work(task)
-    else:
-        with multiprocessing.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
-            for _ in bar(pool.imap_unordered(work, tasks, chunksize=4)):
-                pass
-    print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy pictures in {options.output}")
-
-
 if __name__ == "__main__":
-    errors.run(main)
+    from data import haze_set  # here, not above: it builds on this module
+
+    errors.run(haze_set.main)

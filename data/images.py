@@ -114,7 +114,7 @@ def find(source: str | Path, extensions: frozenset[str] = EXTENSIONS) -> list[Pa
 
 
 def pair(hazy_source: str | Path, clear_source: str | Path) -> list[tuple[Path, Path]]:
-    """Pair every hazy picture with its ground truth, for scoring: [(hazy, clear), ...] in the order of the hazy ones.
+    """Pair every hazy picture with its ground truth: [(hazy, clear), ...] in the order of the hazy ones.
 
     By stem, in any case: the same; ``_GT`` for ``_hazy`` (*-HAZE: 01_outdoor_hazy, 01_outdoor_GT); else what is left
     when endings at ``_`` are dropped until a ground truth fits (RESIDE, Haze4K: 1400_1, 0005_0.8_0.04).

@@ -1,7 +1,8 @@
-"""Find benchmarks on disk by the layouts of their table, pair their pictures and check that all is there."""
+"""Find sets on disk by the layouts of their table, pair their pictures and check that all is there."""
 
 import contextlib
 import functools
+import math
 import os
 import re
 from collections import Counter
@@ -13,13 +14,17 @@ from typing import NamedTuple
 from PIL import Image
 
 from data import datasets, images
-from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, RULES, TRUTH, Benchmark, unroll
+from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, Benchmark, unroll
 from utils.errors import UserError, nearest
 from utils.evaluation import Pictures
 
 LEVELS = 5  # of folders below the data root that are looked through
 RUNS = 10  # of missing numbers that are named
 OTHER = r"(?![^/]*(?:train|val|dehaz|result|output))[a-z][^/]*"  # what * stands for
+LOOKED_AT = 1000  # of the pairs to train on: in so many headers, evenly spread, sizes are compared beforehand
+SKIPPED = re.compile(r"train(ing)?|val(id|idation)?", re.IGNORECASE)  # folders that hold nothing to be scored
+BRACES = re.compile("{([^,}]*),([^,}]*)}")  # of a layout
+PART = re.compile(r"part[-_ ]?[0-9]+", re.IGNORECASE)  # sub-folders in which a set's pictures may lie (OTS)
 MANY = 1000  # a folder that shows so many pictures holds pictures, and is not listed to its end
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
@@ -42,10 +47,10 @@ class Found:
         return self.benchmark.name if self.split == "all" else f"{self.benchmark.name}:{self.split}"
 
     @property
-    def expected(self) -> int:
-        """How many hazy pictures the whole split has."""
+    def expected(self) -> int | None:
+        """How many hazy pictures the whole split has; None where there is no agreed number."""
         numbers = unroll(self.benchmark.splits[self.split])
-        return len(numbers) * self.benchmark.each if numbers else self.benchmark.hazy
+        return len(numbers) * self.benchmark.each or self.benchmark.hazy or None
 
     def items(self) -> datasets.Paired | datasets.Folder:
         """The pictures themselves, to score on or, without ground truth, to dehaze."""
@@ -57,7 +62,9 @@ class Found:
         """The set as `utils.evaluation` scores it, with the released methods' settings for it."""
         about, items = self.benchmark, self.items()
         truth, preset = about.truth != "none", {"airlight": about.airlight, "guided_filter": about.guided_filter}
-        remarks = [*self.remarks, *(datasets.doubts(items) if truth else [])]
+        remarks = [*self.remarks, *(datasets.doubts(items) if truth and about.degradation == "haze" else [])]
+        if about.to_train_on(self.split):
+            remarks.append("pictures to train on: figures on them say little about others")
         return Pictures(self.name, items, truth, self.expected, remarks, preset, self.name.replace(":", "-"))
 
 
@@ -70,26 +77,45 @@ def find(names: Sequence[str], root: str | Path) -> list[Found]:
     """
     wanted, top = _wanted(names), images.resolve(root)
     if not top.is_dir():
-        raise UserError(f"{top}: a file, not a data root; name the folder that holds the benchmarks")
-    folders = _folders(top)
-    places = {name: _places(BENCHMARKS[name], folders) for name, _ in wanted}
-    if len(places) == 1 and not any(places.values()):
-        places = {name: _unnamed(BENCHMARKS[name], top) for name in places}
-    absent = [name for name, found in places.items() if not found or not found[0].whole]
-    present = {group for (name, _), group in wanted.items() if name not in absent and group}
-    missing = [name for (name, _), group in wanted.items() if name in absent and group not in present]
+        raise UserError(f"{top}: a file, not a data root; name the folder that holds the sets")
+    places = _look(list(wanted), top)
+    absent = [key for key, found in places.items() if not found or not found[0].whole]
+    present = {group for key, group in wanted.items() if key not in absent and group}
+    missing = [key for key, group in wanted.items() if key in absent and group not in present]
     if missing:
-        raise UserError(_missing({name: places[name] for name in missing}, top))
+        raise UserError(_missing({key[0]: places[key] for key in missing}, top))
     found, first = [], {}
     for (name, split), group in wanted.items():
-        if name not in absent:
-            found.append(_gather(BENCHMARKS[name], split, places[name]))
+        if (name, split) not in absent:
+            found.append(_gather(BENCHMARKS[name], split, places[name, split]))
             first.setdefault(group, found[-1])
     for group, head in first.items():
-        gone = dict.fromkeys(name for (name, _), by in wanted.items() if by == group and name in absent)
+        gone = dict.fromkeys(key[0] for key, by in wanted.items() if by == group and key in absent)
         if gone:
             head.remarks.append(f"of {group}, not under {top} and left out: {', '.join(gone)}")
     return found
+
+
+def pairs(names: Sequence[str], root: str | Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """All pairs of the sets that `find` finds, each once, and what is missing or odd. Raises `UserError` as it does."""
+    found = find(names, root)
+    for each in found:
+        if each.benchmark.truth != "aligned":
+            lack = {"none": "no", "unaligned": "no aligned"}[each.benchmark.truth]
+            raise UserError(f"{each.name} has {lack} ground truth to train or validate on; name another set")
+    remarks = [f"{each.name}: {remark}" for each in found for remark in each.remarks]
+    return list(dict.fromkeys(pair for each in found for pair in each.pairs)), remarks
+
+
+def _look(wanted: Sequence[tuple[str, str]], top: Path) -> dict[tuple[str, str], list["Place"]]:
+    """Where each (set, split) lies; what is to be scored is not looked for among what is to train on."""
+    sets = {(name, split): BENCHMARKS[name] for name, split in wanted}
+    training = {(name, split): benchmark.to_train_on(split) for (name, split), benchmark in sets.items()}
+    folders = {kind: _folders(top, kind) for kind in set(training.values())}
+    places = {key: _places(sets[key], folders[training[key]], sets[key].places(key[1])) for key in sets}
+    if len(set(sets.values())) == 1 and not any(places.values()):
+        places = {key: _unnamed(sets[key], top, training[key]) for key in sets}
+    return places
 
 
 def _wanted(names: Sequence[str]) -> dict[tuple[str, str], str]:
@@ -99,8 +125,10 @@ def _wanted(names: Sequence[str]) -> dict[tuple[str, str], str]:
     for text in names:
         asked, _, split = (part.strip() for part in text.partition(":"))
         name, split = sets.get(_key(asked), ""), split.lower() or "all"
+        if _key(text) in sets:  # CSD:train is a set of its own
+            name, split = sets[_key(text)], "all"
         if not name:
-            raise UserError(f"'{asked}': no such benchmark{nearest(asked.lower(), map(str.lower, sets.values()))}")
+            raise UserError(f"'{asked}': no such set{nearest(asked.lower(), map(str.lower, sets.values()))}")
         parts = GROUPS.get(name, (name,))
         having = [part for part in parts if split in BENCHMARKS[part].splits]
         if not having:
@@ -124,14 +152,14 @@ class Place(NamedTuple):
     whole: bool  # has the ground truth that it should have
 
 
-def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str] = ()) -> list[Place]:
+def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str]) -> list[Place]:
     """The best first: whole ones, then by the order of the layouts, then the shallowest; each real folder once."""
     places: dict[str, Place] = {}
-    for layout in layouts or benchmark.places:
+    for layout in layouts:
         for folder in (folder for folder in folders if _fits(folder, layout, 1)):
             truths = []
             if "{" in layout:
-                truths = [other for other in _subfolders(folder.parent) if _fits(other, layout, 2)]
+                truths = [other for other in _beside(folder, layout) if _fits(other, layout, 2)]
                 truths.sort(key=lambda path: path.name.lower() != "gt")
             elif benchmark.truth != "none":
                 truths = [folder]
@@ -141,13 +169,25 @@ def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str] = 
     return sorted(places.values(), key=lambda place: not place.whole)
 
 
-def _unnamed(benchmark: Benchmark, top: Path) -> list[Place]:
+def _beside(hazy: Path, layout: str) -> list[Path]:
+    """The folders that may have the ground truth of ``hazy``, by the layout's braces."""
+    up, down = (len(Path(side).parts) for side in BRACES.search(layout).groups())
+    level = [hazy.parents[up - 1] if up else hazy]
+    for _ in range(down):
+        level = [below for folder in level for below in _subfolders(folder)]
+    return level
+
+
+def _unnamed(benchmark: Benchmark, top: Path, training: bool) -> list[Place]:
     """The data root itself as the one set that is asked for, unless its name or its numbers are those of another."""
     root = Path(os.path.abspath(top))
-    below = _subfolders(root)
-    if any(_places(other, [root, *below]) for other in BENCHMARKS.values()):
+    below = [folder for folder in _subfolders(root) if training or not SKIPPED.fullmatch(folder.name)]
+    if any(_places(other, [root, *below], other.places()) for other in BENCHMARKS.values()):
         return []
-    found = _places(benchmark, below, ["{hazy,gt}" if benchmark.truth != "none" else "hazy"])
+    if training:
+        below += [deep for folder in below if SKIPPED.fullmatch(folder.name) for deep in _subfolders(folder)]
+    braces = {match[0]: None for match in map(BRACES.search, benchmark.layouts) if match and match[1]}
+    found = _places(benchmark, below, ["{hazy,gt}", *braces] if benchmark.truth != "none" else ["hazy"])
     if benchmark.truth == "none" or benchmark.rule == GT:
         found += _places(benchmark, [root], ["*"])
     wanted = unroll(benchmark.numbers)
@@ -162,7 +202,7 @@ def _fits(folder: Path, layout: str, side: int) -> bool:
 def _regex(layout: str, side: int) -> re.Pattern:
     """What the path of a folder of hazy pictures (``side`` 1) or of ground truths (2) looks like."""
     synonyms = {"hazy": HAZY, "haze": HAZY, "gt": TRUTH}
-    parts = re.sub(r"{(\w+),(\w+)}", rf"\{side}", layout).split("/")
+    parts = Path(BRACES.sub(rf"\{side}", layout)).parts
     choices = ("|".join(map(_pattern, synonyms.get(part, (part,)))) for part in parts)
     return re.compile(".*" + "".join(f"/[#_ ]*(?:{choice})" for choice in choices), re.IGNORECASE)
 
@@ -176,23 +216,27 @@ def _pattern(name: str) -> str:
     return text
 
 
-def _folders(root: Path) -> list[Path]:
-    """``root`` and the folders below it, level by level; then, by their real names, those that links lead to."""
+def _folders(root: Path, training: bool) -> list[Path]:
+    """``root`` and the folders below it, level by level; then, by their real names, those that links lead to.
+
+    Without those of pictures to train on, unless these are what is looked for.
+    """
     level, found = [Path(os.path.abspath(root))], []
     for _ in range(LEVELS + 1):
         found += level
         level = [below for folder in level for below in _subfolders(folder)]
+        level = [folder for folder in level if training or not SKIPPED.fullmatch(folder.name)]
     return list(dict.fromkeys([*found, *(Path(os.path.realpath(folder)) for folder in found)]))
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Sorted; hidden folders, training data and links that lead back up are left out."""
+    """Sorted; hidden folders and links that lead back up are left out."""
     subfolders, pictures, real = [], 0, Path(os.path.realpath(folder))
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed holds no benchmark
         for entry in entries:
             if entry.is_dir():
                 back = entry.is_symlink() and real.is_relative_to(os.path.realpath(entry))
-                if not back and not re.fullmatch(r"\..*|train(ing)?|val(id|idation)?", entry.name, re.IGNORECASE):
+                if not back and not entry.name.startswith("."):
                     subfolders.append(folder / entry.name)
             elif _is_picture(entry.name):
                 pictures += 1
@@ -206,10 +250,17 @@ def _is_picture(name: str) -> bool:
 
 
 def _holds_pictures(folder: Path, ending: str) -> bool:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        names = (entry.name for entry in entries if _is_picture(entry.name))
-        return any(os.path.splitext(name)[0].lower().endswith(ending) for name in names)
+    for part in _parts(folder):
+        with contextlib.suppress(OSError), os.scandir(part) as entries:
+            names = (entry.name for entry in entries if _is_picture(entry.name))
+            if any(os.path.splitext(name)[0].lower().endswith(ending) for name in names):
+                return True
     return False
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from (below for below in _subfolders(folder) if PART.fullmatch(below.name))
 
 
 def _missing(places: dict[str, list[Place]], root: Path) -> str:
@@ -218,7 +269,7 @@ def _missing(places: dict[str, list[Place]], root: Path) -> str:
         return f"{', '.join(places)}: not under {root}; --list-benchmarks has their layouts and where to get them"
     hints = []
     for name, half in places.items():
-        looked = f"looked for {', '.join(BENCHMARKS[name].places[:3])} and the like"
+        looked = f"looked for {', '.join(BENCHMARKS[name].places()[:3])} and the like"
         if half:
             looked = f"{half[0].hazy} has no folder of ground truths beside it ({', '.join(TRUTH[:4])} ...)"
         which = f"{name}: " if len(places) > 1 else ""
@@ -233,15 +284,16 @@ def _gather(benchmark: Benchmark, split: str, places: list[Place]) -> Found:
     if place.truths == [place.hazy]:
         truths = [path for path in hazy if path.stem.lower().endswith("_gt")]
         hazy = [path for path in hazy if path not in truths]
-    if split != "all":
-        numbers = benchmark.splits[split]
+    numbers = benchmark.splits[split]
+    if numbers != benchmark.numbers:
         hazy = [path for path in hazy if _number(path) in unroll(numbers)]
         if not hazy:
             raise UserError(f"{place.hazy}: none of {benchmark.name}:{split} ({numbers}); add them or name no split")
     pairs = [(path, None) for path in hazy]
     if benchmark.truth != "none":
         pairs = _pair(benchmark, hazy, truths, place.truths[0])
-        _check_sizes(benchmark, pairs)
+        step = math.ceil(len(pairs) / LOOKED_AT) if benchmark.to_train_on(split) else 1
+        _check_sizes(benchmark, pairs[::step])
     found = Found(benchmark, split, place.hazy, pairs)
     found.remarks.extend(_remarks(found))
     others = [*place.truths[1:], *(other.hazy for other in places[1:] if other.whole)]
@@ -250,14 +302,17 @@ def _gather(benchmark: Benchmark, split: str, places: list[Place]) -> Found:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """Those in the folder itself, 2 before 10."""
-    return [path for path in images.find(folder) if path.parent == folder]
+    """Those in the folder itself or in its parts, 2 before 10."""
+    parts = set(_parts(folder))
+    return [path for path in images.find(folder) if path.parent in parts]
 
 
 def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
     """Every hazy picture with its ground truth, by the set's rule; repackaged sets give both the same stem."""
     stems, rule = images.by_stem(truths), RULES[benchmark.rule]
     names = {path: path.stem.casefold() for path in hazy}
+    if benchmark.rule == ORDER and not stems.keys() & names.values():
+        return _in_order(benchmark, hazy, truths, folder)
     choices = {path: stems.get(name) or stems.get(rule(name), []) for path, name in names.items()}
     double = [paths for paths in images.by_stem(hazy).values() if len(paths) > 1]
     _refuse([f"{a} and {b} are hazy pictures of one name" for a, b, *_ in double], "keep one")
@@ -266,6 +321,15 @@ def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Pa
     many = {path: found for path, found in choices.items() if len(found) > 1}
     _refuse([f"{path}: has two ground truths, {a} and {b}" for path, (a, b, *_) in many.items()], "keep one")
     return [(path, found[0]) for path, found in choices.items()]
+
+
+def _in_order(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
+    if len(hazy) != len(truths):
+        raise UserError(
+            f"{hazy[0].parent} holds {len(hazy)} pictures and {folder} {len(truths)}; {benchmark.name} pairs "
+            f"{benchmark.rule}, so there must be as many: fetch the set again"
+        )
+    return list(zip(hazy, truths, strict=True))
 
 
 def _check_sizes(benchmark: Benchmark, pairs: list[tuple[Path, Path]]) -> None:
@@ -304,9 +368,10 @@ def _remarks(found: Found) -> Iterator[str]:
     parts = [f"missing: {_runs(absent, text)}"] if absent else []
     parts += [f"fewer than {benchmark.each} each: {_runs(few, text)}"] if few else []
     parts += [f"not of this set: {', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}"] if strange else []
-    if parts or len(found.pairs) != found.expected:
-        yield "; ".join([f"{len(found.pairs)} of {found.expected} hazy pictures", *parts])
-    if len(found.pairs) > found.expected:
+    expected = found.expected or len(found.pairs)
+    if parts or len(found.pairs) != expected:
+        yield "; ".join([f"{len(found.pairs)} of {expected} hazy pictures", *parts])
+    if len(found.pairs) > expected:
         yield f"more hazy pictures than the set has; is there anything else in {found.folder}?"
     truths = len({truth for _, truth in found.pairs})
     if len(found.pairs) == benchmark.hazy and benchmark.truths and truths not in (benchmark.truths, benchmark.hazy):

@@ -1,5 +1,6 @@
 """Perceptual loss on VGG features (Johnson et al., 1603.08155), by torchvision."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -25,42 +26,62 @@ def layer_names(network: str) -> dict[str, int]:
     return names
 
 
-class PerceptualLoss(nn.Module):
-    """Mean L1 distance of VGG feature maps, averaged over layers. Two (N,3,H,W) in [0,1] -> scalar.
+class VGGFeatures(nn.Module):
+    """Feature maps of a frozen VGG by layer name. (N,3,H,W) in [0,1] -> {name: (N,C,h,w)}.
 
-    ``network`` vgg16 or vgg19; ``layers`` names such as relu3_3; ``weights`` ``hub`` (torchvision's ImageNet weights)
-    or a file of them (.pth or .safetensors). The network is frozen. Raises `UserError` where weights cannot be had.
+    Pictures are normalised here, by ImageNet's mean and deviation. ``network`` vgg16 or vgg19; ``layers`` names such as
+    relu3_3; ``weights`` ``hub`` (torchvision's ImageNet weights) or a file of them (.pth or .safetensors). Raises
+    `UserError` where weights cannot be had: its remedies are the settings KEY.weights and KEY_weight.
     """
 
-    def __init__(self, network: str = "vgg16", layers: list[str] | None = None, weights: str = "hub"):
+    def __init__(self, network: str, layers: Collection[str], weights: str, key: str):
         super().__init__()
         known = layer_names(network)
-        for name in (layers := layers or ["relu1_2", "relu2_2", "relu3_3"]):
+        if not layers:
+            raise UserError(f"{key}.layers is empty; name some of {', '.join(known)}")
+        for name in layers:
             if name not in known:
                 raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
-        self.indices = {known[name] for name in layers}
-        self.features = _vgg(network, weights)[: max(self.indices) + 1].eval().requires_grad_(False)
+        self.names = {known[name]: name for name in layers}
+        self.features = _vgg(network, weights, key)[: max(self.names) + 1].eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self._maps(target)
-        return torch.stack([F.l1_loss(a, b) for a, b in zip(self._maps(x), wanted, strict=True)]).mean()
-
-    def train(self, mode: bool = True) -> "PerceptualLoss":
-        return super().train(False)  # the features are a ruler: nothing in them may move
-
-    def _maps(self, image: Tensor) -> list[Tensor]:
-        x, maps = (image - self.mean) / self.std, []
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        x, maps = (image - self.mean) / self.std, {}
         for index, layer in enumerate(self.features):
             x = layer(x)
-            if index in self.indices:
-                maps.append(x)
+            if index in self.names:
+                maps[self.names[index]] = x
         return maps
 
+    def train(self, mode: bool = True) -> "VGGFeatures":
+        return super().train(False)  # the features are a ruler: nothing in them may move
 
-def _vgg(network: str, weights: str) -> nn.Sequential:
+
+class PerceptualLoss(nn.Module):
+    """Mean L1 distance of VGG feature maps, averaged over layers. Two (N,3,H,W) in [0,1] -> scalar.
+
+    Arguments and errors as of `VGGFeatures`.
+    """
+
+    def __init__(
+        self,
+        network: str = "vgg16",
+        layers: Sequence[str] = ("relu1_2", "relu2_2", "relu3_3"),
+        weights: str = "hub",
+        key: str = "nedr.perceptual",
+    ):
+        super().__init__()
+        self.vgg = VGGFeatures(network, layers, weights, key)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.vgg(target)
+        return torch.stack([F.l1_loss(found, wanted[name]) for name, found in self.vgg(x).items()]).mean()
+
+
+def _vgg(network: str, weights: str, key: str) -> nn.Sequential:
     make = {"vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}[network]
     if weights == "hub":
         try:
@@ -68,8 +89,8 @@ def _vgg(network: str, weights: str) -> nn.Sequential:
         except Exception as error:  # offline: URLError, HTTPError, a half-made file; one remedy
             raise UserError(
                 f"the ImageNet weights of {network} cannot be had from the hub ({type(error).__name__}); put "
-                f"torchvision's file on this machine and set nedr.perceptual.weights=FILE, or switch the loss off "
-                f"with nedr.perceptual_weight=0"
+                f"torchvision's file on this machine and set {key}.weights=FILE, or switch the loss off with "
+                f"{key}_weight=0"
             ) from None
     else:
         features = make(weights=None).features

@@ -1,23 +1,40 @@
 """The registry of methods: build one from settings, or load one from a file."""
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 
+from models.aknet import AKNet
 from models.dcp import DCP
+from models.kanet import KANet
 from models.method import Method
-from models.nedr import NeDR
-from utils import checkpoint, config
+from models.nedr import D4, NeDR
+from utils import checkpoint, config, cost
 from utils.errors import UserError, nearest
 
-METHODS: dict[str, type[Method]] = {"nedr": NeDR, "dcp": DCP}
+METHODS: dict[str, type[Method]] = {"nedr": NeDR, "d4": D4, "aknet": AKNet, "kanet": KANet, "dcp": DCP}
 
 
 def names() -> list[str]:
     """The methods' names, as ``--model`` takes them."""
     return list(METHODS)
+
+
+def listing() -> str:
+    """All methods as a text of at most 120 columns: size, cost, what each is trained on, and the paper to cite."""
+    row = "{:8}{:>12}{:>16}  {}".format
+    lines, papers = [row("method", "parameters", "MACs (256x256)", "trained on")], []
+    for name, kind in METHODS.items():
+        method = build(config.load(name, settings_types())).eval()
+        size, work = cost.parameters(method, kind.inference), cost.macs(method.dehaze)
+        figures = [f"{size / 1e6:.2f} M" if size else "-", f"{work / 1e9:.2f} G" if work else "-"]
+        lines.append(row(name, *figures, kind.about.trained_on))
+        papers += textwrap.wrap(f"{name:8}{kind.about.title}. {kind.about.citation}", 110, subsequent_indent=" " * 8)
+    note = "What dehazing takes, with the defaults of configs.yml. MACs: convolutions, matrix products and attention."
+    return "\n".join([*lines, note, "", *papers])
 
 
 def settings_types() -> dict[str, type]:
@@ -30,6 +47,9 @@ def check_training(settings: config.Settings) -> None:
     method = METHODS[settings.model]
     if not method.stages:
         raise UserError(f"{settings.model} has nothing to train; score it with test.py --model {settings.model}")
+    for stage in config.stages(settings):
+        if stage.name not in method.stages:
+            raise UserError(f"{settings.model} has no stage {stage.name}; set {stage.name}.steps=0")
     method.check(settings)
 
 
@@ -39,7 +59,7 @@ def build(settings: config.Settings) -> Method:
 
 
 def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
-    """A trained method from a file, in eval mode: our .pt or .safetensors, or an official state dict.
+    """A trained method from a file, in eval mode: our .pt or .safetensors, or an official one of any method.
 
     Keyword arguments change settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
     ``ema`` prefers the averaged weights where the file has them. The networks are those that the file holds.
@@ -51,7 +71,7 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
-            method = _official(weights, path)
+            method = _official(checkpoint.unwrap(weights), path)
         else:
             method = _ours(metadata["model"], metadata["settings"], weights, path)
     else:
@@ -60,7 +80,7 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
             averaged = state.get("ema", {}).get("weights", {}) if ema else {}
             method = _ours(state["model"], state["settings"], state["networks"] | averaged, path)
         else:
-            method = _official(state, path)
+            method = _official(checkpoint.unwrap(state), path)
     change(method, test_time)
     return method.to(device).eval()
 
@@ -97,9 +117,10 @@ def name_of(method: Method) -> str:
 
 
 def _ours(model: str, saved: dict, weights: dict, path: Path) -> Method:
-    settings = config.load(model, settings_types(), saved=saved)
-    networks = tuple(dict.fromkeys(key.split(".")[0] for key in weights))
-    method = METHODS[model](settings.method, networks)
+    method = build(config.load(model, settings_types(), saved=saved))
+    held = {key.split(".")[0] for key in weights}
+    for name in [name for name, _ in method.named_children() if name not in held]:
+        delattr(method, name)  # an inference file holds what dehazing needs
     checkpoint.load_strict(method, weights, str(path))
     return method
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.method import Method
+from models.method import About, Method
 from utils import physics, tiling
 
 
@@ -16,6 +16,7 @@ class DCPSettings:
 class DCP(Method):
     """Dehazing without weights, with the constants of D4's code (airlight capped at 220/255, guided-filter refined)."""
 
+    about = About("Dark channel prior", "He, Sun and Tang, TPAMI 2011; guided filter: TPAMI 2013", "nothing")
     Settings = DCPSettings
     test_time = ("guided_filter",)
 

@@ -20,25 +20,35 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class About(NamedTuple):
+    """What ``--list-models`` tells of a method beside its size."""
+
+    title: str
+    citation: str
+    trained_on: str
+
+
 class Method(nn.Module):
     """A dehazing system: networks as named children and four verbs.
 
-    A subclass gives `Settings` (its block of configs.yml), `restore` or `find`, and, unless it is free of training,
-    `optimisers`, `losses` and `pictures`. ``stage`` is ``warm_start`` (supervised, on haze made by the haze law) or
-    ``train`` (the method's own game).
+    A subclass gives `about`, `Settings` (its block of configs.yml), `restore` or `find`, and, unless it is free of
+    training, `stages`, `optimisers`, `losses` and `pictures`. ``stage`` is ``warm_start`` (supervised, before all
+    else) or ``train`` (the method's own game).
     """
 
+    about: ClassVar[About]
     Settings: ClassVar[type]
     multiple: ClassVar[int] = 1  # sides must be multiples of this ...
     minimum: int = 1  # ... and at least this; `dehaze` pads to it
     test_time: ClassVar[tuple[str, ...]] = ()  # settings that may change after training
     inference: ClassVar[tuple[str, ...]] = ()  # the children that `dehaze` needs
     averaged: ClassVar[tuple[str, ...]] = ()  # the children whose weights are averaged (EMA)
-    stages: ClassVar[tuple[str, ...]] = ()  # what it can be trained by; () for training-free methods
+    stages: ClassVar[dict[str, str]] = {}  # by what it can be trained -> on what (`data.datasets.training`)
 
     def __init__(self, settings: Any):
         super().__init__()
         self.settings = settings
+        self.skipped: list[str] | None = None  # of an official file: the tensors that its authors' code never uses
 
     @classmethod
     def check(cls, settings: config.Settings) -> None:
@@ -54,8 +64,19 @@ class Method(nn.Module):
 
     @classmethod
     def from_official(cls, state: dict, settings: Any) -> "Method | None":
-        """The method that the authors' released file holds, or None if it is not one of this method's."""
+        """The method that the authors' released file holds, or None if it is not one of this method's.
+
+        ``state`` is free of wrappers (`utils.checkpoint.unwrap`); ``settings`` give what the file does not say. Raises
+        `UserError` for a file of this method that is not whole.
+        """
         return None
+
+    def to_official(self) -> dict[str, Any]:
+        """What a file holds that the authors' released code loads; tensors that it never uses are zeros.
+
+        Raises `UserError` where the released networks cannot hold these weights.
+        """
+        raise UserError(f"{type(self).__name__} has no weights, and so nothing to export")
 
     def start(self) -> None:
         """Give the networks the weights with which training begins."""

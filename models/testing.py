@@ -1,6 +1,7 @@
 """Methods made ready for test.py: with their weights, the settings that may change after training, and their cost."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ WEIGHTS = ("weights.safetensors", "last.pt")  # of an experiment's folder, the f
 class Tested(NamedTuple):
     """A method ready to be tested, where its weights come from (None: it has none), and what was asked of it.
 
-    ``asked`` are the test-time settings that the user gave; presets of benchmarks do not go over them.
+    ``name`` is the method's, and the weights' folder with it where several are of one method; ``asked`` are the
+    test-time settings that the user gave, and presets of benchmarks do not go over them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Tested(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """What the figures of the method depend on: its weights and settings."""
         return {
+            "model": models.name_of(self.method),
             "weights": self.weights and self.weights.name,
             "sha256": self.weights and cost.sha256(self.weights),
             "settings": dataclasses.asdict(self.method.settings),
@@ -65,9 +68,9 @@ class Tested(NamedTuple):
 def prepare(
     named: Sequence[str], folder: Path | None, test: config.Test, files: Sequence[Path], overrides: Sequence[str]
 ) -> list[Tested]:
-    """The methods ``named``, in that order: those without weights, and one that is loaded from ``test.weights``.
+    """The methods ``named``, in that order: those without weights, and those that are loaded from ``test.weights``.
 
-    Without weights named, they are looked for in ``folder``; with no name at all they tell the method. ``files`` and
+    Without weights named, they are looked for in ``folder``; with no name at all they tell the methods. ``files`` and
     ``overrides`` may change test-time settings, and nothing else of a trained method. Raises `UserError`.
     """
     names = list(dict.fromkeys(named))
@@ -75,11 +78,43 @@ def prepare(
         if name not in models.METHODS:
             raise UserError(f"unknown model '{name}'{nearest(name, models.METHODS)}")
     trained = [name for name in names if models.METHODS[name].stages]
-    if len(trained) > 1:
-        raise UserError(f"{' and '.join(trained)} need weights each: score one after the other, then --compare them")
-    if not names or trained:
-        loaded = _load(trained[0] if trained else None, _weights(folder, test), test.ema, files, overrides)
-    return [loaded if name in trained else _build(name, files, overrides) for name in names] or [loaded]
+    loaded = (
+        [_load(path, test.ema, files, overrides) for path in _weights(folder, test)] if trained or not names else []
+    )
+    if names:
+        _check_all_there(loaded, trained)
+    found = loaded if not names else []
+    for name in names:
+        of_name = [each for each in loaded if models.name_of(each.method) == name]
+        found += of_name if name in trained else [_build(name, files, overrides)]
+    return _told_apart(found)
+
+
+def _check_all_there(loaded: Sequence[Tested], trained: Sequence[str]) -> None:
+    """Refuse weights of a method that was not named, and a method without weights. Raises `UserError`."""
+    for each in loaded:
+        if each.name not in trained:
+            other = f"not {' or '.join(trained)}; give --model {each.name} or other weights"
+            raise UserError(f"{each.weights} holds a {each.name} model, {other}")
+    lacking = [name for name in trained if name not in [each.name for each in loaded]]
+    if lacking:
+        there = ", ".join(str(each.weights) for each in loaded)
+        raise UserError(
+            f"no weights of {' and '.join(lacking)} in {there}; name a file of each with --weights FILE ..."
+        )
+
+
+def _told_apart(found: list[Tested]) -> list[Tested]:
+    """With the names of their folders where several are of one method; refuses what is still the same."""
+    names = Counter(each.name for each in found)
+    found = [
+        each if names[each.name] == 1 else each._replace(name=f"{each.weights.resolve().parent.name}:{each.name}")
+        for each in found
+    ]
+    for name, count in Counter(each.name for each in found).items():
+        if count > 1:
+            raise UserError(f"--weights: {count} files would be called {name}; test files of one folder one by one")
+    return found
 
 
 def _build(name: str, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
@@ -87,11 +122,9 @@ def _build(name: str, files: Sequence[Path], overrides: Sequence[str]) -> Tested
     return Tested(name, models.build(settings).eval(), None, _asked(name, files, overrides))
 
 
-def _load(named: str | None, path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
+def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
     method = models.load(path, ema=ema)
     name = models.name_of(method)
-    if named not in (None, name):
-        raise UserError(f"{path} holds a {name} model, not {named}; give --model {name} or other weights")
     given = config.given(models.settings_types(), overrides=overrides).get(name, {})
     fixed = [key for key in given if key not in method.test_time]
     if fixed:
@@ -108,18 +141,19 @@ def _asked(name: str, files: Sequence[Path], overrides: Sequence[str]) -> dict[s
     return {key: getattr(values.method, key) for key in given if key in models.METHODS[name].test_time}
 
 
-def _weights(folder: Path | None, test: config.Test) -> Path:
-    """The file that ``test`` names, or the best weights of an experiment's folder."""
+def _weights(folder: Path | None, test: config.Test) -> list[Path]:
+    """The files that ``test`` names, or the best weights of an experiment's folder."""
     if test.weights:
-        path = Path(test.weights).expanduser()
-        if not test.ema and path.suffix == ".safetensors":
-            raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
-        return path
+        paths = [Path(name).expanduser() for name in dict.fromkeys(test.weights)]
+        for path in paths:
+            if not test.ema and path.suffix == ".safetensors":
+                raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
+        return paths
     if folder is None:
         free = ", ".join(name for name, kind in models.METHODS.items() if not kind.stages)
         raise UserError(f"no weights named; give --checkpoints DIR, --weights FILE, or a --model without any ({free})")
     choice = WEIGHTS if test.ema else WEIGHTS[1:]
     for name in choice:
         if (folder / name).is_file():
-            return folder / name
+            return [folder / name]
     raise UserError(f"{folder}: no {' or '.join(choice)}; train it, or give --weights FILE (official ones too)")

@@ -3,11 +3,14 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import nn
 
 import models
 from models.nedr.kan import knots
@@ -22,6 +25,7 @@ D4 = ("nedr.kan_cid=false", "nedr.idrm=false", "nedr.drem=false")
 _spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
 _fill = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_fill)
+fill = _fill.fill
 
 
 def tiny_settings(*overrides: str) -> config.Settings:
@@ -97,3 +101,47 @@ def official_file(official_state, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# VGGs with 4 channels a layer, the same layers in the same places, at no cost.
+
+LETTERS = {"vgg16": "D", "vgg19": "E"}  # torchvision's names for the lists of their layers
+
+
+def narrow_layers(network: str) -> nn.Sequential:
+    widths = torchvision.models.vgg.cfgs[LETTERS[network]]
+    return torchvision.models.vgg.make_layers([4 if width != "M" else "M" for width in widths])
+
+
+@pytest.fixture
+def narrow_vgg(monkeypatch):
+    """torchvision's vgg16 and vgg19 are narrow ones."""
+    for name in LETTERS:
+        fake = lambda weights=None, name=name: SimpleNamespace(features=narrow_layers(name))  # noqa: E731
+        monkeypatch.setattr(torchvision.models, name, fake)
+
+
+@pytest.fixture
+def vgg_file(tmp_path):
+    """A function that writes a narrow VGG's weights as torchvision saves them, with a part of its classifier."""
+
+    def write(network: str):
+        features = narrow_layers(network)
+        for parameter in features.parameters():
+            nn.init.normal_(parameter, std=0.4)
+        state = {f"features.{key}": value for key, value in features.state_dict().items()}
+        torch.save(state | {"classifier.0.bias": torch.zeros(3)}, tmp_path / f"{network}.pth")
+        return tmp_path / f"{network}.pth"
+
+    return write
+
+
+@pytest.fixture
+def offline(narrow_vgg, monkeypatch):
+    """The hub cannot be reached."""
+
+    def refuse(weights=None):
+        raise OSError("no network")
+
+    for name in LETTERS:
+        monkeypatch.setattr(torchvision.models, name, refuse)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from utils.errors import UserError
 
 FORMAT = "nedr-dehaze"
 VERSION = 1
+WRAPPERS = ("model", "state_dict", "params", "params_ema", "net", "network", "generator")  # of others' files
+# Plain numbers that authors save beside their weights (a best PSNR) are NumPy's; they hold no code.
+NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "bool"))]
+NUMBERS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 @contextlib.contextmanager
@@ -56,7 +61,8 @@ def read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             if not file.read(1):
                 raise UserError(f"{path} is empty; the download or copy was cut short, fetch it again")
-        with warnings.catch_warnings(action="ignore"):  # about odd pickle protocols, in files that then fail
+        ignored = warnings.catch_warnings(action="ignore")  # about odd pickle protocols, in files that then fail
+        with ignored, torch.serialization.safe_globals(NUMBERS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -103,12 +109,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
     return weights, metadata
 
 
+def unwrap(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict within a file of others: what stands under a wrapper's name, without DataParallel's ``module.``.
+
+    State dicts of several networks by name stay apart. Whatever else a file holds beside a wrapped state dict (epoch,
+    optimiser, scores) is left behind.
+    """
+    while inner := next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), None):
+        state = inner
+    return {
+        str(key).removeprefix("module."): unwrap(value) if isinstance(value, Mapping) else value
+        for key, value in state.items()
+    }
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A flat state dict from .safetensors, or from a torch file (also one that wraps it as ``state_dict``)."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
-    state = read(path)
-    return state.get("state_dict", state)
+    return unwrap(read(path))
 
 
 def random_states() -> dict[str, Any]:
@@ -140,7 +159,7 @@ def load_strict(module: torch.nn.Module, state: dict[str, Tensor], what: str) ->
     own = module.state_dict()
     missing = [key for key in own if key not in state]
     extra = [key for key in state if key not in own]
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    shapes = [key for key in own if key in state and own[key].shape != getattr(state[key], "shape", None)]
     faults = [
         f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for word, keys in (("missing", missing), ("unknown", extra), ("of another shape", shapes))

@@ -1,7 +1,7 @@
 """Settings: typed dataclasses filled in layers, every value checked before anything is loaded.
 
-The layers are configs.yml (every setting, its default and why), the experiment's own config.yml and ``key=value``
-from the command line, later ones winning. The dataclasses here and in the methods hold types and ranges and no
+The layers are configs.yml (every setting, its default and why, and the model's recipe), the experiment's own
+config.yml and ``key=value`` from the command line, later ones winning. The dataclasses here and in the methods hold types and ranges and no
 defaults, so that configs.yml is the one place where a default stands.
 """
 
@@ -38,6 +38,20 @@ class Range:
         return None
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Bounds of both ends of an interval, included."""
+
+    low: float
+    high: float
+
+    def check(self, interval: tuple[float, float]) -> str | None:
+        """Return what is wrong with ``interval``, or None."""
+        if self.low <= interval[0] <= interval[1] <= self.high:
+            return None
+        return f"must be two increasing numbers in [{self.low:g}, {self.high:g}]"
+
+
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 Weight = Annotated[float, Range(0)]
@@ -48,8 +62,9 @@ Interval = tuple[float, float]
 
 def check_interval(name: str, interval: Interval, low: float = 0.0, high: float = float("inf")) -> None:
     """Raise `UserError` unless ``low <= interval[0] <= interval[1] <= high``."""
-    if not low <= interval[0] <= interval[1] <= high:
-        raise UserError(f"{name}={list(interval)}: must be two increasing numbers in [{low:g}, {high:g}]")
+    wrong = Ends(low, high).check(interval)
+    if wrong:
+        raise UserError(f"{name}={list(interval)}: {wrong}")
 
 
 @dataclass
@@ -57,6 +72,9 @@ class Data:
     hazy: str | None
     clear: str | None
     depth: str | None
+    pairs: list[str]
+    root: str
+    validation_pairs: list[str]
     validation_hazy: str | None
     validation_clear: str | None
     crop: Literal["short_side", "random"]
@@ -77,14 +95,74 @@ class Haze:
 
 
 @dataclass
+class Illumination:
+    probability: Fraction
+    factor: Annotated[Interval, Ends(0, 1)]
+    gamma: Annotated[Interval, Ends(0.1, 10)]
+
+
+@dataclass
+class Colour:
+    probability: Fraction
+    warmth: Annotated[Interval, Ends(-1, 1)]
+    green: Annotated[Interval, Ends(-1, 1)]
+
+
+@dataclass
+class Scattering:
+    probability: Fraction
+    density: Annotated[Interval, Ends(0, 100)]
+
+
+@dataclass
+class SecondScattering:
+    probability: Fraction
+    transmission: Annotated[Interval, Ends(0, 1)]
+
+
+@dataclass
+class Blur:
+    probability: Fraction
+    sigma: Annotated[Interval, Ends(0.1, 50)]
+
+
+@dataclass
+class Noise:
+    probability: Fraction
+    shot: Annotated[Interval, Ends(0, 1)]
+    read: Annotated[Interval, Ends(0, 1)]
+
+
+@dataclass
+class Jpeg:
+    probability: Fraction
+    quality: Annotated[tuple[int, int], Ends(1, 100)]
+
+
+@dataclass
+class Degradations:
+    """What `data.haze.degrade` draws from, in the order in which things happen."""
+
+    airlight: Annotated[Interval, Ends(0, 1)]
+    illumination: Illumination
+    colour: Colour
+    haze: Scattering
+    second_scattering: SecondScattering
+    blur: Blur
+    noise: Noise
+    jpeg: Jpeg
+
+
+@dataclass
 class Train:
     init: str | None
     steps: CountOrZero
     batch: Count
     accumulate: Count
-    schedule: Literal["constant", "multistep", "cosine"]
+    schedule: Literal["constant", "multistep", "cosine", "epoch_cosine"]
     milestones: list[Annotated[float, Range(above=0)]]
     gamma: Rate
+    floor: Fraction
     clip: Weight
     ema: Annotated[float, Range(0, 0.999999)]
     recalibrate: CountOrZero
@@ -115,7 +193,7 @@ class Test:
     hazy: str | None
     clear: str | None
     output: str | None
-    weights: str | None
+    weights: list[str]
     benchmarks: list[str]
     data_root: str
     protocols: list[str]
@@ -137,6 +215,7 @@ class Settings:
     precision: Literal["float32", "bf16", "fp16"]
     data: Data
     haze: Haze
+    degradations: Degradations
     train: Train
     warm_start: WarmStart
     log: Log
@@ -179,15 +258,18 @@ def load(
 ) -> Settings:
     """Fill `Settings` for ``model`` from configs.yml, ``saved`` (a checkpoint's), ``files`` and ``key=value`` texts.
 
-    ``methods`` maps every method's name to its settings dataclass; all their blocks are checked, one is used.
+    configs.yml also holds ``recipes``: what of the shared sections differs for a model. ``methods`` maps every method's name to its settings dataclass; all their blocks are checked, one is used.
     Raises `UserError` for an unknown key, a wrong type or a value that cannot work, naming where it stands.
     """
     if model not in methods:
         raise UserError(f"unknown model '{model}'{nearest(model, methods)}")
     tree: dict = {}
-    layers = [(read_yaml(path), str(path)) for path in (DEFAULTS, *files)]
+    defaults = read_yaml(DEFAULTS)
+    recipe = defaults.pop("recipes", {}).get(model, {})
+    layers = [(defaults, str(DEFAULTS)), (recipe, f"{DEFAULTS}, recipes.{model}")]
     if saved is not None:
-        layers.insert(1, (saved, "the checkpoint"))
+        layers.append((saved, "the checkpoint"))
+    layers += [(read_yaml(path), str(path)) for path in files]
     layers += [(_assignment(text), f"'{text}'") for text in overrides]
     schema = _schema(methods)
     for layer, source in layers:
@@ -205,6 +287,19 @@ def given(methods: Mapping[str, type], files: Iterable[Path] = (), overrides: It
     for layer, source in layers:
         _merge(tree, layer, _schema(methods), source, "")
     return tree
+
+
+def section(name: str, overrides: Iterable[str] = ()) -> Any:
+    """One section of `Settings` by itself: configs.yml's, with ``key=value`` texts over it, keys as below the section.
+
+    Raises `UserError` as `load` does.
+    """
+    schema = {name: get_type_hints(Settings, include_extras=True)[name]}
+    tree: dict = {}
+    _merge(tree, {name: read_yaml(DEFAULTS)[name]}, schema, str(DEFAULTS), "")
+    for text in overrides:
+        _merge(tree, _assignment(f"{name}.{text}"), schema, f"'{text}'", "")
+    return _value(tree, name, schema[name], "")
 
 
 def to_dict(settings: Settings) -> dict:

@@ -33,10 +33,10 @@ class Updater:
         saved: dict | None = None,
     ):
         train = settings.train
-        places = [epoch * epoch_length / stage.per_step for epoch in train.milestones]
+        shape = {"milestones": train.milestones, "gamma": train.gamma, "floor": train.floor}
         self.optimisers = optimisers
         self.schedules = {
-            name: schedule(optimiser, stage.schedule, stage.steps, places, train.gamma)
+            name: schedule(optimiser, stage.schedule, stage.steps, epoch_length / stage.per_step, **shape)
             for name, optimiser in optimisers.items()
         }
         self.device, self.precision, self.clip = device, settings.precision, train.clip
@@ -94,17 +94,32 @@ class Updater:
 
 
 def schedule(
-    optimiser: Optimizer, kind: str, steps: int, milestones: Iterable[float] = (), gamma: float = 1.0
+    optimiser: Optimizer,
+    kind: str,
+    steps: int,
+    epoch: float = 1.0,
+    milestones: Iterable[float] = (),
+    gamma: float = 1.0,
+    floor: float = 0.0,
 ) -> LRScheduler:
-    """A learning-rate schedule over ``steps`` steps: constant, multistep (``milestones`` in steps) or cosine to 0.
+    """A learning-rate schedule over ``steps`` steps, of which ``epoch`` are an epoch.
 
+    ``constant``; ``multistep``: times ``gamma`` at each of ``milestones`` (in epochs); ``cosine``: step by step down to
+    ``floor`` times the rate; ``epoch_cosine``: AKNet's, whose rate stands still within an epoch and begins to fall in
+    the third (the warm-up of the first, as released, has no ramp).
     The rate is a function of the step alone, so that a resumed run may be given more steps than it began with.
     """
-    places = [max(1, round(m)) for m in milestones]
+    places = [max(1, round(m * epoch)) for m in milestones]
+    last = max(1, math.ceil(steps / epoch) - 1)  # the number of the last epoch, from 0; the falling takes as many
+
+    def cosine(share: float) -> float:
+        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
     factors = {
         "constant": lambda step: 1.0,
         "multistep": lambda step: gamma ** sum(step >= place for place in places),
-        "cosine": lambda step: (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))) / 2,
+        "cosine": lambda step: cosine(step / max(1, steps)),
+        "epoch_cosine": lambda step: cosine(max(0, int(step / epoch) - 1) / last),
     }
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factors[kind])
 

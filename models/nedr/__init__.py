@@ -1,5 +1,6 @@
-"""NeDR (arXiv 2511.13110); with its three modules off it is D4 (CVPR 2022)."""
+"""NeDR (arXiv 2511.13110) and D4 (CVPR 2022), which is NeDR with its three modules off."""
 
+from models.nedr.d4 import D4
 from models.nedr.method import NeDR
 
-__all__ = ["NeDR"]
+__all__ = ["D4", "NeDR"]

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from losses.adversarial import discriminator_loss, generator_loss
 from losses.perceptual import PerceptualLoss
 from losses.priors import dark_channel_loss, total_variation
-from models.method import Loss, Method, frozen
+from models.method import About, Loss, Method, frozen
 from models.nedr import official
 from models.nedr.discriminator import Discriminator
 from models.nedr.generators import DepthNet, ProductionNet, Removal, RemovalNet
@@ -33,6 +33,8 @@ class Perceptual:
 
 @dataclass
 class NeDRSettings:
+    block = "nedr"  # of configs.yml
+
     variant: Literal["published", "released"]
     kan_cid: bool
     idrm: bool
@@ -60,16 +62,22 @@ class NeDRSettings:
     identity_weight: Weight
 
     def __post_init__(self):
-        check_interval("nedr.density_range", self.density_range, low=1e-3)
-        check_interval("nedr.depth_range", self.depth_range)
-        check_interval("nedr.airlight_range", self.airlight_range, high=1)
-        check_interval("nedr.betas", self.betas, high=0.999999)
+        check_interval(f"{self.block}.density_range", self.density_range, low=1e-3)
+        check_interval(f"{self.block}.depth_range", self.depth_range)
+        check_interval(f"{self.block}.airlight_range", self.airlight_range, high=1)
+        check_interval(f"{self.block}.betas", self.betas, high=0.999999)
         if self.base_channels % 4:
-            raise UserError(f"nedr.base_channels={self.base_channels}: must be a multiple of 4 (64 as published)")
+            raise UserError(
+                f"{self.block}.base_channels={self.base_channels}: must be a multiple of 4 (64 as published)"
+            )
         if not any((self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)):
-            raise UserError("nedr.cycle_weight=0: the generators need gan, cycle, density or identity to have a weight")
+            raise UserError(
+                f"{self.block}.cycle_weight=0: the generators need gan, cycle, density or identity to have a weight"
+            )
         if self.variant == "released" and self.airlight == "learned":
-            raise UserError("nedr.airlight=learned: the released variant has no airlight head; set max or dark_channel")
+            raise UserError(
+                f"{self.block}.airlight=learned: the released variant has no airlight head; set max or dark_channel"
+            )
 
 
 class Play(NamedTuple):
@@ -91,12 +99,17 @@ class NeDR(Method):
     ``networks`` names the children to make; an inference file needs ``removal`` alone.
     """
 
+    about = About(
+        "Neural Degradation Representation",
+        "arXiv 2511.13110, 2025",
+        "unpaired hazy and clear pictures; optionally a supervised warm start",
+    )
     Settings = NeDRSettings
     multiple = STRIDE
     test_time = ("airlight", "guided_filter")
     inference = ("removal",)
     averaged = ("removal", "production", "depth")
-    stages = ("warm_start", "train")
+    stages: ClassVar[dict[str, str]] = {"warm_start": "synthetic", "train": "unpaired"}
     children_names = ("removal", "production", "depth", "judge_clear", "judge_hazy")
 
     def __init__(self, settings: NeDRSettings, networks: tuple[str, ...] = children_names):
@@ -126,12 +139,12 @@ class NeDR(Method):
     def check(cls, settings: config.Settings) -> None:
         size, least = settings.data.crop_size, minimum_side(settings.method)
         if size % STRIDE or size < least:
-            raise UserError(f"data.crop_size={size}: nedr needs a multiple of {STRIDE}, at least {least}")
+            raise UserError(f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}")
 
     @classmethod
     def from_official(cls, state: dict, settings: NeDRSettings) -> "NeDR | None":
-        """An official NeDR or D4 file. ``settings`` gives what such files do not say (ranges, airlight)."""
-        if not official.recognise(state):
+        """An official file of NeDR (or D4, as `D4`). ``settings`` gives what it does not say (ranges, airlight)."""
+        if official.recognise(state) != settings.block:
             return None
         found = official.translate(state)
         for key, value in {"variant": "released", "airlight": "max", "base_channels": 2 * found.features}.items():
@@ -147,12 +160,42 @@ class NeDR(Method):
             found.networks["removal"] |= {f"drem.{k}": v for k, v in method.removal.drem.state_dict().items()}
         for name, weights in found.networks.items():
             load_strict(getattr(method, name), weights, f"the official file's {name} network")
-        method.imported = found
+        method.skipped = found.skipped
         return method
+
+    def to_official(self) -> dict[str, dict[str, Tensor]]:
+        """The networks by their official names (``net_h2c``, ...), each a state dict that the released code loads.
+
+        What it never reads is left out or useless there, with a warning: an airlight head is left out (its airlight is
+        ``max`` or ``dark_channel``), and DREM, which it builds at random in every pass, stands as ``drem``, an entry
+        of this project. The width and the ranges of density and depth are settings there too. Raises `UserError` for
+        networks that are neither the released NeDR's nor D4's.
+        """
+        s = self.settings
+        if s.kan_cid != s.idrm or (s.drem and not s.idrm):
+            told = ", ".join(f"{key}={getattr(s, key)}".lower() for key in ("kan_cid", "idrm", "drem"))
+            raise UserError(
+                f"{s.block}: {told}: the released code has NeDR, with KAN-CID and IDRM, and D4, with no module; train "
+                f"one of these to export it"
+            )
+        if s.idrm and s.variant == "published":
+            raise UserError(
+                f"{s.block}.variant=published: its IDRM sees positions, where the released one has zeros; train with "
+                f"{s.block}.variant=released to export"
+            )
+        networks = {name: network.state_dict() for name, network in self.named_children()}
+        exported = official.export(networks, s.base_channels // 2)
+        if self.removal.airlight is not None:
+            warnings.warn("the airlight head is left out: the released code takes max or dark_channel", stacklevel=2)
+        if "drem" in exported:
+            warnings.warn("the released code never reads DREM's weights: it draws new ones in every pass", stacklevel=2)
+        return exported
 
     def accept(self, settings: NeDRSettings) -> None:
         if settings.airlight == "learned" and self.removal.airlight is None:
-            raise UserError("nedr.airlight=learned: these weights have no airlight head; set max or dark_channel")
+            raise UserError(
+                f"{self.settings.block}.airlight=learned: these weights have no airlight head; set max or dark_channel"
+            )
         super().accept(settings)
 
     def preset(self, **released: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Official state dicts of NeDR and D4: recognised by their keys, renamed, dead weight counted, the rest refused."""
+"""Official state dicts of NeDR and D4, read and written: one table of names, and what of them is dead."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,60 +12,65 @@ from utils.errors import UserError
 
 NETWORKS = {
     "net_h2c": "removal",
+    "drem": "removal",  # this project's own entry: the released code builds DREM anew in every pass and never saves it
     "net_c2h": "production",
     "net_depth": "depth",
     "discriminator_h2c": "judge_clear",
     "discriminator_c2h": "judge_hazy",
 }
 
-PYRAMID = [
-    (r"^pretrained\.layer1\.0\.", "pyramid.encoder.conv_stem."),
-    (r"^pretrained\.layer1\.1\.", "pyramid.encoder.bn1."),
-    (r"^pretrained\.layer1\.([34])\.", lambda m: f"pyramid.encoder.blocks.{int(m[1]) - 3}."),
-    (r"^pretrained\.layer2\.0\.", "pyramid.encoder.blocks.2."),
-    (r"^pretrained\.layer([34])\.([01])\.", lambda m: f"pyramid.encoder.blocks.{2 * int(m[1]) - 3 + int(m[2])}."),
-    (r"^scratch\.layer([1-4])_rn\.1\.", lambda m: f"pyramid.reduce.{int(m[1]) - 1}."),
-    (r"^scratch\.refinenet([1-4])\.resConfUnit1\.", lambda m: f"pyramid.fusion.{int(m[1]) - 1}.skip."),
-    (r"^scratch\.refinenet([1-4])\.resConfUnit2\.", lambda m: f"pyramid.fusion.{int(m[1]) - 1}.refine."),
-    (r"^scratch\.refinenet([1-4])\.out_conv\.", lambda m: f"pyramid.fusion.{int(m[1]) - 1}.project."),
-    (r"^scratch\.output_conv\.([146])\.", lambda m: f"head.conv{(int(m[1]) + 2) // 3 + (m[1] == '6')}."),
-]
-RESIDUAL_DENSE = [
-    (r"RDB_([12])\.0\.layers\.(\d)\.conv\.", r"block\1.layers.\2."),
-    (r"RDB_([12])\.0\.lff\.", r"block\1.fuse."),
-    (r"conv_block2\.0\.", "merge."),
-    (r"^(drem\.|)conv1\.", r"\1lift."),
-    (r"^(drem\.|)conv2\.", r"\1lower."),
-]
-RULES = {
-    "depth": PYRAMID,
-    "removal": [
-        *PYRAMID,
-        *((pattern.replace("^(drem\\.|)", "^(drem\\.)"), to) for pattern, to in RESIDUAL_DENSE),
-        (r"^final_conv_beta_([12])\.0\.", lambda m: f"density.{int(m[1]) - 1}."),
-        (r"^nrn\.imnet\.layers\.([0246])\.", lambda m: f"idrm.layers.{int(m[1]) // 2}."),
-        (r"^cid_\d+\.", lambda m: f"pyramid.mixers.{m[0]}"),
-        (r"channel_independent\.dconv\.", "spatial."),
-        (r"channel_dependent\.", ""),
-    ],
-    "production": [
-        (r"^enc_conv([0-3])\.1\.", r"encode.\1.conv."),
-        (r"^enc_conv([0-3])\.2\.", r"encode.\1.norm."),
-        (r"^bottleneck([1-4])\.res\.([1256])\.", lambda m: _residual(int(m[1]), int(m[2]))),
-        (r"^dec_conv1\.1\.", "decode.0.conv."),
-        (r"^dec_conv1\.2\.", "decode.0.norm."),
-        (r"^dec_conv2\.1\.", "decode.1.conv."),
-        (r"^dec_conv_last\.1\.", "decode.2.conv."),
-        (r"^dec_conv_last_2\.1\.", "decode.3.conv."),
-    ],
-    "judge_clear": [(r"^conv([1-5])\.0\.", lambda m: f"convs.{int(m[1]) - 1}.")],
+# Official name of a module -> its name here.
+PYRAMID = {
+    "pretrained.layer1.0": "pyramid.encoder.conv_stem",
+    "pretrained.layer1.1": "pyramid.encoder.bn1",
+    "pretrained.layer1.3": "pyramid.encoder.blocks.0",
+    "pretrained.layer1.4": "pyramid.encoder.blocks.1",
+    "pretrained.layer2.0": "pyramid.encoder.blocks.2",
+    "pretrained.layer3.0": "pyramid.encoder.blocks.3",
+    "pretrained.layer3.1": "pyramid.encoder.blocks.4",
+    "pretrained.layer4.0": "pyramid.encoder.blocks.5",
+    "pretrained.layer4.1": "pyramid.encoder.blocks.6",
+    **{f"scratch.layer{k + 1}_rn.1": f"pyramid.reduce.{k}" for k in range(4)},
+    **{f"scratch.refinenet{k + 1}.resConfUnit1": f"pyramid.fusion.{k}.skip" for k in range(3)},
+    **{f"scratch.refinenet{k + 1}.resConfUnit2": f"pyramid.fusion.{k}.refine" for k in range(4)},
+    **{f"scratch.refinenet{k + 1}.out_conv": f"pyramid.fusion.{k}.project" for k in range(4)},
+    "scratch.output_conv.1": "head.conv1",
+    "scratch.output_conv.4": "head.conv2",
+    "scratch.output_conv.6": "head.conv3",
 }
-RULES["judge_hazy"] = RULES["judge_clear"]
-
-# Constructed, saved, and never used by the released forward pass.
-DEAD = re.compile(
-    r"^mcc\.|^scratch\.refinenet4\.resConfUnit1\.|channel_dependent\.fc\d\.(weight|bias)$|RDB_\d\.0\.conv1\."
-)
+REMOVAL = {
+    **PYRAMID,
+    "final_conv_beta_1.0": "density.0",
+    "final_conv_beta_2.0": "density.1",
+    **{f"nrn.imnet.layers.{2 * k}": f"idrm.layers.{k}" for k in range(4)},
+}
+DREM = {
+    "conv1": "drem.lift",
+    **{f"RDB_{k}.0.layers.{n}.conv": f"drem.block{k}.layers.{n}" for k in (1, 2) for n in range(3)},
+    **{f"RDB_{k}.0.lff": f"drem.block{k}.fuse" for k in (1, 2)},
+    "conv_block2.0": "drem.merge",
+    "conv2": "drem.lower",
+}
+PRODUCTION = {
+    **{f"enc_conv{k}.1": f"encode.{k}.conv" for k in range(4)},
+    **{f"enc_conv{k}.2": f"encode.{k}.norm" for k in range(1, 4)},
+    **{f"bottleneck{k + 1}.res.{4 * n + 1}": f"residual.{k}.{n}.conv" for k in range(4) for n in range(2)},
+    **{f"bottleneck{k + 1}.res.{4 * n + 2}": f"residual.{k}.{n}.norm" for k in range(4) for n in range(2)},
+    "dec_conv1.1": "decode.0.conv",
+    "dec_conv1.2": "decode.0.norm",
+    "dec_conv2.1": "decode.1.conv",
+    "dec_conv_last.1": "decode.2.conv",
+    "dec_conv_last_2.1": "decode.3.conv",
+}
+JUDGE = {f"conv{k + 1}.0": f"convs.{k}" for k in range(5)}
+TABLES = {
+    "net_h2c": REMOVAL,
+    "drem": DREM,
+    "net_c2h": PRODUCTION,
+    "net_depth": PYRAMID,
+    "discriminator_h2c": JUDGE,
+    "discriminator_c2h": JUDGE,
+}
 
 
 @dataclass
@@ -79,33 +84,35 @@ class Official:
     skipped: list[str] = field(default_factory=list)
 
 
-def recognise(state: Mapping) -> bool:
-    """Does ``state`` look like an official NeDR or D4 file (nested, prefixed or the bare removal network)?"""
-    return "net_h2c" in state or any(_clean(k).startswith(("net_h2c.", "scratch.layer1_rn.")) for k in map(str, state))
+def recognise(state: Mapping) -> str | None:
+    """``nedr`` or ``d4``, the method whose official file ``state`` looks like (all networks, or the removal one)."""
+    keys, named = _flatten(state), any(str(key).split(".")[0] == "net_h2c" for key in state)
+    if not named and not any(key.startswith("net_h2c.scratch.layer1_rn.") for key in keys):
+        return None
+    return "nedr" if any(key.startswith(("net_h2c.cid_", "net_h2c.nrn.", "drem.")) for key in keys) else "d4"
 
 
 def translate(state: Mapping) -> Official:
     """Rename an official state dict. Raises `UserError` for what is neither known nor known to be dead."""
-    networks: dict[str, dict[str, Tensor]] = {}
-    skipped: list[str] = []
     official = _split(state)
-    for name, weights in official.items():
-        ours = NETWORKS[name]
-        networks[ours] = {}
-        for key, value in weights.items():
-            if DEAD.search(key):
-                skipped.append(f"{name}.{key}")
-            elif key.endswith(".grid"):
-                _check_grid(f"{name}.{key}", value)
-            else:
-                networks[ours][_rename(key, ours)] = value
     removal = official.get("net_h2c", {})
     first = removal.get("scratch.layer1_rn.1.weight")
     if first is None or first.dim() != 4:
         raise UserError(
             "the official file's net_h2c has no convolution 'scratch.layer1_rn.1'; it is cut short or foreign"
         )
-    _order_mixers(networks["removal"])
+    features = first.shape[0]
+    networks: dict[str, dict[str, Tensor]] = {}
+    skipped: list[str] = []
+    for name, weights in official.items():
+        ours, names, dead = networks.setdefault(NETWORKS[name], {}), _names(name, features), _dead(name, features)
+        for key, value in weights.items():
+            if key in dead:
+                skipped.append(f"{name}.{key}")
+            elif key.endswith(".grid"):
+                _check_grid(f"{name}.{key}", value)
+            else:
+                ours[_rename(key, names) or key] = value
     for key in [key for key in networks["removal"] if key.startswith("density.") and key.endswith("weight")]:
         weight = networks["removal"][key]  # a 1x1 convolution on 1x1 maps
         networks["removal"][key] = weight.flatten(1) if weight.dim() == 4 else weight
@@ -113,54 +120,135 @@ def translate(state: Mapping) -> Official:
         "kan_cid": any(k.startswith("cid_") for k in removal),
         "idrm": any(k.startswith("nrn.") for k in removal),
     }
-    has_drem = any(key.startswith("drem.") for key in removal)
-    modules["drem"] = has_drem or any(modules.values())  # the released NeDR builds DREM anew and never saves it
-    return Official(networks, first.shape[0], modules, has_drem, skipped)
+    has_drem = "drem" in official
+    modules["drem"] = has_drem or any(modules.values())
+    return Official(networks, features, modules, has_drem, skipped)
+
+
+def export(networks: Mapping[str, Mapping[str, Tensor]], features: int) -> dict[str, dict[str, Tensor]]:
+    """The reverse of `translate`: state dicts by official names, with all that the released networks construct.
+
+    ``networks`` are state dicts by the names here; what the released networks lack is left out, their dead weight is
+    zero. At another width than the released one (``features`` 32) the dead ``mcc`` is scaled with it, which is a guess.
+    """
+    official = {}
+    for name, network in NETWORKS.items():
+        names = {ours: theirs for theirs, ours in _names(name, features).items()}
+        renamed = ((_rename(key, names), value.cpu()) for key, value in networks.get(network, {}).items())
+        weights = {key: value for key, value in renamed if key}
+        if not weights or (name == "drem" and not (weights["conv2.weight"].any() or weights["conv2.bias"].any())):
+            continue  # nothing, or the DREM that stands for one which the imported file did not hold
+        for key in [key for key in weights if key.startswith("final_conv_beta_") and key.endswith("weight")]:
+            weights[key] = weights[key][..., None, None]
+        modular = any(key.startswith("cid_") for key in weights)
+        for key, shape in _dead(name, features).items():
+            if modular or not key.startswith(("cid_", "mcc.")):
+                weights[key] = torch.zeros(shape)
+        for key, width in _grids(features).items() if modular else ():
+            weights[key] = knots().repeat(width, 1)
+        official[name] = weights
+    return official
 
 
 def _split(state: Mapping) -> dict[str, dict[str, Tensor]]:
-    """Official network name -> its flat state dict; DREM's weights, kept apart or not, go with net_h2c as drem.*"""
-    flat: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{_clean(inner)}": tensor for inner, tensor in value.items()}
-        elif isinstance(value, Tensor) and value.dim() + ("." in str(key)) > 0:
-            flat[_clean(key)] = value
-    if not any(key.startswith("net_h2c.") for key in flat):
-        flat = {f"net_h2c.{key}": value for key, value in flat.items()}
+    """Official network name -> its flat state dict."""
     networks: dict[str, dict[str, Tensor]] = {}
-    for key, value in flat.items():
+    for key, value in _flatten(state).items():
         if not isinstance(value, Tensor):
             raise UserError(f"the official file's '{key}' is not a tensor; it is of another format")
         name, _, rest = key.partition(".")
-        if name == "drem":
-            name, rest = "net_h2c", key
         if name not in NETWORKS:
             raise UserError(f"the official file holds '{key}', which belongs to no network of NeDR or D4")
         networks.setdefault(name, {})[rest] = value
     return networks
 
 
-def _clean(key: str) -> str:
-    return str(key).removeprefix("module.").replace(".module.", ".")
+def _flatten(state: Mapping) -> dict[str, Any]:
+    """``network.key`` -> what stands there; scalars beside the networks are left out, and drem stands by itself."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": tensor for inner, tensor in value.items()}
+        elif isinstance(value, Tensor) and value.dim() + ("." in str(key)) > 0:
+            flat[str(key).replace(".module.", ".")] = value  # DataParallel within a flat file of several networks
+    if not any(key.startswith("net_h2c.") for key in flat):
+        flat = {key if key.startswith("drem.") else f"net_h2c.{key}": value for key, value in flat.items()}
+    return {key.replace("net_h2c.drem.", "drem."): value for key, value in flat.items()}
 
 
-def _rename(key: str, network: str) -> str:
-    for pattern, to in RULES[network]:
-        key = re.sub(pattern, to, key)
-    return key
+def _names(name: str, features: int) -> dict[str, str]:
+    """The modules of an official network and their names here; those of KAN-CID are named by width."""
+    mixers = {}
+    for k, width in enumerate(_widths(features) if name == "net_h2c" else ()):
+        mixers[f"cid_{width}.channel_independent.dconv"] = f"pyramid.mixers.{k}.spatial"
+        mixers |= {f"cid_{width}.channel_dependent.{fc}": f"pyramid.mixers.{k}.{fc}" for fc in ("fc1", "fc2")}
+    return TABLES[name] | mixers
 
 
-def _residual(block: int, place: int) -> str:
-    return f"residual.{block - 1}.{int(place > 2)}.{'conv' if place in (1, 5) else 'norm'}."
+def _rename(key: str, names: Mapping[str, str]) -> str | None:
+    """``key`` with the name of its module replaced; None where ``names`` has none for it."""
+    module = next((module for module in names if key.startswith(f"{module}.")), None)
+    return module and names[module] + key.removeprefix(module)
 
 
-def _order_mixers(weights: dict[str, Tensor]) -> None:
-    """pyramid.mixers.cid_64.* -> pyramid.mixers.1.*: official files name them by width, narrowest first."""
-    widths = sorted({int(m[1]) for m in (re.match(r"pyramid\.mixers\.cid_(\d+)\.", key) for key in weights) if m})
-    for key in [key for key in weights if key.startswith("pyramid.mixers.cid_")]:
-        width = int(key.split("cid_")[1].split(".")[0])
-        weights[key.replace(f"cid_{width}", str(widths.index(width)))] = weights.pop(key)
+def _widths(features: int) -> list[int]:
+    return [features * 2**k for k in range(4)]
+
+
+def _grids(features: int) -> dict[str, int]:
+    """The spline grids that official files repeat for every input: key -> number of inputs."""
+    return {f"cid_{w}.channel_dependent.{fc}.grid": w for w in _widths(features) for fc in ("fc1", "fc2")}
+
+
+def _dead(name: str, features: int) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of what the released code constructs and saves, and its forward pass never uses."""
+    if name == "drem":
+        return dict(_layers({f"RDB_{k}.0.conv1": (64, 3, 5, 5) for k in (1, 2)}))
+    if name not in ("net_h2c", "net_depth"):
+        return {}
+    wide = 8 * features
+    unit = {f"scratch.refinenet4.resConfUnit1.conv{k}": (wide, wide, 3, 3) for k in (1, 2)}
+    if name == "net_depth":
+        return dict(_layers(unit))
+    linear = {f"cid_{w}.channel_dependent.{fc}": (w, w) for w in _widths(features) for fc in ("fc1", "fc2")}
+    return dict(_layers(unit | linear)) | _colour_block(features)
+
+
+def _layers(weights: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Layers of these weights, each with its bias."""
+    for layer, shape in weights.items():
+        yield f"{layer}.weight", shape
+        yield f"{layer}.bias", shape[:1]
+
+
+def _colour_block(f: int) -> dict[str, tuple[int, ...]]:
+    """The released NeDR's ``mcc``: constructed for ``f`` channels, saved, never called."""
+    squeezed = max(1, f // 16)
+    alone = {
+        "pwconv": (3 * f, f, 1, 1),
+        "dwconv": (3 * f, 1, 3, 3),
+        "project_out": (f, f, 1, 1),
+        "feedforward.0": (f, f, 1, 1),
+        "feedforward.2": (f, 1, 3, 3),
+        "dehaze_layers.0": (f, f, 3, 3),
+        "dehaze_layers.2": (f, f, 3, 3),
+        "channel_attention.fc1": (squeezed, f, 1, 1),
+        "channel_attention.fc2": (f, squeezed, 1, 1),
+        "channel_adjust": (f, 3 * f, 1, 1),
+    }
+    biased = {
+        "norm": (f,),
+        "color_space_detector.conv1": (64, f, 3, 3),
+        "color_space_detector.conv2": (128, 64, 3, 3),
+        "color_space_detector.conv3": (256, 128, 3, 3),
+        "color_space_detector.fc": (3, 256),
+        "hvi_to_rgb_model.conv1": (64, f, 3, 3),
+        "hvi_to_rgb_model.conv2": (f, 64, 3, 3),
+        "ycbcr_to_rgb_model.conv1": (64, f, 3, 3),
+        "ycbcr_to_rgb_model.conv2": (f, 64, 3, 3),
+    }
+    shapes = {"temperature": (8, 1, 1)} | {f"{layer}.weight": shape for layer, shape in alone.items()}
+    return {f"mcc.{key}": shape for key, shape in (shapes | dict(_layers(biased))).items()}
 
 
 def _check_grid(key: str, grid: Tensor) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import benchmarks, locate
-from data.benchmarks import BENCHMARKS, GROUPS, GT, SAME, SCENE
+from data.benchmarks import BENCHMARKS, GROUPS, GT, RULES, SCENE
 from data.datasets import Folder, Paired
 from data.locate import find
 from utils.errors import UserError
@@ -19,8 +19,15 @@ NAMES = {  # a hazy picture and its ground truth, as the set names number n
     "O-HAZE": "{n:02}_outdoor_hazy.jpg {n:02}_outdoor_GT.JPG",
     "NH-HAZE2": "{n:02}.png {n:02}.png",
     "Haze4K": "{n}_0.79_1.44.png {n}.png",
+    "Haze4K:train": "{n}_0.61_1.8.png {n}.png",
+    "ITS": "{n}_{k}_0.90179.png {n}.png",
+    "OTS": "{n:04}_0.8_0.2.jpg {n:04}.jpg",
+    "CSD:train": "{n}.tif {n}.tif",
+    "SRRS": "{n}.jpg {n}.jpg",
+    "DPDD": "1P0A{n:04}.png 1P0A{other:04}.png",
+    "DPDD:train": "1P0A{n:04}.png 1P0A{other:04}.png",
 } | dict.fromkeys(["NH-HAZE", "Dense-HAZE"], "{n:02}_hazy.png {n:02}_GT.png")
-LAYOUTS = [(b.name, layout) for b in BENCHMARKS.values() for layout in b.places]
+LAYOUTS = [(b.name, layout) for b in BENCHMARKS.values() for layout in b.places()]
 ELSEWHERE = """
 SOTS-indoor: RESIDE/SOTS/indoor/{hazy,clear}; RESIDE-IN/test/{hazy,GT}; SOTS_indoor/{input,target}
 SOTS-outdoor: RESIDE/SOTS/outdoor/{hazy,clear}; RESIDE-OUT/test/{hazy,GT}; sots outdoor/{HAZY,Clean}
@@ -36,6 +43,21 @@ RTTS: RTTS-sample/{hazy}; RESIDE/RTTS/JPEGImages
 URHI: URHI/UnannotatedHazyImages
 Fattal: FATTAL
 PhoneHazy: Phone-Hazy/{hazy,gt}; phonehazy/test/{hazy,clear}
+ITS: its/{hazy,clear}; RESIDE/ITS/{haze,clear}; ITS/train/ITS_{haze,clear}
+ITS: RESIDE-IN/train/{hazy,GT}; its/train/{haze,gt}
+OTS: OTS/{haze,clear}; OTS_ALPHA/{haze/OTS,clear/clear_images}; OTS_ALPHA/{haze,clear}
+OTS: OTS/{,clear}; reside-out/train/{hazy,GT}
+Haze4K:train: Haze4K/train/{haze,gt}; haze_4k-train/{hazy,clear}
+CSD: CSD/Test/{Snow,Gt}; CSD/test/{input,target}; csd/test2000/{Snow,Gt}
+CSD:train: CSD/Train/{Snow,Gt}; CSD/train/{input,target}; CSD/train2500/{Snow,Gt}
+SRRS: SRRS/Test/{Syn,Gt}; SRRS/test/{Snow,Gt}
+SRRS:train: SRRS/train/{Snow,Gt}; SRRS/{Syn,gt}
+Snow100K-L: media/test/Snow100K-L/{synthetic,gt}
+Snow100K:train: snow100k/train/{synthetic,gt}; Snow100K-training/all/{synthetic,gt}
+DPDD: dd_dp_dataset_png/test_c/{source,target}; Restormer/test/DPDD/{inputC,target}; DPDD/test/{input,target}
+DPDD:train: dd_dp_dataset_canon/train_c/{source,target}; train/DPDD/{inputC,target}; dpdd/train/{input,target}
+O-HAZE:train: O-HAZE/train/{hazy,gt}; o_haze-train/{hazy,gt}; # O-HAZY NTIRE 2018/{hazy,GT}; O-HAZE/{hazy,gt}
+NH-HAZE:train: NH-HAZE; NH-HAZE/train/{hazy,gt}
 """
 TOLD = [line.partition(": ") for line in ELSEWHERE.strip().splitlines()]
 LAYOUTS += [(name, layout) for name, _, layouts in TOLD for layout in layouts.split("; ")]
@@ -47,19 +69,27 @@ def save(path: Path, size=(4, 3), **options) -> Path:
     return path
 
 
-def number(benchmark, n: int) -> int:
-    numbers = benchmarks.unroll(benchmark.test or benchmark.numbers)
+def entry(name: str) -> benchmarks.Benchmark:
+    """That of a set, or of the one that a split is of."""
+    return BENCHMARKS.get(name) or BENCHMARKS[name.partition(":")[0]]
+
+
+def number(name: str, n: int) -> int:
+    """The n-th number of the split that papers score, or of the one that is named."""
+    splits = entry(name).splits
+    numbers = benchmarks.unroll(splits["train" if ":" in name else "test" if "test" in splits else "all"])
     return numbers[n] if numbers else n + 1
 
 
 def fill(name: str, hazy: Path, truth: Path, numbers=(0, 1)) -> list[tuple[Path, Path | None]]:
     """Pictures of a set by its own names; several at a number where it has several."""
-    b, pairs = BENCHMARKS[name], []
-    for n in (number(b, n) for n in numbers):
+    b, pairs = entry(name), []
+    for n in (number(name, n) for n in numbers):
         for k in range(1, b.each + 1):
             default = f"{n}_{k}.png {n}.png" if b.rule == SCENE else f"{n}.png {n}.png"
-            names = NAMES.get(name, default) if hazy != truth or b.rule != GT else NAMES["NH-HAZE"]
-            names = names.format(n=n).split()
+            own = NAMES.get(name, NAMES.get(b.name, default))
+            names = own if hazy != truth or b.rule != GT else NAMES["NH-HAZE"]
+            names = names.format(n=n, k=k, other=n + 5000).split()
             save(hazy / names[0])
             pairs.append((hazy / names[0], None if b.truth == "none" else save(truth / names[1])))
     return pairs
@@ -75,20 +105,20 @@ def lay(name: str, layout: str, root: Path) -> list[tuple[Path, Path | None]]:
 def test_every_entry_is_complete(name):
     b = BENCHMARKS[name]
     assert b.name == name
-    assert b.hazy > 0
-    assert (b.truths == 0) == (b.truth == "none") == (b.metrics == "no-reference")
-    assert b.rule in (SCENE, SAME, GT)
+    assert b.hazy > 0 or name == "SRRS:train"
+    assert (b.truth == "none") == (b.metrics == "no-reference")
+    assert b.rule in RULES
     assert b.paper.authors in str(b.paper)
     assert str(b.paper.year) in str(b.paper)
     assert b.paper.where.startswith(("https://", "search for"))
     assert (b.airlight, b.guided_filter, b.border) == (
-        ("max", False, 10) if name == "SOTS-indoor" else ("dark_channel", True, 0)
+        ("max", False, 10) if name == "SOTS-indoor" else ("dark_channel", True, 10 if name == "ITS" else 0)
     )
     if b.numbers:
         assert len(benchmarks.unroll(b.numbers)) * b.each == b.hazy
-        assert set(benchmarks.unroll(b.test)) <= set(benchmarks.unroll(b.numbers))
+        assert all(set(benchmarks.unroll(part)) <= set(benchmarks.unroll(b.numbers)) for part in b.splits.values())
     else:
-        assert not b.test
+        assert {b.train, b.test} <= {"", "all"}
 
 
 def test_the_agreed_splits_and_groups():
@@ -99,9 +129,14 @@ def test_the_agreed_splits_and_groups():
         "NH-HAZE": "51-55",
         "Dense-HAZE": "51-55",
         "NH-HAZE2": "21-25",
-    }
+    } | dict.fromkeys(["Haze4K", "CSD", "SRRS", "Snow100K-S", "Snow100K-M", "Snow100K-L", "DPDD"], "all")
+    for b in BENCHMARKS.values():
+        if b.test not in ("", "all"):  # the splits share nothing and leave nothing over
+            both = sorted(benchmarks.unroll(b.train) + benchmarks.unroll(b.test))
+            assert both == sorted(benchmarks.unroll(b.numbers))
     assert 26 not in benchmarks.unroll(BENCHMARKS["I-HAZE"].numbers)
-    assert GROUPS["all"] == tuple(BENCHMARKS)
+    assert GROUPS["all"] == tuple(BENCHMARKS)[:14]
+    assert not any(BENCHMARKS[name].to_train_on() for parts in GROUPS.values() for name in parts)
     assert all(part in BENCHMARKS for parts in GROUPS.values() for part in parts)
 
 
@@ -118,8 +153,8 @@ def test_every_layout_is_found(tmp_path, name, layout):
 def everything(tmp_path_factory):
     """All sets as shipped, side by side, among folders that are none of them."""
     root = tmp_path_factory.mktemp("everything")
-    pairs = {name: lay(name, b.places[0], root) for name, b in BENCHMARKS.items()}
-    for folder in ("RESIDE-IN/train/GT", "Haze4K/train/haze", "train/O-HAZE/hazy", "ITS-sample/hazy", ".cache/RTTS"):
+    pairs = {name: lay(name, b.places()[0], root) for name, b in BENCHMARKS.items()}
+    for folder in ("RESIDE-IN/train/GT", "train/O-HAZE/hazy", "ITS-sample/hazy", ".cache/RTTS"):
         save(root / folder / "9.png")
     for folder in ("O-HAZE-train/hazy", "RTTS-dehazed", "SOTS-indoor_results/hazy", "NH-HAZE23/hazy", "XO-HAZE/hazy"):
         save(root / folder / "9.png")
@@ -137,12 +172,12 @@ def test_no_set_is_taken_for_another(everything, name):
 
 def test_all_in_the_order_of_the_table_and_groups(everything):
     root, pairs = everything
-    assert [found.name for found in find(["all"], root)] == list(BENCHMARKS)
-    assert {found.name: found.pairs for found in find(["all"], root)} == pairs
+    assert [found.name for found in find(["all"], root)] == list(GROUPS["all"])
+    assert [found.pairs for found in find(["all"], root)] == [pairs[name] for name in GROUPS["all"]]
     names = [found.name for found in find(["hsts", "O-HAZE", "Sots", "SOTS-indoor", "o_haze:Test", "ohaze"], root)]
     assert names == ["HSTS-synthetic", "HSTS-real", "O-HAZE", "SOTS-indoor", "SOTS-outdoor", "O-HAZE:test"]
     tests = [found.name for found in find(["all:test"], root)]
-    assert tests == [f"{name}:test" for name, b in BENCHMARKS.items() if b.test]
+    assert tests == [f"{name}:test" for name in GROUPS["all"] if BENCHMARKS[name].test]
 
 
 def test_the_data_root_may_be_the_set_itself(everything, tmp_path, monkeypatch):
@@ -314,8 +349,8 @@ def test_groups_leave_out_what_is_absent(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["ohase"], r"'ohase': no such benchmark; did you mean 'o-haze'\?"),
-        ([""], r"'': no such benchmark; known: all, "),
+        (["ohase"], r"'ohase': no such set; did you mean 'o-haze'\?"),
+        ([""], r"'': no such set; known: all, "),
         (["O-HAZE:tests"], r"'O-HAZE:tests': no such split; did you mean 'test'\?"),
         (["SOTS:test"], r"'SOTS:test': no such split; known: all"),
         (["RTTS"], r"RTTS: not under .*looked for RTTS/JPEGImages, RTTS/hazy, RTTS and .* https://sites\.google"),
@@ -371,7 +406,7 @@ def test_two_of_a_name(tmp_path):
 
 def sizes(root: Path, name: str, hazy: tuple[int, int], truth: tuple[int, int]):
     """A set whose first pair has these sizes."""
-    pairs = lay(name, BENCHMARKS[name].places[0], root)
+    pairs = lay(name, BENCHMARKS[name].places()[0], root)
     for k in range(BENCHMARKS[name].each):
         save(pairs[k][0], hazy)
     save(pairs[0][1], truth)
@@ -444,9 +479,10 @@ def test_folders_that_cannot_be_listed_are_passed_by(tmp_path):
 def test_listing_names_all_and_fits_the_terminal():
     text = benchmarks.listing()
     assert max(map(len, text.splitlines())) <= 120
-    for b in BENCHMARKS.values():
+    for name, b in BENCHMARKS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"{b.name} "))
-        assert all(word in row.split() for word in (str(b.hazy), b.airlight, b.metrics))
+        words = [b.metrics, b.airlight] if name in GROUPS["all"] else ["train" if b.to_train_on() else b.metrics, "-"]
+        assert all(word in row.split() for word in (str(b.hazy or "-"), *words))
         assert b.paper.title in " ".join(text.split())
         assert b.paper.where in text
     assert all(group in text for group in GROUPS)

@@ -1,5 +1,8 @@
+import copy
 import dataclasses
+import functools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
-from data import datasets, images
+from data import datasets, haze, images
 from data.datasets import Folder, Paired, Stream, Synthetic, Unpaired, crop, loader
 from utils import config
 from utils.errors import UserError
+
+section = functools.cache(config.section)
 
 
 def whole(image, rng):
@@ -75,13 +79,14 @@ def test_bad_pictures_are_skipped_and_told(pool):
         stream(pool)[0]
 
 
-def training(hazy, clear, depth=None, *, stage="train", size=16, rule="random", seed=3, colour=0.0):
+def training(hazy, clear, depth=None, *, stage="train", kind="unpaired", size=16, rule="random", seed=3, colour=0.0):
     """The data set that a run with these settings trains on."""
-    options = config.load("dcp", models.settings_types(), overrides=[f"seed={seed}", f"haze.colour={colour}"])
+    sections = {name: copy.copy(section(name)) for name in ("data", "haze", "degradations", "warm_start")}
+    options = SimpleNamespace(model="some", seed=seed, **sections)
     room = {"crop": rule, "crop_size": size, "flip": True}
     options.data = dataclasses.replace(options.data, hazy=hazy, clear=clear, depth=depth, **room)
-    options.warm_start = dataclasses.replace(options.warm_start, depth=depth)
-    return datasets.training(options, stage)
+    options.haze.colour, options.warm_start.depth = colour, depth
+    return datasets.training(options, stage, kind)
 
 
 def batches(dataset, start, stop, workers):
@@ -188,12 +193,11 @@ def scenes(tmp_path):
     return tmp_path
 
 
-ROOM = {"size": 16, "flip": True, "seed": 3}  # of the streams made by hand
-
-
 @pytest.mark.parametrize("rule", datasets.RULES)
 def test_synthetic_items_obey_the_scattering_model(scenes, rule):
-    dataset = training(None, scenes / "clear", scenes / "depth", stage="warm_start", rule=rule, colour=0.1)
+    dataset = training(
+        None, scenes / "clear", scenes / "depth", stage="warm_start", kind="synthetic", rule=rule, colour=0.1
+    )
     assert dataset.epoch_length == 5
     item = dataset[3]
     assert item["skipped"] == []
@@ -209,11 +213,12 @@ def test_synthetic_items_obey_the_scattering_model(scenes, rule):
 
 def test_synthetic_without_depth_and_refusals(scenes):
     clear, depth = images.find(scenes / "clear"), images.find(scenes / "depth")
-    assert Synthetic(clear, None, rule="random", **ROOM)[0]["transmission"].shape == (1, 16, 16)
+    rest = functools.partial(crop, size=16, rule="random", flip=True), haze.random_haze, 3, "synthetic"
+    assert Synthetic(clear, None, *rest)[0]["transmission"].shape == (1, 16, 16)
     with pytest.raises(UserError, match=r"4\.png: no depth map"):
-        Synthetic(clear, depth[:-1], rule="random", **ROOM)
+        Synthetic(clear, depth[:-1], *rest)
     images.write(depth[1], torch.rand(1, 30, 41))
-    dataset = Synthetic(clear, depth, rule="random", **ROOM)
+    dataset = Synthetic(clear, depth, *rest)
     messages = [message for k in range(5) for message in dataset[k]["skipped"]]
     assert len(messages) == 1
     assert "40x30 but its depth map" in messages[0]
@@ -233,11 +238,29 @@ def test_epoch_length_is_the_larger_pool(pool, scenes):
     assert training(scenes / "clear", pool[0].parent).epoch_length == 7
 
 
+def test_the_imaging_model_takes_the_place_of_the_haze_law(scenes):
+    """As haze it degrades the crop of a picture and of its depth, with the numbers of the position."""
+    one, two = (training(None, scenes / "clear", scenes / "depth", kind="degraded", rule="random") for _ in range(2))
+    items = [one[k] for k in range(10)]
+    for k in (7, 3):
+        assert all(torch.equal(two[k][key], items[k][key]) for key in ("hazy", "clear", "density"))
+    assert len({number(item["hazy"]) for item in items}) > 1
+    for item in items:
+        assert item["hazy"].shape == item["clear"].shape == (3, 16, 16)
+        assert (item["clear"] * 255).allclose((item["clear"] * 255).round(), atol=1e-3)  # the target as it was read
+    assert training(None, scenes / "clear", kind="degraded")[0]["hazy"].shape == (3, 16, 16)
+
+
+def test_kinds_that_are_none(pool):
+    with pytest.raises(ValueError, match="no such kind of training pictures: pared"):
+        training(pool[0].parent, pool[0].parent, kind="pared")
+
+
 def test_sources_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         training(None, tmp_path / "nowhere")
     with pytest.raises(UserError, match="no pictures"):
-        training(None, tmp_path, stage="warm_start")
+        training(None, tmp_path, stage="warm_start", kind="synthetic")
     with pytest.raises(UserError, match=r"data\.clear is not set"):
         training(None, None)
 

@@ -1,15 +1,22 @@
+import copy
+import dataclasses
+import functools
 import math
 import re
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import haze, images
+from data import haze, haze_set, images
+from utils import config
 from utils.errors import UserError
 
 seeds = st.integers(0, 2**32 - 1)
@@ -83,6 +90,264 @@ def test_random_haze_without_colour_is_grey_and_repeats():
     assert first["airlight"].unique().numel() == 1
 
 
+NAMES = [field.name for field in dataclasses.fields(config.Degradations) if field.name != "airlight"]
+fractions = st.floats(0, 1)
+
+
+@functools.cache
+def defaults():
+    return config.section("degradations")
+
+
+def only(*names):
+    """The degradations of configs.yml, those of ``names`` always and no others."""
+    values = copy.deepcopy(defaults())
+    for name in NAMES:
+        getattr(values, name).probability = int(name in names)
+    return values
+
+
+def scene(seed=0, height=24, width=32):
+    rng = np.random.default_rng(seed)
+    clear, depth = (torch.from_numpy(rng.random((c, height, width), np.float32)) for c in (3, 1))
+    return clear, depth
+
+
+@settings(max_examples=30, deadline=None)
+@given(fractions, st.floats(0.1, 10), st.integers(0, 99))
+def test_illumination(factor, gamma, seed):
+    x, _ = scene(seed, 5, 6)
+    np.testing.assert_allclose(haze.illuminate(x, factor, gamma), factor * x.double().numpy() ** gamma, atol=1e-6)
+    assert torch.equal(haze.illuminate(x, 1.0, 1.0), x)
+
+
+@settings(max_examples=50, deadline=None)
+@given(fractions, st.floats(-1, 1), st.floats(-1, 1))
+def test_airlight_colour(grey, warmth, green):
+    light = torch.full((3, 1, 1), grey)
+    red, _, blue = tinted = haze.tint(light, warmth, green).flatten()
+    assert tinted.min() >= 0
+    assert tinted.max() <= 1
+    assert (red - blue).item() == pytest.approx(grey * warmth, abs=1e-6)
+    assert torch.equal(haze.tint(light, 0.0, 0.0), light)
+    colder = haze.tint(light, -warmth, green).flatten()
+    torch.testing.assert_close(colder, tinted.flip(0))
+
+
+def test_airlight_colour_by_hand():
+    light = torch.full((3, 1, 1), 0.5)
+    torch.testing.assert_close(haze.tint(light, 0.5, 0.1).flatten(), torch.tensor([0.5, 0.45, 0.25]))
+    torch.testing.assert_close(haze.tint(light, -0.5, 0.1).flatten(), torch.tensor([0.25, 0.45, 0.5]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(fractions, fractions, st.integers(0, 99))
+def test_second_scattering(first, second, seed):
+    clear, _ = scene(seed, 5, 6)
+    light, t = torch.tensor([0.8, 0.6, 0.4]).view(3, 1, 1), torch.full((1, 5, 6), first)
+    hazy, through = haze.scatter_again(clear, t, light, second)
+    torch.testing.assert_close(hazy, torch.tensor([1, 0.75, 0.5]).view(3, 1, 1) * clear * second + light * (1 - second))
+    torch.testing.assert_close(through, t * second)
+
+
+@settings(max_examples=30, deadline=None)
+@given(fractions, fractions, fractions, st.integers(0, 99))
+def test_two_scatterings_in_grey_light_are_one_of_their_product(grey, first, second, seed):
+    clear, depth = scene(seed, 5, 6)
+    light = torch.full((3, 1, 1), grey + 1e-3).clamp(max=1)
+    hazy, t = haze.scatter_again(*haze.add_haze(clear, depth, first, light), light, second)
+    torch.testing.assert_close(hazy, clear * t + light * (1 - t))
+    assert torch.equal(haze.scatter_again(clear, t, light, 1.0)[0], clear)
+
+
+def test_second_scattering_in_the_dark():
+    dark = haze.scatter_again(torch.rand(3, 4, 4), torch.ones(1, 4, 4), torch.zeros(3, 1, 1), 0.9)[0]
+    assert torch.equal(dark, torch.zeros(3, 4, 4))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_is_the_gaussian_where_nothing_else_comes_through(sigma):
+    clear, _ = scene()
+    oracle = scipy.ndimage.gaussian_filter(
+        clear.double().numpy(), sigma, axes=(1, 2), radius=int(3 * sigma + 0.5), mode="nearest"
+    )
+    np.testing.assert_allclose(haze.blur(clear, torch.zeros(1, 24, 32), sigma), oracle, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.1, 50), fractions, fractions)
+def test_blur_keeps_what_is_even_and_what_is_near(sigma, value, t):
+    even = torch.full((3, 4, 7), value)
+    torch.testing.assert_close(haze.blur(even, torch.full((1, 4, 7), t), sigma), even)
+    clear, _ = scene(0, 4, 7)
+    assert torch.equal(haze.blur(clear, torch.ones(1, 4, 7), sigma), clear)
+
+
+def test_blur_grows_with_the_haze():
+    clear, _ = scene()
+    moved = [(haze.blur(clear, torch.full((1, 24, 32), t), 1.5) - clear).abs().mean() for t in (0.9, 0.5, 0.1)]
+    assert moved[0] < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize(("level", "shot", "read"), [(0.25, 0.04, 0.0), (0.5, 0.0, 0.02), (0.5, 0.03, 0.01)])
+def test_noise_has_the_variance_that_it_says(level, shot, read):
+    grey = torch.full((3, 200, 200), level)
+    moved = haze.add_noise(grey, np.random.default_rng(0), shot, read) - grey
+    assert moved.var().item() == pytest.approx(shot**2 * level + read**2, rel=0.02)
+    assert abs(moved.mean().item()) < 3e-4
+    assert abs((moved[:, 1:] * moved[:, :-1]).mean().item()) < 1e-5
+
+
+def test_no_noise_is_no_change():
+    clear, _ = scene()
+    assert torch.equal(haze.add_noise(clear, np.random.default_rng(0), 0.0, 0.0), clear)
+
+
+def test_jpeg():
+    smooth = F.interpolate(torch.rand(1, 3, 4, 4), (64, 48), mode="bicubic")[0].clamp(0, 1)
+    errors = [(haze.compress(smooth, quality) - smooth).square().mean().sqrt().item() for quality in (100, 60, 5)]
+    assert errors[0] < 0.005
+    assert errors[0] < errors[1] < errors[2]
+    even = torch.full((3, 17, 9), 0.5)
+    torch.testing.assert_close(haze.compress(even, 50), even, atol=3 / 255, rtol=0)
+
+
+def test_the_haze_alone_is_the_law():
+    clear, depth = scene()
+    alone = only("haze")
+    alone.haze.density = haze.DENSITY
+    for seed in range(10):
+        item = haze.degrade(clear, depth, np.random.default_rng(seed), alone)
+        assert torch.equal(item["clear"], clear)
+        assert 0.6 <= item["density"] <= 1.8
+        assert 0.7 <= item["airlight"].min() == item["airlight"].max() <= 1.0
+        torch.testing.assert_close(item["transmission"], torch.exp(-item["density"] * depth))
+        law = haze.add_haze(clear, depth, item["density"].item(), item["airlight"])
+        torch.testing.assert_close((item["hazy"], item["transmission"]), law)
+        made_up = haze.degrade(clear, None, np.random.default_rng(seed), alone)
+        depth_made_up = haze.smooth_depth(24, 32, np.random.default_rng(seed))
+        torch.testing.assert_close(made_up["transmission"], torch.exp(-made_up["density"] * depth_made_up))
+
+
+def test_degradations_follow_one_another():
+    clear, depth = scene()
+    values = only("illumination", "colour", "haze", "second_scattering", "blur")
+    values.airlight, values.haze.density, values.blur.sigma = (0.8, 0.8), (1.5, 1.5), (0.9, 0.9)
+    values.illumination.factor, values.illumination.gamma = (0.7, 0.7), (1.3, 1.3)
+    values.colour.warmth, values.colour.green = (0.2, 0.2), (0.0, 0.0)
+    values.second_scattering.transmission = (0.75, 0.75)
+    item = haze.degrade(clear, depth, np.random.default_rng(0), values)
+    J, d = clear.double().numpy(), depth.double().numpy()
+    A = 0.7 * np.array([0.8, 0.8 * 0.92, 0.8 * 0.8]).reshape(3, 1, 1) ** 1.3
+    t = np.exp(-1.5 * d)
+    once = 0.7 * J**1.3 * t + A * (1 - t)
+    twice = A / A[0] * once * 0.75 + A * 0.25
+    soft = scipy.ndimage.gaussian_filter(twice, 0.9, axes=(1, 2), radius=3, mode="nearest")
+    np.testing.assert_allclose(item["hazy"], twice * 0.75 * t + soft * (1 - 0.75 * t), atol=1e-6)
+    np.testing.assert_allclose(item["transmission"], 0.75 * t, atol=1e-6)
+    np.testing.assert_allclose(item["airlight"], A, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), seeds, st.booleans())
+def test_degrade_keeps_shapes_and_ranges_whatever_the_settings(data, seed, with_depth):
+    values = copy.deepcopy(defaults())
+    values.airlight = tuple(sorted(data.draw(st.tuples(fractions, fractions))))
+    for name in NAMES:
+        kinds = get_type_hints(type(getattr(values, name)), include_extras=True)
+        ends = {key: get_args(kind)[1] for key, kind in kinds.items() if key != "probability"}
+        ranges = {key: st.floats(end.low, min(end.high, 8 if name == "blur" else 100)) for key, end in ends.items()}
+        drawn = {key: tuple(sorted(data.draw(st.tuples(some, some)))) for key, some in ranges.items()}
+        setattr(values, name, type(getattr(values, name))(probability=data.draw(st.sampled_from([0, 0.5, 1])), **drawn))
+    height, width = data.draw(st.tuples(sizes, sizes))
+    clear, depth = scene(seed, height, width)
+    before = clear.clone()
+    first, second = (
+        haze.degrade(clear, depth if with_depth else None, np.random.default_rng(seed), values) for _ in range(2)
+    )
+    assert {key: tuple(value.shape) for key, value in first.items()} == {
+        "hazy": (3, height, width),
+        "clear": (3, height, width),
+        "transmission": (1, height, width),
+        "airlight": (3, 1, 1),
+        "density": (1,),
+    }
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in first.values())
+    assert all(value.min() >= 0 for value in first.values())
+    assert all(value.max() <= 1 for key, value in first.items() if key != "density")
+    assert torch.equal(clear, before)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_nothing_happens_with_probability_zero():
+    clear, depth = scene()
+    for seed in range(5):
+        item = haze.degrade(clear, depth, np.random.default_rng(seed), only())
+        assert torch.equal(item["hazy"], clear)
+        assert item["density"] == 0
+        assert torch.equal(item["transmission"], torch.ones_like(depth))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_probability_one_is_always_and_a_half_is_half_the_time(name):
+    clear, depth = scene(0, 8, 8)
+    base = {"haze", "second_scattering"} - {name}  # colour and blur show where there is haze
+    rest, always, half = only(*base), only(name, *base), only(name, *base)
+    getattr(half, name).probability = 0.5
+    for part in (rest, always, half):
+        part.illumination.factor, part.airlight = (0.5, 0.6), (0.8, 0.8)
+
+    def made(values):
+        return [haze.degrade(clear, depth, np.random.default_rng(seed), values)["hazy"] for seed in range(100)]
+
+    without, on, some = made(rest), made(always), made(half)
+    assert not any(torch.equal(*pair) for pair in zip(without, on, strict=True))
+    happened = [torch.equal(*pair) for pair in zip(some, on, strict=True)]
+    untouched = [torch.equal(*pair) for pair in zip(some, without, strict=True)]
+    assert [a != b for a, b in zip(happened, untouched, strict=True)] == [True] * 100
+    assert 30 < sum(happened) < 70
+
+
+def test_switching_one_off_leaves_the_others_as_they_were():
+    clear, depth = scene()
+    for seed in range(20):
+        item, without = (
+            haze.degrade(clear, depth, np.random.default_rng(seed), only(*names))
+            for names in (NAMES, set(NAMES) - {"jpeg", "blur", "noise"})
+        )
+        for key in ("transmission", "airlight", "density"):
+            assert torch.equal(item[key], without[key])
+
+
+def test_default_degradations_look_like_haze():
+    clear = F.interpolate(torch.rand(1, 3, 6, 6), (64, 64), mode="bicubic")[0].clamp(0, 1)
+    items = [haze.degrade(clear, None, np.random.default_rng(n), defaults()) for n in range(60)]
+    contrast = torch.stack([item["hazy"].std() / clear.std() for item in items])
+    brightness = torch.stack([item["hazy"].mean() for item in items])
+    assert 0.2 < contrast.median() < 0.8
+    assert brightness.min() > 0.15
+    assert 0.4 < brightness.median() < 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("blur.probability=1.5", "degradations.blur.probability=1.5: must be at most 1"),
+        ("jpeg.quality=[0,50]", r"degradations.jpeg.quality=\(0, 50\): must be two increasing numbers in \[1, 100\]"),
+        ("jpeg.quality=[40.5,50]", "quality=40.5: needs a whole number"),
+        ("colour.warmth=[0.3,-0.3]", "two increasing numbers"),
+        ("airlight=[0.7,1.2]", "two increasing numbers"),
+        ("haze.density=1", "needs a list"),
+        ("noise.shoot=[0,1]", "unknown setting 'degradations.noise.shoot'; did you mean 'shot'"),
+        ("blur=3", "'degradations.blur' is a section"),
+        ("blur", "key=value"),
+    ],
+)
+def test_bad_degradations_are_refused(text, wrong):
+    with pytest.raises(UserError, match=wrong):
+        config.section("degradations", [text])
+
+
 @pytest.fixture
 def scenes(tmp_path):
     for n in range(3):
@@ -92,7 +357,7 @@ def scenes(tmp_path):
 
 
 def command(scenes, output, *more):
-    haze.main(
+    haze_set.main(
         ["--clear", str(scenes / "rgb"), "--output", str(scenes / output), "--per-image", "2", "--workers", "0", *more]
     )
     return {path.relative_to(scenes / output): path.read_bytes() for path in (scenes / output).rglob("*.*")}
@@ -126,6 +391,22 @@ def test_command_does_not_depend_on_order_or_workers(scenes):
     rest = command(scenes, "c")
     assert rest == {name: data for name, data in alone.items() if not name.name.startswith("0")}
     assert command(scenes, "d", "--seed", "11").keys() != rest.keys()
+
+
+def test_command_with_degradations(scenes):
+    more = ["--depth", str(scenes / "depth"), "--border", "3", "--degradations", "blur.probability=0"]
+    files = command(scenes, "out", *more)
+    assert command(scenes, "again", *more, "jpeg.probability=0.5") == files  # as configs.yml has it
+    assert command(scenes, "other", *more, "jpeg.probability=0") != files
+    pairs = images.pair(scenes / "out" / "hazy", scenes / "out" / "clear")
+    assert {hazy.stem for hazy, _ in pairs} == {f"{n}_{k}" for n in range(3) for k in (1, 2)}
+    for hazy, clear in pairs:
+        assert images.read(hazy).std() < images.read(clear).std()
+        assert torch.equal(images.read(clear), images.read(scenes / "rgb" / clear.name)[:, 3:-3, 3:-3])
+    with pytest.raises(UserError, match=r"haze\.density"):
+        command(scenes, "x", "--degradations", "--density", "0.5", "0.6")
+    with pytest.raises(UserError, match="did you mean 'blur'"):
+        command(scenes, "x", "--degradations", "blurr.probability=0")
 
 
 def test_command_refusals(scenes, tmp_path):

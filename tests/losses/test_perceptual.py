@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,33 +8,17 @@ from losses import perceptual
 from losses.perceptual import PerceptualLoss, layer_names
 from utils.errors import UserError
 
-CONFIGURATIONS = torchvision.models.vgg.cfgs
-NARROW = {name: [4 if width != "M" else "M" for width in CONFIGURATIONS[name]] for name in "DE"}
-
-
-@pytest.fixture(autouse=True)
-def _narrow(monkeypatch):
-    """VGGs with 4 channels a layer: the same layers in the same places, at no cost."""
-    make = torchvision.models.vgg.make_layers
-    for name, letter in (("vgg16", "D"), ("vgg19", "E")):
-        fake = lambda weights=None, letter=letter: SimpleNamespace(features=make(NARROW[letter]))  # noqa: E731
-        monkeypatch.setattr(torchvision.models, name, fake)
+pytestmark = pytest.mark.usefixtures("narrow_vgg")
 
 
 @pytest.fixture
-def file(tmp_path):
-    """vgg16's weights as torchvision saves them; a part of the classifier stands for what is not needed."""
-    features = torchvision.models.vgg16().features
-    for parameter in features.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    state = {f"features.{key}": value for key, value in features.state_dict().items()}
-    torch.save(state | {"classifier.0.bias": torch.zeros(3)}, tmp_path / "vgg16.pth")
-    return tmp_path / "vgg16.pth"
+def file(vgg_file):
+    return vgg_file("vgg16")
 
 
-@pytest.mark.parametrize(("network", "letter"), [("vgg16", "D"), ("vgg19", "E")])
-def test_layer_names_are_those_of_torchvision(network, letter):
-    layers = torchvision.models.vgg.make_layers(NARROW[letter])
+@pytest.mark.parametrize("network", ["vgg16", "vgg19"])
+def test_layer_names_are_those_of_torchvision(network):
+    layers = getattr(torchvision.models, network)().features
     expected, stage, conv = {}, 1, 0
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.ReLU):
@@ -75,7 +57,7 @@ def test_it_is_a_ruler(file):
     assert x.grad.any()
     assert target.grad is None
     assert not any(p.requires_grad for p in loss.parameters())
-    assert not any(module.training for module in loss.modules())
+    assert not any(module.training for module in loss.vgg.modules())
 
 
 def test_an_unknown_layer():
@@ -83,13 +65,17 @@ def test_an_unknown_layer():
         PerceptualLoss("vgg16", ["relu3_4"])
 
 
-def test_offline(monkeypatch):
-    def offline(weights=None):
-        raise OSError("no network")
+def test_no_layers():
+    with pytest.raises(UserError, match=r"nedr\.perceptual\.layers is empty; name some of relu1_1"):
+        PerceptualLoss("vgg16", [])
 
-    monkeypatch.setattr(torchvision.models, "vgg16", offline)
+
+@pytest.mark.usefixtures("offline")
+def test_offline():
     with pytest.raises(UserError, match=r"OSError.*nedr\.perceptual\.weights=FILE.*nedr\.perceptual_weight=0"):
         PerceptualLoss()
+    with pytest.raises(UserError, match=r"vgg19.*other\.weights=FILE.*other_weight=0"):
+        PerceptualLoss("vgg19", key="other")
 
 
 def test_weights_that_are_absent_or_of_another_network(file, tmp_path):

@@ -15,6 +15,7 @@ from models.nedr.implicit import IDRM
 from models.nedr.kan import KANCID, KANLinear
 from models.nedr.residual import DREM
 from utils import physics
+from utils.checkpoint import unwrap
 from utils.errors import UserError
 
 TOLERANCE = 1e-5
@@ -192,6 +193,8 @@ SHAPES = {
     "flat": flat,
     "module.": lambda s: {name: {f"module.{k}": v for k, v in weights.items()} for name, weights in s.items()},
     "flat module.": lambda s: {f"module.{key}": value for key, value in flat(s).items()},
+    "flat, module. within": lambda s: {key.replace(".", ".module.", 1): value for key, value in flat(s).items()},
+    "wrapped": lambda s: {"state_dict": s, "epoch": 3},
     "with an epoch": lambda s: s | {"epoch": 3, "best": torch.tensor(1.0)},
     "drem inside": lambda s: (
         {k: v for k, v in s.items() if k != "drem"}
@@ -202,7 +205,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ways_to_pack_the_same_weights(official_state, shape):
-    expected, found = official.translate(official_state), official.translate(SHAPES[shape](official_state))
+    expected, found = official.translate(official_state), official.translate(unwrap(SHAPES[shape](official_state)))
     assert found.networks.keys() == expected.networks.keys()
     for name, weights in expected.networks.items():
         assert found.networks[name].keys() == weights.keys()
@@ -236,9 +239,7 @@ def test_dead_weights_are_counted(official_state, method):
         for key in official_state[network]
         if re.match(pattern, key)
     }
-    skipped = {key.replace("net_h2c.drem.", "drem.") for key in method.imported.skipped}
-    assert skipped == expected
-    assert len(method.imported.skipped) == len(expected)
+    assert sorted(method.skipped) == sorted(expected)
 
 
 def d4_state(official_state: dict) -> dict:
@@ -288,7 +289,7 @@ def test_refused_official_files(official_state, tmp_path, case):
     torch.save(edited(official_state, "net_h2c", **changes), tmp_path / "bad.pth")
     with pytest.raises(UserError, match=message) as error:
         models.load(tmp_path / "bad.pth")
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(

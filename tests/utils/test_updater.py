@@ -139,6 +139,18 @@ def test_schedules():
     assert cosine[8] == pytest.approx(0, abs=1e-12)
     assert cosine == sorted(cosine, reverse=True)
     assert rates("cosine", 0) == [1]
+    assert rates("cosine", 8, floor=0.1)[8] == pytest.approx(0.1)
+
+
+def test_epoch_cosine_is_that_of_the_released_aknet():
+    """2e-4 in the first two of 500 epochs, 1.00197e-6 in the last, and the closed form between."""
+    seen = rates("epoch_cosine", 1500, epoch=3, floor=0.005)
+    assert seen[:6] == [1] * 6
+    for number in range(3, 501):
+        wanted = 1e-6 + (2e-4 - 1e-6) * (1 + math.cos(math.pi * (number - 2) / 499)) / 2
+        for step in range(3 * number - 3, 3 * number):
+            assert 2e-4 * seen[step] == pytest.approx(wanted, rel=1e-12)
+    assert 2e-4 * seen[1499] == pytest.approx(1.00197e-6, rel=1e-5)
 
 
 def test_milestones_are_epochs():

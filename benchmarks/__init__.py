@@ -1,0 +1,1 @@
+"""Comparisons that need more than one training run."""

@@ -1,0 +1,143 @@
+"""The table of an ablation: cases down; their modules, size, figures and differences to the full model across."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import comparison, tables
+from utils.checkpoint import write_text
+from utils.comparison import Figure, Table
+from utils.results import HAZY
+
+MODULES = {"kan_cid": "KAN-CID", "idrm": "IDRM", "drem": "DREM"}
+DIGITS = {"psnr": 2, "ssim": 4}
+DIFFERENCE = ("diff.", "95 % interval")
+HEAD = ("case", *MODULES.values(), "params", "PSNR (dB)", *DIFFERENCE, "SSIM", *DIFFERENCE)
+ALIKE = (
+    "all cases see the same pictures, crops and synthetic haze in the same order. Initial weights and the random "
+    "density of the unpaired game come from one generator with the same seed, from which a module draws too, so they "
+    "differ between cases",
+    "one training each: a small difference may be the seed's; another (seed=11, in another folder) tells",
+    "params: parameters of the network that dehazes",
+)
+
+
+def build(
+    folders: Mapping[str, Path], modules: Mapping[str, Sequence[str]], settings: Mapping[str, Any], failed: Mapping
+) -> dict[str, Any]:
+    """The content of ablation.json, from the scored cases in ``folders``; differences are to the last of them.
+
+    ``modules`` are those that each case has, ``settings`` what all share, by dotted name, ``failed`` tells of cases
+    that are missing. Raises `UserError` for results that cannot be compared.
+    """
+    *others, reference = folders
+    compared = comparison.compare([folders[name] for name in (reference, *others)])
+    found = {name: comparison.load(folder).data for name, folder in folders.items()}
+    cases: dict[str, dict[str, Any]] = {HAZY: {"case": HAZY, "modules": None, "parameters": None}}
+    for name, data in found.items():
+        cases[name] = {
+            "case": name,
+            "modules": list(modules[name]),
+            "parameters": data["methods"]["nedr"]["parameters"],
+        }
+    sets: dict[tuple[str, str], dict[str, Table]] = {}
+    for table in compared.tables:
+        if table.metric.protocol:
+            sets.setdefault((table.benchmark, table.metric.protocol), {})[table.metric.key.rpartition(".")[2]] = table
+    return {
+        "format": "nedr-dehaze ablation",
+        "version": 1,
+        "reference": reference,
+        "settings": dict(settings),
+        "device": found[reference]["device"],
+        "versions": found[reference]["versions"],
+        "tables": [_table(*key, pair, cases) for key, pair in sets.items()],
+        "missing": dict(failed),
+        "unusable": sorted({each for data in found.values() for row in data["rows"] for each in row["skipped"]}),
+        "notes": [_budget(settings), *ALIKE, *compared.notes()],
+    }
+
+
+def write(content: Mapping[str, Any], folder: Path) -> None:
+    """ablation.json and ablation.md in ``folder``, each whole or not at all; `UserError` if it cannot."""
+    data = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    for name, text in (("ablation.json", data), ("ablation.md", markdown(content))):
+        write_text(folder / name, text)
+
+
+def text(content: Mapping[str, Any]) -> str:
+    """The tables and notes for a terminal, at most 120 columns wide."""
+    lines = []
+    for table in content["tables"]:
+        rows = [HEAD, *map(_cells, table["rows"])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append(_title(table, content["reference"]))
+        for label, *cells in rows:
+            padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([f"{label:{widths[0]}}", *padded]).rstrip())
+        lines.append("")
+    return "\n".join([*lines, *(textwrap.fill(note, 120, subsequent_indent="  ") for note in _notes(content))])
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The same as Markdown."""
+    lines = []
+    for table in content["tables"]:
+        rows = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *map(_cells, table["rows"])]
+        lines += [_title(table, content["reference"]), "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in _notes(content))]) + "\n"
+
+
+def _table(benchmark: str, protocol: str, pair: Mapping[str, Table], cases: Mapping[str, dict]) -> dict[str, Any]:
+    """One set under one protocol: the hazy input, then the cases in order, with PSNR and SSIM of each."""
+    rows = [dict(case) for case in cases.values()]
+    for kind, table in pair.items():
+        figures = {figure.label: figure for figure in table.figures}
+        for row in rows:
+            row[kind] = _figure(figures[row["case"]])
+    some = next(iter(pair.values()))
+    return {"benchmark": benchmark, "protocol": protocol, "pictures": some.common, "of": some.expected, "rows": rows}
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    return {"mean": figure.mean, "difference": figure.difference, "interval": figure.interval}
+
+
+def _title(table: Mapping[str, Any], reference: str) -> str:
+    whole = f" of {table['of']}" if table["of"] not in (None, table["pictures"]) else ""
+    return (
+        f"{table['benchmark']} ({table['pictures']}{whole}), protocol {table['protocol']}; "
+        f"differences and intervals: to {reference}"
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    own, size = row["modules"], row["parameters"]
+    marks = ["" if own is None else "x" if module in own else "-" for module in MODULES]
+    cells = [row["case"], *marks, "" if size is None else f"{size / 1e6:.2f} M"]
+    for kind, digits in DIGITS.items():
+        figure = row[kind]
+        difference, interval = figure["difference"], figure["interval"]
+        cells.append(f"{figure['mean']:.{digits}f}")
+        cells.append("" if difference is None else f"{difference:+z.{digits}f}")
+        cells.append(f"[{', '.join(f'{end:+z.{digits}f}' for end in interval)}]" if interval else "")
+    return cells
+
+
+def _notes(content: Mapping[str, Any]) -> list[str]:
+    missing = [f"MISSING {name}: {why}" for name, why in content["missing"].items()]
+    return missing + [f"NOTE left out: {why}" for why in content["unusable"]] + content["notes"]
+
+
+def _budget(settings: Mapping[str, Any]) -> str:
+    """What every case was given, in one line."""
+    parts = []
+    for stage, what in (("warm_start", "supervised"), ("train", "unpaired")):
+        if steps := settings[f"{stage}.steps"]:
+            batch = settings[f"{stage}.batch"] * settings.get(f"{stage}.accumulate", 1)
+            parts.append(f"{what} steps: {steps:,} of {tables.pictures(batch)}")
+    weights = "the best on the validation pictures" if settings["data.validation_hazy"] else "the last"
+    crop = f"{settings['data.crop_size']} pixels ({settings['data.crop']})"
+    return f"every case: {', then '.join(parts)}; crops of {crop}; seed {settings['seed']}; its weights: {weights}"

@@ -1,0 +1,122 @@
+"""The command that writes a hazy set: ``python -m data.haze``.
+
+    python -m data.haze --clear CLEAR --depth DEPTH --output OUTPUT --per-image 10
+    python -m data.haze --clear CLEAR --output OUTPUT --degradations jpeg.probability=0
+
+The first is in the manner of RESIDE's ITS, the second by the model of several degradations: see `haze`.
+"""
+
+import argparse
+import multiprocessing
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import haze, images
+from utils import config
+from utils.errors import UserError
+
+
+def write_hazy(task: tuple[Path, Path | None], options: argparse.Namespace) -> None:
+    """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone."""
+    clear, depth = task
+    picture, distance = haze.read_with_depth(clear, depth)
+    rng = np.random.default_rng([options.seed, zlib.crc32(clear.stem.encode())])
+    if distance is None:
+        distance = haze.smooth_depth(*picture.shape[1:], rng)
+    picture, distance = (_trim(tensor, options, clear) for tensor in (picture, distance))
+    save = partial(images.write, compress_level=1)
+    save(options.output / "clear" / f"{clear.stem}.{options.format}", picture)
+    if depth is not None:
+        images.write_depth(options.output / "depth" / f"{clear.stem}.png", distance)
+    for n in range(1, options.per_image + 1):
+        hazy, told = _make(picture, distance, rng, options)
+        save(options.output / "hazy" / f"{clear.stem}_{n}{told}.{options.format}", hazy)
+
+
+def _make(clear: Tensor, depth: Tensor, rng: np.random.Generator, options: argparse.Namespace) -> tuple[Tensor, str]:
+    """A hazy picture, and what its name tells of it: by the law the airlight, as ITS does."""
+    if options.degradations is not None:
+        return haze.degrade(clear, depth, rng, options.degradations)["hazy"], ""
+    grey = round(rng.uniform(*options.airlight), 5)  # the name tells it with five places: be true to it
+    hazy, _ = haze.add_haze(clear, depth, rng.uniform(*options.density), torch.full((3,), grey))
+    return hazy, f"_{grey:.5f}"
+
+
+def _trim(tensor: Tensor, options: argparse.Namespace, path: Path) -> Tensor:
+    border, (height, width) = options.border, tensor.shape[1:]
+    if 2 * border >= min(height, width):
+        raise UserError(f"{path}: {width}x{height} leaves nothing inside --border {border}; make it smaller")
+    tensor = tensor[:, border : height - border, border : width - border]
+    return tensor.flip(2) if options.mirror else tensor
+
+
+def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None]]:
+    clear = images.find(options.clear)
+    for paths in images.by_stem(clear).values():
+        if len(paths) > 1:
+            raise UserError(f"{paths[0]} and {paths[1]} would be written to one name; rename one")
+    if options.depth is None:
+        return [(path, None) for path in clear]
+    depth = images.match_depth(clear, images.find(options.depth, images.DEPTH_EXTENSIONS))
+    return list(zip(clear, depth, strict=True))
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.haze",
+        description="Write a hazy set: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth, in the manner of RESIDE's ITS.",
+    )
+    parser.add_argument("--clear", required=True, help="clear pictures: a folder, a .flist or sample:train/clear")
+    parser.add_argument("--depth", help="depth maps of the same stems (grey pictures or .npy); else made up")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--per-image", type=int, default=1, help="hazy pictures of each clear one (1)")
+    parser.add_argument("--density", type=float, nargs=2, help="range of beta (0.6 1.8)")
+    parser.add_argument("--airlight", type=float, nargs=2, help="range of A (0.7 1.0)")
+    parser.add_argument(
+        "--degradations",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="the model of several degradations instead, as configs.yml has it; blur.probability=0 and so on change it",
+    )
+    parser.add_argument("--seed", type=int, default=10)
+    parser.add_argument("--border", type=int, default=0, help="pixels to cut from every side (0)")
+    parser.add_argument("--mirror", action="store_true", help="flip left to right")
+    parser.add_argument("--format", choices=("png", "jpg"), default="png")
+    parser.add_argument("--workers", type=int, default=2, help="processes; 0 is this one alone (2)")
+    options = parser.parse_args(arguments)
+    if options.degradations is not None:
+        if options.density or options.airlight:
+            raise UserError("--density and --airlight are the law's; write --degradations haze.density=[LOW,HIGH]")
+        options.degradations = config.section("degradations", options.degradations)
+    options.density, options.airlight = options.density or haze.DENSITY, options.airlight or haze.AIRLIGHT
+    for name, most in (("density", float("inf")), ("airlight", 1.0)):
+        low, high = getattr(options, name)
+        if not 0 <= low <= high <= most:
+            raise UserError(f"--{name} {low} {high}: wanted 0 <= low <= high" + (" <= 1" if most == 1 else ""))
+    for name, least in (("per_image", 1), ("border", 0), ("seed", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: wanted {least} or more")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; ``arguments`` as on the command line."""
+    options = _options(arguments)
+    if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
+        raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
+    tasks, work = _tasks(options), partial(write_hazy, options=options)
+    bar = partial(tqdm, total=len(tasks), unit="picture", disable=None)
+    if options.workers == 0:
+        for task in bar(tasks):
+            work(task)
+    else:
+        with multiprocessing.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
+            for _ in bar(pool.imap_unordered(work, tasks, chunksize=4)):
+                pass
+    print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy pictures in {options.output}")

@@ -1,0 +1,164 @@
+"""The network of AKNet (Zhang et al.; released as HKNet/AKNet), a relative of OKNet (Cui et al., AAAI 2024)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.aknet.fusion import Fusion, full
+
+KERNEL = 63  # side of the bottleneck's large kernels
+BLOCKS = 4  # residual blocks of each encoder and decoder stage
+
+
+def conv(a: int, b: int, side: int = 3, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(a, b, side, stride, side // 2)
+
+
+class ResBlock(nn.Module):
+    """x + conv(GELU(conv(x)))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(F.gelu(self.conv1(x))).add_(x)
+
+
+def stage(channels: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(channels) for _ in range(BLOCKS)))
+
+
+class Shallow(nn.Sequential):
+    """Features of a down-sampled picture (SCM of MIMO-UNet): (N,3,h,w) -> (N,C,h,w)."""
+
+    def __init__(self, channels: int):
+        quarter, half = channels // 4, channels // 2
+        convs = conv(3, quarter), conv(quarter, half, 1), conv(half, half), conv(half, channels, 1)
+        norm = nn.InstanceNorm2d(channels, affine=True)
+        super().__init__(convs[0], nn.GELU(), convs[1], nn.GELU(), convs[2], nn.GELU(), convs[3], norm)
+
+
+class FGM(nn.Module):
+    """Frequency gate: alpha |F^-1(p F(q))| + beta x, where p and q are 1x1 convolutions of x (N,C,h,w).
+
+    As published, p is a map over pixels, and pixel (i,j) multiplies frequency (i,j) of the un-shifted spectrum: what
+    the gate does depends on the size of the picture.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gate, self.signal = conv(channels, channels, 1), conv(channels, channels, 1)
+        self.alpha = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.beta = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and not self.alpha.any():
+            return self.beta * x
+        return self.alpha * filtered(full(self.signal(x)), full(self.gate(x))) + self.beta * x
+
+
+def filtered(signal: Tensor, gate: Tensor) -> Tensor:
+    """|F^-1(gate F(signal))| for real maps (...,h,w), by half spectra.
+
+    Of the gate's even part, gate(k) + gate(-k), the transform is real, of the odd part it is imaginary.
+    """
+    size = signal.shape[-2:]
+    half = size[1] // 2
+    spectrum = torch.fft.rfft2(signal)
+    mirrored = torch.cat([gate[..., :1], gate[..., size[1] - half :].flip(-1)], -1).flip(-2).roll(1, -2)
+    gate = gate[..., : half + 1]
+    real = torch.fft.irfft2((gate + mirrored) / 2 * spectrum, s=size)
+    imaginary = torch.fft.irfft2((gate - mirrored) / 2j * spectrum, s=size)
+    return torch.complex(real, imaginary).abs()  # not hypot, whose gradient at 0 is not a number
+
+
+def large_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise convolution, zero outside, by FFT: (N,C,h,w), weight (C,1,k,l) -> (N,C,h,w)."""
+    (height, width), (k, l) = x.shape[-2:], weight.shape[-2:]
+    size = [fast_size(max(side + reach // 2, reach)) for side, reach in ((height, k), (width, l))]
+    x, weight = full(x), full(weight)
+    padded = F.pad(x, (l // 2, size[1] - width - l // 2, k // 2, size[0] - height - k // 2))
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(weight.squeeze(1), s=size).conj()
+    return torch.fft.irfft2(spectrum, s=size)[..., :height, :width] + bias.view(-1, 1, 1)
+
+
+def fast_size(size: int) -> int:
+    """The next even number without prime factors above 5, of which Fourier transforms are fast."""
+    size += size % 2
+    rest = size
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return size if rest == 1 else fast_size(size + 2)
+
+
+class Bottleneck(nn.Module):
+    """Large kernels in space beside two channel gates and `FGM` in frequency: (N,C,h,w) -> same shape."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        half, quarter = channels // 2, channels // 4
+        self.enter, self.leave = conv(channels, channels, 1), conv(channels, channels, 1)
+        self.frequency_gate, self.spatial_gate = conv(channels, channels, 1), conv(channels, channels, 1)
+        self.fgm = FGM(channels)
+        self.square = nn.Conv2d(half, half, KERNEL, padding=KERNEL // 2, groups=half)
+        self.wide = nn.Conv2d(quarter, quarter, (1, KERNEL), padding=(0, KERNEL // 2), groups=quarter)
+        self.tall = nn.Conv2d(quarter, quarter, (KERNEL, 1), padding=(KERNEL // 2, 0), groups=quarter)
+        self.point = nn.Conv2d(channels, channels, 1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        o = F.gelu(self.enter(x))
+        return self.leave((x + large_kernel(o, *self._kernels()) + self.fgm(self._gated(o))).relu())
+
+    def _gated(self, o: Tensor) -> Tensor:
+        """Both channel gates. A constant times a spectrum is a constant times the map: |F^-1(a F(o))| = |a| |o|."""
+        size = o.abs()
+        a = self.frequency_gate(o.mean((2, 3), keepdim=True)).abs()
+        return self.spatial_gate(a * size.mean((2, 3), keepdim=True)) * a * size
+
+    def _kernels(self) -> tuple[Tensor, Tensor]:
+        """The four depthwise convolutions as one: weights (C,1,63,63) and biases (C,)."""
+        far = KERNEL // 2
+        wide, tall = F.pad(self.wide.weight, (0, 0, far, far)), F.pad(self.tall.weight, (far, far))
+        weight = torch.cat([self.square.weight, wide, tall])
+        bias = torch.cat([self.square.bias, self.wide.bias, self.tall.bias])
+        return weight + F.pad(self.point.weight, (far, far, far, far)), bias + self.point.bias
+
+
+class AKNetNetwork(nn.Module):
+    """Hazy pictures (N,3,H,W) in [0,1] -> clear ones at a quarter, half and full size, unclamped.
+
+    H and W multiples of 4, at least 8. ``width`` (a multiple of 4; 32 as published) is that at full size; it doubles
+    with every halving. ``border`` is that of `Fusion`.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        widths = [width, 2 * width, 4 * width]  # at full, half and quarter size
+        self.stem = conv(3, width)
+        self.down = nn.ModuleList(conv(a, 2 * a, stride=2) for a in widths[:2])
+        self.shallow = nn.ModuleList(Shallow(c) for c in widths[1:])
+        self.attach = nn.ModuleList(conv(2 * c, c) for c in widths[1:])  # FAM: joins `shallow` to the features
+        self.encoder = nn.ModuleList(stage(c) for c in widths)
+        self.bottleneck = Bottleneck(widths[2])
+        self.decoder = nn.ModuleList(stage(c) for c in widths)
+        self.fusion = nn.ModuleList(Fusion(c) for c in widths[:2])
+        self.head = nn.ModuleList(conv(c, 3) for c in widths)
+
+    def forward(self, hazy: Tensor, border: str = "zero") -> tuple[Tensor, Tensor, Tensor]:
+        half, quarter = hazy[..., ::2, ::2], hazy[..., ::4, ::4]
+        fine = self.encoder[0](F.gelu(self.stem(hazy)))
+        middle = self.encoder[1](self._descend(fine, half, 0))
+        coarse = self.encoder[2](self._descend(middle, quarter, 1))
+        coarse = self.decoder[2](self.bottleneck(coarse))
+        middle = self.fusion[1](middle, coarse, border)  # line by line, so that the encoder's map is let go
+        middle = self.decoder[1](middle)
+        fine = self.fusion[0](fine, middle, border)
+        fine = self.decoder[0](fine)
+        return self.head[2](coarse) + quarter, self.head[1](middle) + half, self.head[0](fine) + hazy
+
+    def _descend(self, features: Tensor, picture: Tensor, level: int) -> Tensor:
+        """Features at half their size, joined by those of the picture at that size."""
+        features = F.gelu(self.down[level](features))
+        return self.attach[level](torch.cat([features, self.shallow[level](picture)], 1))

@@ -1,0 +1,203 @@
+"""What holds for every method that the registry names, whichever they are."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+
+import models
+from models import official
+from utils import checkpoint, config
+from utils.checkpoint import unwrap
+from utils.errors import UserError
+from utils.updater import Updater, finite
+
+NAMES = models.names()
+TRAINED = [name for name in NAMES if models.METHODS[name].stages]
+STAGES = [(name, stage) for name in TRAINED for stage in models.METHODS[name].stages]
+SMALL = {  # settings with which tests are fast
+    "nedr": ["nedr.base_channels=8", "nedr.encoder_weights=none"],
+    "d4": ["d4.base_channels=8", "d4.encoder_weights=none"],
+    "aknet": ["aknet.width=8"],
+    "kanet": ["kanet.width=8", "kanet.contrastive_weight=0"],
+}
+RELEASED = {"nedr": ["nedr.variant=released", "nedr.airlight=max", "nedr.drem=false"]}  # what released code can hold
+
+
+def settings(name: str, *overrides: str) -> config.Settings:
+    return config.load(name, models.settings_types(), overrides=overrides)
+
+
+def small(name: str) -> models.Method:
+    torch.manual_seed(0)
+    method = models.build(settings(name, *SMALL.get(name, [])))
+    method.start()
+    return method
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def method(request) -> models.Method:
+    return small(request.param).eval()
+
+
+def test_it_says_what_it_is(method):
+    assert all(method.about)
+    assert type(method) is models.METHODS[models.name_of(method)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 131), (67, 90)])
+def test_any_size_goes_through(method, size):
+    hazy = picture(1, 2, 3, *size)
+    found = method.estimate(hazy)
+    assert found["clear"].shape == hazy.shape
+    assert found["clear"].dtype == torch.float32
+    assert found["clear"].isfinite().all()
+    assert 0 <= found["clear"].min() <= found["clear"].max() <= 1
+    assert not found["clear"].requires_grad
+    assert torch.equal(method.dehaze(hazy), found["clear"])
+
+
+def test_tiles_keep_the_size(method):
+    hazy = picture(2, 1, 3, 150, 310)
+    clear = method.dehaze(hazy, tile=128)
+    assert clear.shape == hazy.shape
+    assert clear.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_a_step_of_training(name, stage):
+    """Losses and gradients are finite, every parameter gets one, and every network moves."""
+    method, told = small(name).train(), settings(name, *SMALL[name], "warm_start.steps=2", "train.steps=2")
+    batch = {"hazy": picture(3, 2, 3, 128, 128), "clear": picture(4, 2, 3, 128, 128)}
+    batch |= {"transmission": picture(5, 2, 1, 128, 128) * 0.8 + 0.1, "airlight": torch.full((2, 3, 1, 1), 0.9)}
+    batch["density"] = torch.tensor([[0.9], [1.2]])
+    optimisers = method.optimisers(stage, told)
+    before = [[p.detach().clone() for p in optimiser.param_groups[0]["params"]] for optimiser in optimisers.values()]
+    plan = next(each for each in config.stages(told) if each.name == stage)
+    updater = Updater(optimisers, plan, told, torch.device("cpu"))
+    figures = finite(updater.step(lambda batch: method.losses(batch, stage), [batch]))
+    assert optimisers.keys() <= figures.keys()
+    for earlier, optimiser in zip(before, optimisers.values(), strict=True):
+        parameters = optimiser.param_groups[0]["params"]
+        without = [p.shape for p in parameters if p.grad is None]
+        assert not without
+        assert all(p.grad.isfinite().all() for p in parameters)
+        assert any(not torch.equal(a, b) for a, b in zip(earlier, parameters, strict=True))
+    for shown in method.eval().pictures(batch).values():
+        assert shown.shape[0] == 2
+        assert shown.shape[1] in (1, 3)
+        assert shown.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_saved_and_loaded_it_is_the_same(name, tmp_path):
+    method = small(name).eval()
+    identity = {"model": name, "settings": config.to_dict(settings(name, *SMALL[name]))}
+    checkpoint.save_weights(tmp_path / "weights.safetensors", method.inference_state(), identity)
+    checkpoint.save(tmp_path / "last.pt", identity | {"networks": method.state_dict(), "ema": {}})
+    hazy = picture(6, 1, 3, 70, 131)
+    for file in ("weights.safetensors", "last.pt"):
+        loaded = models.load(tmp_path / file)
+        assert models.name_of(loaded) == name
+        assert loaded.skipped is None
+        assert torch.equal(loaded.dehaze(hazy), method.dehaze(hazy))
+    assert {child for child, _ in models.load(tmp_path / "weights.safetensors").named_children()} == set(method.inference)
+
+
+def test_methods_without_training_have_nothing_to_export():
+    for name in set(NAMES) - set(TRAINED):
+        with pytest.raises(UserError, match="nothing to export"):
+            small(name).to_official()
+        with pytest.raises(UserError, match="nothing to train"):
+            models.check_training(settings(name))
+
+
+def test_stages_that_a_method_has_not_are_refused():
+    with pytest.raises(UserError, match=r"aknet has no stage warm_start; set warm_start\.steps=0"):
+        models.check_training(settings("aknet", "warm_start.steps=3"))
+
+
+def test_the_listing_names_them_all():
+    text = models.listing()
+    assert max(map(len, text.splitlines())) <= 120
+    for name in NAMES:
+        assert text.count(f"\n{name} ") == 2
+    row = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert row["dcp"][1:4] == ["-", "-", "nothing"]
+
+
+# Released files, at their full width.
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def released(request, tmp_path_factory) -> tuple[str, models.Method, Path]:
+    """A method with random weights and the file that its authors' code would have saved of it."""
+    torch.manual_seed(1)
+    method = models.build(settings(request.param, *RELEASED.get(request.param, []))).eval()
+    if request.param == "nedr":
+        method.settings.drem = False
+    file = tmp_path_factory.mktemp("released") / "their.pkl"
+    torch.save({"epoch": 3, "model": method.to_official()} if request.param == "kanet" else method.to_official(), file)
+    return request.param, method, file
+
+
+def dehazed(method: models.Method) -> torch.Tensor:
+    return method.dehaze(picture(7, 1, 3, 130, 128))
+
+
+def test_released_files_come_back(released, tmp_path, capsys):
+    """export -> inspect -> import -> export: the same keys, shapes and numbers, and the same pictures."""
+    name, method, file = released
+    with warnings.catch_warnings(action="ignore"):
+        loaded = models.load(file)
+    assert models.name_of(loaded) == name
+    assert loaded.skipped
+    torch.testing.assert_close(dehazed(loaded), dehazed(method), rtol=0, atol=0)
+
+    assert official.main(["inspect", str(file)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{file}: {name}, released by its authors\n")
+    assert f"{len(loaded.skipped)} in all" in told
+
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "again" / "theirs.pth"
+    assert official.main(["import", str(file), "--output", str(ours)]) == 0
+    assert torch.equal(dehazed(models.load(ours)), dehazed(loaded))
+    assert official.main(["export", str(ours), "--output", str(theirs)]) == 0
+    one, two = flat(torch.load(file)), flat(torch.load(theirs))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def flat(state: dict) -> dict[str, torch.Tensor]:
+    found = {}
+    for key, value in unwrap(state).items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return found
+
+
+def test_files_with_missing_or_unknown_keys_are_refused(released):
+    name, method, file = released
+    kind, whole = models.METHODS[name], flat(torch.load(file))
+    kept = [key for key in method.to_official()["net_h2c"]] if "net_h2c" in method.to_official() else list(whole)
+    key = next(key for key in reversed(whole) if key.split(".", 1)[-1] in kept or key in kept)
+    for change, word in ((lambda s: s.pop(key), "missing|never used"), (lambda s: s.update(x=torch.ones(2)), "x")):
+        state = dict(whole)
+        change(state)
+        if word != "x" and key in (models.load(file).skipped or []):
+            continue  # what is never used may be absent
+        with warnings.catch_warnings(action="ignore"), pytest.raises(UserError, match=word):
+            kind.from_official(state, settings(name).method)
+
+
+def test_damaged_and_foreign_files_are_refused(released, tmp_path):
+    name, _, file = released
+    cut = tmp_path / "cut.pkl"
+    with file.open("rb") as whole:
+        cut.write_bytes(whole.read(file.stat().st_size // 2))
+    with pytest.raises(UserError, match=r"cut\.pkl.*damaged, cut short"):
+        official.main(["import", str(cut), "--output", str(tmp_path / "out.safetensors")])
+    assert not (tmp_path / "out.safetensors").exists()
+    for other in set(TRAINED) - {name}:
+        assert models.METHODS[other].from_official(unwrap(torch.load(file)), settings(other).method) is None
