@@ -67,20 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
     parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
     several("--compare", metavar="RUN", help="put the results of finished runs side by side, and leave")
-    parser.add_argument(
-        "--list-models", action="store_true", help="print size, cost and paper of every model and leave"
-    )
+    parser.add_argument("--list-models", action="store_true", help="print size and paper of every model and leave")
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of configs.yml")
     args = parser.parse_intermixed_args(argv)
-    for option in (
-        "model",
-        "weights",
-        "benchmarks",
-        "protocols",
-        "metrics",
-        "compare",
-    ):  # they take settings for values too
+    # These take settings for values too.
+    for option in ("model", "weights", "benchmarks", "protocols", "metrics", "compare"):
         values = getattr(args, option)
         if values:
             args.settings += [value for value in values if re.match(r"[a-z_0-9.]+=", value)]

@@ -35,9 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="nedr", help="the method; --list-models names them")
     parser.add_argument("--checkpoints", default="checkpoints/train_example", help="the experiment's folder")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in the folder, if there is one")
-    parser.add_argument(
-        "--list-models", action="store_true", help="print size, cost and paper of every method and leave"
-    )
+    parser.add_argument("--list-models", action="store_true", help="print size and paper of every method and leave")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over those of the files")
     options = parser.parse_intermixed_args(arguments)
     if options.list_models:
@@ -79,6 +77,9 @@ class Run:
             self.load_state_dict(saved)
         self.updater = self.make_updater(saved and saved["updater"])
         self.log = RunLog(folder, self.global_step)
+        for source in filter(None, (*self.datasets.values(), self.validation)):
+            for remark in source.remarks:
+                self.log.say(f"warning: {remark}")
         (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
 
     def train(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def scaled(clear: Tensor, factors: Sequence[float]) -> list[Tensor]:
-    """``clear`` (N,C,H,W) at several sizes, bilinear without anti-aliasing: .25 is the mean of the central 2x2 of 4x4."""
+    """``clear`` (N,C,H,W) at several sizes, bilinear, not anti-aliased: .25 is the mean of the central 2x2 of 4x4."""
     return [clear if factor == 1 else F.interpolate(clear, scale_factor=factor, mode="bilinear") for factor in factors]
 
 

@@ -97,7 +97,8 @@ def start(method: Method, file: str | Path | None) -> None:
     source = load(file)
     if type(source) is not type(method):
         raise UserError(f"{file} holds a {name_of(source)} model, not {name_of(method)}; name another train.init")
-    for name, network in source.named_children():
+    networks = [(name, child) for name, child in source.named_children() if next(child.parameters(), None) is not None]
+    for name, network in networks:
         checkpoint.load_strict(getattr(method, name), network.state_dict(), f"the {name} network of {file}")
 
 

@@ -108,7 +108,7 @@ def _told_apart(found: list[Tested]) -> list[Tested]:
     """With the names of their folders where several are of one method; refuses what is still the same."""
     names = Counter(each.name for each in found)
     found = [
-        each if names[each.name] == 1 else each._replace(name=f"{each.weights.resolve().parent.name}:{each.name}")
+        each if names[each.name] == 1 else each._replace(name=f"{each.weights.absolute().parent.name}:{each.name}")
         for each in found
     ]
     for name, count in Counter(each.name for each in found).items():

@@ -112,6 +112,17 @@ def experiment(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained_aknet(tmp_path_factory):
+    """A file with a small AKNet, untrained."""
+    settings = config.load("aknet", models.settings_types(), overrides=["aknet.width=8"])
+    torch.manual_seed(0)
+    identity = {"model": "aknet", "settings": config.to_dict(settings)}
+    file = tmp_path_factory.mktemp("aknet") / "weights.safetensors"
+    checkpoint.save_weights(file, models.build(settings).inference_state(), identity)
+    return file
+
+
 @pytest.fixture
 def seen(monkeypatch):
     """The settings under which NeDR dehazes; it gives the hazy picture back."""
@@ -239,9 +250,38 @@ def test_better_weights_come_first(tmp_path):
     test = config.load("nedr", models.settings_types()).test
     for name in reversed(testing.WEIGHTS):
         (tmp_path / name).touch()
-        assert testing._weights(tmp_path, test).name == name
+        assert testing._weights(tmp_path, test) == [tmp_path / name]
     test.ema = False  # weights.safetensors holds averaged ones alone
-    assert testing._weights(tmp_path, test).name == "last.pt"
+    assert testing._weights(tmp_path, test) == [tmp_path / "last.pt"]
+
+
+def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, trained_aknet, tmp_path):
+    """In the order of --model, or else of the files; two files of one method bear the names of their folders."""
+    files = [experiment / "last.pt", trained_aknet]
+    done = run("--model", "aknet", "dcp", "nedr", "--weights", *files, *pairs, "--output", "out", "aknet.border=reflect")
+    assert done.status == 0
+    found = results(tmp_path / "out")
+    assert [row["method"] for row in found["rows"]] == ["hazy input", "aknet", "dcp", "nedr"]
+    assert {name: about["model"] for name, about in found["methods"].items()} == {n: n for n in ("aknet", "dcp", "nedr")}
+    assert found["methods"]["aknet"]["settings"]["border"] == "reflect"
+    assert pictures(tmp_path / "out" / "pictures" / "aknet") == {"1_1.png", "1_2.png", "2_1.png"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights.safetensors").symlink_to(trained_aknet)
+    run("--weights", "other/weights.safetensors", *files, *pairs, "--output", "all")
+    folder = trained_aknet.parent.name
+    assert list(results(tmp_path / "all")["methods"]) == ["other:aknet", "nedr", f"{folder}:aknet"]
+    done = run("--weights", trained_aknet, trained_aknet.parent / ".." / folder / trained_aknet.name, *pairs)
+    assert done.status == 2
+    assert f"2 files would be called {folder}:aknet" in done.err
+
+
+def test_weights_and_names_must_agree(run, pairs, experiment, trained_aknet):
+    done = run("--model", "aknet", "kanet", "--weights", trained_aknet, *pairs)
+    assert done.status == 2
+    assert "no weights of kanet in" in done.err
+    done = run("--model", "aknet", "--weights", trained_aknet, experiment / "last.pt", *pairs)
+    assert done.status == 2
+    assert "holds a nedr model, not aknet; give --model nedr" in done.err
 
 
 def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path):
@@ -283,7 +323,7 @@ def test_results_never_become_inputs(run, photos):
 
 
 def test_lists_models(run):
-    assert run("--list-models").out.split() == models.names()
+    assert run("--list-models").out.startswith(models.listing())
 
 
 @pytest.fixture

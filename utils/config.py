@@ -1,8 +1,8 @@
 """Settings: typed dataclasses filled in layers, every value checked before anything is loaded.
 
 The layers are configs.yml (every setting, its default and why, and the model's recipe), the experiment's own
-config.yml and ``key=value`` from the command line, later ones winning. The dataclasses here and in the methods hold types and ranges and no
-defaults, so that configs.yml is the one place where a default stands.
+config.yml and ``key=value`` from the command line, later ones winning. The dataclasses here and in the methods hold
+types and ranges and no defaults, so that configs.yml is the one place where a default stands.
 """
 
 import dataclasses
@@ -258,7 +258,8 @@ def load(
 ) -> Settings:
     """Fill `Settings` for ``model`` from configs.yml, ``saved`` (a checkpoint's), ``files`` and ``key=value`` texts.
 
-    configs.yml also holds ``recipes``: what of the shared sections differs for a model. ``methods`` maps every method's name to its settings dataclass; all their blocks are checked, one is used.
+    configs.yml also holds ``recipes``: what of the shared sections differs for a model. ``methods`` maps every
+    method's name to its settings dataclass; all their blocks are checked, one is used.
     Raises `UserError` for an unknown key, a wrong type or a value that cannot work, naming where it stands.
     """
     if model not in methods:

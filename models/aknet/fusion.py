@@ -103,9 +103,9 @@ def fold(kernels: Tensor) -> Tensor:
     row, those at an even place see pairs (0,1), (2,3), (4), those at an odd one (0), (1,2), (3,4).
     """
     n, _, height, width = kernels.shape
-    kernels = kernels.view(n, LOW, LOW, height // 2, 2, width)
+    kernels = kernels.reshape(n, LOW, LOW, height // 2, 2, width)
     kernels = torch.stack([_pairs(part, 1, place) for place, part in enumerate(kernels.unbind(4))], 3)
-    kernels = kernels.view(n, 3, LOW, 2, height // 2, width // 2, 2)
+    kernels = kernels.reshape(n, 3, LOW, 2, height // 2, width // 2, 2)
     kernels = torch.stack([_pairs(part, 2, place) for place, part in enumerate(kernels.unbind(6))], 4)
     return kernels.flatten(3, 4).flatten(1, 2)
 

@@ -42,7 +42,11 @@ class AKNet(Method):
     is another operator. Published so, and tested on whole pictures; in tiles the numbers differ.
     """
 
-    about = About("AKNet", "released code, github.com/PoetryLin/AKNet; OKNet: Cui et al., AAAI 2024", "RESIDE ITS/OTS")
+    about = About(
+        "AKNet (HKNet), a network with large kernels, frequency gates and frequency-aware fusion",
+        "code: github.com/PoetryLin/AKNet; of the family of OKNet, Cui, Ren and Knoll, AAAI 2024",
+        "pairs: RESIDE's ITS or OTS, or another set of hazy and clear pictures",
+    )
     Settings = AKNetSettings
     multiple = 4
     minimum = 8
@@ -51,16 +55,15 @@ class AKNet(Method):
     averaged = ("network",)
     stages: ClassVar[dict[str, str]] = {"train": "paired"}
 
-    def __init__(self, settings: AKNetSettings, networks: tuple[str, ...] = inference):
+    def __init__(self, settings: AKNetSettings):
         super().__init__(settings)
-        for name in networks:
-            self.add_module(name, AKNetNetwork(settings.width))
+        self.network = AKNetNetwork(settings.width)
 
     @classmethod
     def check(cls, settings: config.Settings) -> None:
         size = settings.data.crop_size
-        if size % cls.multiple or size < cls.minimum:
-            raise UserError(f"data.crop_size={size}: aknet needs a multiple of {cls.multiple}, at least {cls.minimum}")
+        if size % cls.multiple:
+            raise UserError(f"data.crop_size={size}: aknet needs a multiple of {cls.multiple}")
 
     @classmethod
     def from_official(cls, state: dict, settings: AKNetSettings) -> "AKNet | None":
@@ -75,7 +78,9 @@ class AKNet(Method):
 
     def to_official(self) -> dict[str, Any]:
         if self.settings.width != official.WIDTH:
-            raise UserError(f"aknet.width={self.settings.width}: the released network is {official.WIDTH} wide, no other")
+            raise UserError(
+                f"aknet.width={self.settings.width}: the released network is {official.WIDTH} wide, no other"
+            )
         return {"model": official.restore(self.network.state_dict())}
 
     def optimisers(self, stage: str, settings: config.Settings) -> dict[str, Optimizer]:
@@ -95,7 +100,7 @@ class AKNet(Method):
         yield Loss("network", total, terms)
 
     def restore(self, hazy: Tensor) -> Tensor:
-        return self.network(hazy, self.settings.border)[-1].float().clamp(0, 1)
+        return self.network(hazy, self.settings.border)[-1].clamp(0, 1)
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,8 @@
-"""The network of AKNet (Zhang et al.; released as HKNet/AKNet), a relative of OKNet (Cui et al., AAAI 2024)."""
+"""The network of AKNet, as its released code computes it; of the family of OKNet (Cui et al., AAAI 2024).
+
+Where the same numbers can be had with less work they are: frequency gates without transforms, large kernels by FFT,
+fusion without unfolding (`models.aknet.fusion`). They differ from the released code's by rounding alone.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +78,11 @@ def filtered(signal: Tensor, gate: Tensor) -> Tensor:
 
 
 def large_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution, zero outside, by FFT: (N,C,h,w), weight (C,1,k,l) -> (N,C,h,w)."""
-    (height, width), (k, l) = x.shape[-2:], weight.shape[-2:]
-    size = [fast_size(max(side + reach // 2, reach)) for side, reach in ((height, k), (width, l))]
-    x, weight = full(x), full(weight)
-    padded = F.pad(x, (l // 2, size[1] - width - l // 2, k // 2, size[0] - height - k // 2))
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(weight.squeeze(1), s=size).conj()
+    """Depthwise convolution, zero outside, by FFT: (N,C,h,w), weight (C,1,k,l), k and l odd, -> (N,C,h,w)."""
+    (height, width), (top, left) = x.shape[-2:], (side // 2 for side in weight.shape[-2:])
+    size = [fast_size(max(side + far, 2 * far + 1)) for side, far in ((height, top), (width, left))]
+    padded = F.pad(full(x), (left, size[1] - width - left, top, size[0] - height - top))
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(full(weight).squeeze(1), s=size).conj()
     return torch.fft.irfft2(spectrum, s=size)[..., :height, :width] + bias.view(-1, 1, 1)
 
 

@@ -1,5 +1,6 @@
 """The released state dicts of AKNet and this project's, renamed one into the other."""
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -11,43 +12,48 @@ from utils.errors import UserError
 
 WIDTH = 32  # of every released network
 CONV = "main.0"  # what the released code calls the convolution in its block
-
-# Module by module: the released name -> ours. Levels: 0 full size, 1 half, 2 a quarter.
-MODULES = {
-    f"feat_extract.0.{CONV}": "stem",
-    f"feat_extract.1.{CONV}": "down.0",
-    f"feat_extract.2.{CONV}": "down.1",
-    f"feat_extract.5.{CONV}": "head.0",
-    f"ConvsOut.1.{CONV}": "head.1",
-    f"ConvsOut.0.{CONV}": "head.2",
-    "bottelneck.in_conv.0": "bottleneck.enter",
-    "bottelneck.out_conv": "bottleneck.leave",
-    "bottelneck.fac_conv": "bottleneck.frequency_gate",
-    "bottelneck.conv": "bottleneck.spatial_gate",
-    "bottelneck.dw_33": "bottleneck.square",
-    "bottelneck.dw_13": "bottleneck.wide",
-    "bottelneck.dw_31": "bottleneck.tall",
-    "bottelneck.dw_11": "bottleneck.point",
-    "bottelneck.fgm": "bottleneck.fgm",
-    "bottelneck.fgm.dwconv1": "bottleneck.fgm.gate",
-    "bottelneck.fgm.dwconv2": "bottleneck.fgm.signal",
+HEADS = ("feat_extract.5", "ConvsOut.1", "ConvsOut.0")
+BOTTLENECK = {
+    "in_conv.0": "enter",
+    "out_conv": "leave",
+    "fac_conv": "frequency_gate",
+    "conv": "spatial_gate",
+    "dw_33": "square",
+    "dw_13": "wide",
+    "dw_31": "tall",
+    "dw_11": "point",
+    "fgm.dwconv1": "fgm.gate",
+    "fgm.dwconv2": "fgm.signal",
 }
-for level, name in enumerate(("2", "1")):
-    MODULES |= {
-        f"FAM{name}.merge.{CONV}": f"attach.{level}",
-        f"SCM{name}.main.4": f"shallow.{level}.7",
-        f"ff{name}.hr_channel_compressor": f"fusion.{level}.compress_fine",
-        f"ff{name}.lr_channel_compressor": f"fusion.{level}.compress_coarse",
-        f"ff{name}.content_encoder": f"fusion.{level}.low",
-        f"ff{name}.content_encoder2": f"fusion.{level}.high",
-        f"Convs.{1 - level}.{CONV}": f"fusion.{level}.merge",
-    }
-    MODULES |= {f"SCM{name}.main.{k}.{CONV}": f"shallow.{level}.{2 * k}" for k in range(4)}
-for level in range(3):
-    for block in range(BLOCKS):
-        for k in range(2):
-            tail, ours = f"layers.{block}.main.{k}.{CONV}", f"{level}.{block}.conv{k + 1}"
-            MODULES |= {f"Encoder.{level}.{tail}": f"encoder.{ours}", f"Decoder.{2 - level}.{tail}": f"decoder.{ours}"}
+FUSION = {
+    "hr_channel_compressor": "compress_fine",
+    "lr_channel_compressor": "compress_coarse",
+    "content_encoder": "low",
+    "content_encoder2": "high",
+}
+
+
+def _modules() -> dict[str, str]:
+    """Module by module: the released name -> ours. Levels: 0 full size, 1 half, 2 a quarter."""
+    names = {f"feat_extract.0.{CONV}": "stem", "bottelneck.fgm": "bottleneck.fgm"}
+    names |= {f"{theirs}.{CONV}": f"head.{level}" for level, theirs in enumerate(HEADS)}
+    names |= {f"bottelneck.{theirs}": f"bottleneck.{ours}" for theirs, ours in BOTTLENECK.items()}
+    for level, theirs in enumerate(("2", "1")):
+        names |= {f"ff{theirs}.{part}": f"fusion.{level}.{ours}" for part, ours in FUSION.items()}
+        names |= {f"SCM{theirs}.main.{k}.{CONV}": f"shallow.{level}.{2 * k}" for k in range(4)}
+        names |= {
+            f"SCM{theirs}.main.4": f"shallow.{level}.7",
+            f"FAM{theirs}.merge.{CONV}": f"attach.{level}",
+            f"Convs.{1 - level}.{CONV}": f"fusion.{level}.merge",
+            f"feat_extract.{1 + level}.{CONV}": f"down.{level}",
+        }
+    for level, block, k in itertools.product(range(3), range(BLOCKS), range(2)):
+        theirs, ours = f"layers.{block}.main.{k}.{CONV}", f"{level}.{block}.conv{k + 1}"
+        names |= {f"Encoder.{level}.{theirs}": f"encoder.{ours}", f"Decoder.{2 - level}.{theirs}": f"decoder.{ours}"}
+    return names
+
+
+MODULES = _modules()
 
 # Constructed, saved, and never used by the released forward pass.
 DEAD = {
@@ -59,9 +65,7 @@ DEAD = {
     "bottelneck.fgm.conv.bias": (8 * WIDTH,),
 }
 # Constants that the released modules register.
-WINDOWS = {
-    f"ff{k}.hamming_{kind}pass": side for k in (1, 2) for kind, side in (("low", LOW), ("high", HIGH))
-}
+WINDOWS = {f"ff{k}.hamming_{kind}pass": side for k in (1, 2) for kind, side in (("low", LOW), ("high", HIGH))}
 
 
 def recognise(state: Mapping) -> bool:
@@ -72,7 +76,8 @@ def recognise(state: Mapping) -> bool:
 def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Released weights -> the network's own, and the dead keys left out. Unknown keys keep their names."""
     for key, side in WINDOWS.items():
-        if key in state and not torch.allclose(state[key].float().flatten(), hamming(side).flatten(), atol=1e-5):
+        held, window = state.get(key, hamming(side)).float().flatten(), hamming(side).flatten()
+        if held.shape != window.shape or not torch.allclose(held, window, atol=1e-5):
             raise UserError(f"the official file's '{key}' is not the Hamming window of {side}x{side}")
     live = {_renamed(key, MODULES): value for key, value in state.items() if key not in DEAD and key not in WINDOWS}
     return live, [key for key in state if key in DEAD]

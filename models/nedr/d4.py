@@ -15,7 +15,9 @@ class D4Settings(NeDRSettings):
         super().__post_init__()
         for module in ("kan_cid", "idrm", "drem"):
             if getattr(self, module):
-                raise UserError(f"d4.{module}=true: D4 is NeDR without its modules; use --model nedr nedr.{module}=true")
+                raise UserError(
+                    f"d4.{module}=true: D4 is NeDR without its modules; use --model nedr nedr.{module}=true"
+                )
 
 
 class D4(NeDR):

@@ -42,7 +42,20 @@ def test_configs_yml_gives_every_setting_and_no_other():
     expected = leaves(config.Settings) - {"model", "method"}
     for name, kind in TYPES.items():
         expected |= leaves(kind, f"{name}.")
-    assert paths(yaml.safe_load(config.DEFAULTS.read_text(encoding="utf-8"))) == expected
+    defaults = yaml.safe_load(config.DEFAULTS.read_text(encoding="utf-8"))
+    recipes = defaults.pop("recipes")
+    assert paths(defaults) == expected
+    assert recipes.keys() <= TYPES.keys()
+
+
+def test_recipes_lie_over_the_defaults_and_under_all_else(tmp_path):
+    """AKNet's is its released training; a method without one has the defaults."""
+    train = load(model="aknet").train
+    assert (train.steps, train.batch, train.clip, train.schedule) == (874_375, 8, 0.01, "epoch_cosine")
+    assert load(model="nedr").train.clip == 0
+    file = written(tmp_path / "config.yml", "train: {batch: 3}")
+    got = load("train.clip=2", model="aknet", files=[file], saved={"train": {"steps": 5, "batch": 4, "clip": 4}}).train
+    assert (got.steps, got.batch, got.clip) == (5, 3, 2)
 
 
 @pytest.mark.parametrize("model", models.names())
@@ -94,7 +107,7 @@ def test_other_kinds():
     [
         ("train.bach=4", r"unknown setting 'train\.bach'; did you mean 'batch'"),
         ("trian.batch=4", r"unknown setting 'trian'; did you mean 'train'"),
-        ("aknet.width=4", "unknown setting 'aknet'"),
+        ("fognet.width=4", "unknown setting 'fognet'"),
         ("nedr.perceptual.layer=[a]", r"'nedr\.perceptual\.layer'; did you mean 'layers'"),
         ("train.batch=4.5", r"train\.batch=4\.5: needs a whole number"),
         ("train.batch=four", "needs a whole number"),
