@@ -131,4 +131,5 @@ def _official(state: dict, path: Path) -> Method:
         method = kind.from_official(state, config.load(name, settings_types()).method)
         if method is not None:
             return method
-    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {', '.join(METHODS)}")
+    known = ", ".join(name for name, kind in METHODS.items() if kind.stages)
+    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}")

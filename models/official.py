@@ -71,14 +71,14 @@ def hand_over(options: argparse.Namespace) -> int:
     state = method.to_official()
     with checkpoint.atomic(output) as temporary:
         torch.save(state, temporary)
-    print("\n".join([*describe(options.file, method), f"written to {output}, for the authors' own code"]))
+    print("\n".join([*describe(options.file, method), f"written to {output}, in the authors' format"]))
     return 0
 
 
 def describe(path: Path, method: models.Method) -> Iterator[str]:
     """Lines about a file: whose it is, its networks and settings, and what of it has no use."""
     name = models.name_of(method)
-    yield f"{path}: {name}, {'released by its authors' if method.skipped is not None else 'of this project'}"
+    yield f"{path}: {name}, {"in its authors' format" if method.skipped is not None else "in this project's format"}"
     for child, network in method.named_children():
         yield f"  {child}: {sum(p.numel() for p in network.parameters()):,} parameters"
     usual = config.load(name, models.settings_types()).method

@@ -258,11 +258,15 @@ def test_better_weights_come_first(tmp_path):
 def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, trained_aknet, tmp_path):
     """In the order of --model, or else of the files; two files of one method bear the names of their folders."""
     files = [experiment / "last.pt", trained_aknet]
-    done = run("--model", "aknet", "dcp", "nedr", "--weights", *files, *pairs, "--output", "out", "aknet.border=reflect")
+    done = run(
+        "--model", "aknet", "dcp", "nedr", "--weights", *files, *pairs, "--output", "out", "aknet.border=reflect"
+    )
     assert done.status == 0
     found = results(tmp_path / "out")
     assert [row["method"] for row in found["rows"]] == ["hazy input", "aknet", "dcp", "nedr"]
-    assert {name: about["model"] for name, about in found["methods"].items()} == {n: n for n in ("aknet", "dcp", "nedr")}
+    assert {name: about["model"] for name, about in found["methods"].items()} == {
+        n: n for n in ("aknet", "dcp", "nedr")
+    }
     assert found["methods"]["aknet"]["settings"]["border"] == "reflect"
     assert pictures(tmp_path / "out" / "pictures" / "aknet") == {"1_1.png", "1_2.png", "2_1.png"}
     (tmp_path / "other").mkdir()

@@ -40,8 +40,8 @@ def _signals_as_before():
         signal.signal(number, handler)
 
 
-def run(folder, *arguments):
-    return train.main(["--model", "nedr", "--checkpoints", str(folder), *arguments])
+def run(folder, *arguments, model="nedr"):
+    return train.main(["--model", model, "--checkpoints", str(folder), *arguments])
 
 
 def lines(folder):
@@ -118,6 +118,32 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(experiment, tmp_pat
     for a, b in ((one["networks"], other["networks"]), (one["ema"]["weights"], other["ema"]["weights"])):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert torch.equal(one["random"]["torch"], other["random"]["torch"])
+
+
+OTHERS = {  # methods that train on other kinds of batches, at the tiny preset
+    "aknet": ["aknet.width=8", "data.hazy=sample:test/hazy", "data.clear=sample:test/clear"],
+    "kanet": ["kanet.width=8", "kanet.contrastive_weight=0", "data.hazy=", "data.depth=sample:train/depth"],
+}
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_paired_and_degraded_training_end_resume_and_score(model, experiment, tmp_path):
+    """AKNet's schedule goes on where it stood (the released one begins anew), and so do KA-Net's sample weights."""
+    steps = [*OTHERS[model], "warm_start.steps=0", "train.steps=3", "train.batch=2", "train.ema=0.5"]
+    whole = tmp_path / "whole"
+    shutil.copytree(experiment, whole)
+    assert run(whole, *steps, model=model) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(experiment, *steps, model=model) == 128 + signal.SIGTERM
+    assert run(experiment, *steps, "--resume", model=model) == 0
+    one, other = checkpoint.read(whole / "last.pt"), checkpoint.read(experiment / "last.pt")
+    for a, b in ((one["networks"], other["networks"]), (one["ema"]["weights"], other["ema"]["weights"])):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert one["updater"]["schedules"] == other["updater"]["schedules"]
+    pairs = ["--hazy", "sample:test/hazy", "--clear", "sample:test/clear"]
+    assert scoring_command.main(["--checkpoints", str(experiment), *pairs, "test.panels=false"]) == 0
+    assert json.loads((experiment / "results" / "results.json").read_text())["rows"][1]["method"] == model
     figures = [{k: v for k, v in line.items() if "speed" not in k} for line in lines(whole)]
     assert figures == [{k: v for k, v in line.items() if "speed" not in k} for line in lines(experiment)]
 
@@ -255,6 +281,7 @@ def test_refusals_leave_with_status_2_and_one_line(tmp_path):
 
 @pytest.mark.parametrize("preset", sorted(path.parent.name for path in ROOT.glob("checkpoints/*/config.yml")))
 def test_presets_are_valid(preset):
-    settings = config.load("nedr", models.settings_types(), [ROOT / "checkpoints" / preset / "config.yml"])
+    model = name if (name := preset.removeprefix("train_")) in models.names() else "nedr"
+    settings = config.load(model, models.settings_types(), [ROOT / "checkpoints" / preset / "config.yml"])
     models.check_training(settings)
     assert not any(str(path).startswith("/") for path in (settings.data.hazy, settings.data.clear, settings.test.hazy))

@@ -160,7 +160,7 @@ def test_released_files_come_back(released, tmp_path, capsys):
 
     assert official.main(["inspect", str(file)]) == 0
     told = capsys.readouterr().out
-    assert told.startswith(f"{file}: {name}, released by its authors\n")
+    assert told.startswith(f"{file}: {name}, in its authors' format\n")
     assert f"{len(loaded.skipped)} in all" in told
 
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "again" / "theirs.pth"
