@@ -78,7 +78,8 @@ def hand_over(options: argparse.Namespace) -> int:
 def describe(path: Path, method: models.Method) -> Iterator[str]:
     """Lines about a file: whose it is, its networks and settings, and what of it has no use."""
     name = models.name_of(method)
-    yield f"{path}: {name}, {"in its authors' format" if method.skipped is not None else "in this project's format"}"
+    whose = "this project's" if method.skipped is None else "its authors'"
+    yield f"{path}: {name}, in {whose} format"
     for child, network in method.named_children():
         yield f"  {child}: {sum(p.numel() for p in network.parameters()):,} parameters"
     usual = config.load(name, models.settings_types()).method
