@@ -130,7 +130,9 @@ def test_drem(golden, features, official_keys):
         r"^RDB_([12])\.0\.lff\.": r"block\1.fuse.",
     }
     module = fill_module(DREM(32), "drem", official_keys["drem"], rename)
-    assert_golden(module(features), golden["drem"])
+    # Values go to 8.6, of 6,400 products each: the order in which a CPU sums them alone moves the last by 1.1e-5.
+    scale = golden["drem"].abs().max()
+    assert_golden(module(features) / scale, golden["drem"] / scale)
 
 
 def grad_norm(module: nn.Module) -> float:
