@@ -93,4 +93,4 @@ def restore(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:
     module, _, leaf = key.rpartition(".")
-    return f"{names.get(module, module)}.{leaf}"
+    return f"{names[module]}.{leaf}" if module in names else key

@@ -57,7 +57,7 @@ class KANet(Method):
     about = About(
         "Advancing Real-World Image Dehazing: Perspective, Modules, and Training",
         "Feng, Ma, Meng, Zhou, Liu and Su, TPAMI 46(12), 9303-9320, 2024",
-        "clear pictures, made hazy with several degradations (ours: no training is released)",
+        "clear pictures, made hazy with several degradations (ours; none is released)",
     )
     Settings = KANetSettings
     multiple = 64
