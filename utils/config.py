@@ -391,6 +391,8 @@ def convert(value: Any, kind: Any, path: str) -> Any:
             raise UserError(f"{path}={value}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
         return value
     if origin is list:
+        if value is None or (args[0] is str and isinstance(value, str)):  # none, or one alone
+            value = [] if value is None else [value]
         return [convert(item, args[0], path) for item in _sequence(value, path)]
     if origin is tuple:
         items = _sequence(value, path)

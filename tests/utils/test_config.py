@@ -240,3 +240,10 @@ def test_stages():
     assert (game.name, game.steps, game.per_step, game.schedule) == ("train", 2_000_000, 12, "multistep")
     assert [stage.name for stage in config.stages(load("warm_start.steps=0"))] == ["train"]
     assert [stage.name for stage in config.stages(load("warm_start.steps=1", "train.steps=0"))] == ["warm_start"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("null", []), ("", []), ("a.pt", ["a.pt"]), ("[a, b]", ["a", "b"])])
+def test_a_list_of_texts_may_be_none_or_one(text, expected):
+    """So that checkpoints load in which test.weights was one file or none."""
+    assert load(f"test.weights={text}").test.weights == expected
+    assert load(saved={"test": {"weights": yaml.safe_load(text)}}).test.weights == expected
