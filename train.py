@@ -44,8 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(options.checkpoints)
     settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
     run = Run(settings, folder, options.resume)
-    with run.log:
-        return run.train()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: setattr(run, "signal", number)) for number in numbers]
+    try:
+        with run.log:
+            return run.train()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 class Run:
@@ -84,8 +90,6 @@ class Run:
 
     def train(self) -> int:
         """All stages, from where the run stands. A signal ends it after a whole step; returns the exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: setattr(self, "signal", number))
         self.log.say(f"{self.settings.model} on {self.device}, from step {self.global_step}")
         self.train_stage(self.stages[self.stage])
         while self.stage + 1 < len(self.stages) and not self.signal:

@@ -119,4 +119,6 @@ def main(arguments: list[str] | None = None) -> None:
         with multiprocessing.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
             for _ in bar(pool.imap_unordered(work, tasks, chunksize=4)):
                 pass
+            pool.close()  # and wait: what `with` does, terminate, waits for ever where a caller has caught SIGTERM
+            pool.join()
     print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy pictures in {options.output}")
