@@ -11,7 +11,6 @@ hold the table. The same command goes on where an interrupted one stopped, and d
 import argparse
 import contextlib
 import itertools
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,12 +143,7 @@ def shared(case: Case) -> dict[str, Any]:
 def fit(case: Case) -> int:
     """Train a case as far as it is not trained. Returns 0, or the status of a training that a signal ended."""
     write_text(case.folder / "config.yml", yaml.safe_dump(case.given, sort_keys=False, allow_unicode=True))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train.main(["--model", "nedr", "--checkpoints", str(case.folder), "--resume"])
-    finally:
-        for number, handler in before.items():  # training takes them over, to end after a whole step
-            signal.signal(number, handler)
+    return train.main(["--model", "nedr", "--checkpoints", str(case.folder), "--resume"])
 
 
 def score(case: Case) -> None:

@@ -71,7 +71,7 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
-            method = _official(checkpoint.unwrap(weights), path)
+            method = _official(weights, path)
         else:
             method = _ours(metadata["model"], metadata["settings"], weights, path)
     else:
@@ -80,7 +80,7 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
             averaged = state.get("ema", {}).get("weights", {}) if ema else {}
             method = _ours(state["model"], state["settings"], state["networks"] | averaged, path)
         else:
-            method = _official(checkpoint.unwrap(state), path)
+            method = _official(state, path)
     change(method, test_time)
     return method.to(device).eval()
 
@@ -127,6 +127,7 @@ def _ours(model: str, saved: dict, weights: dict, path: Path) -> Method:
 
 
 def _official(state: dict, path: Path) -> Method:
+    state = checkpoint.unwrap(state)
     for name, kind in METHODS.items():
         method = kind.from_official(state, config.load(name, settings_types()).method)
         if method is not None:

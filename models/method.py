@@ -32,8 +32,8 @@ class Method(nn.Module):
     """A dehazing system: networks as named children and four verbs.
 
     A subclass gives `about`, `Settings` (its block of configs.yml), `restore` or `find`, and, unless it is free of
-    training, `stages`, `optimisers`, `losses` and `pictures`. ``stage`` is ``warm_start`` (supervised, before all
-    else) or ``train`` (the method's own game).
+    training, `stages`, `optimisers`, `losses` and, where it does not train on pairs, `pictures`. ``stage`` is
+    ``warm_start`` (supervised, before all else) or ``train`` (the method's own game).
     """
 
     about: ClassVar[About]
@@ -90,8 +90,9 @@ class Method(nn.Module):
         yield from ()
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pictures worth looking at, (N,1 or 3,H,W) in [0,1], by name."""
-        return {}
+        """Pictures worth looking at, (N,1 or 3,H,W) in [0,1], by name; here those of a method that trains on pairs."""
+        with torch.no_grad():
+            return {"hazy": batch["hazy"], "dehazed": self.restore(batch["hazy"]), "clear": batch["clear"]}
 
     def restore(self, hazy: Tensor) -> Tensor:
         """Clear pictures for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1].

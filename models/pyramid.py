@@ -138,14 +138,15 @@ def initialise(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def load_encoder(pyramids: list[Pyramid], weights: str) -> None:
+def load_encoder(pyramids: list[Pyramid], weights: str, key: str) -> None:
     """Give every encoder its start: ``hub`` (ImageNet weights through timm), a file of them, or ``none``.
 
-    A file is timm's tf_efficientnet_lite3 as .safetensors or .pth. Raises `UserError` with the remedy.
+    A file is timm's tf_efficientnet_lite3 as .safetensors or .pth. Raises `UserError` with the remedy,
+    the setting ``key``.
     """
     if weights == "none":
         return
-    state = _hub_weights() if weights == "hub" else read_weights(Path(weights))
+    state = _hub_weights(key) if weights == "hub" else read_weights(Path(weights))
     for pyramid in pyramids:
         own = pyramid.encoder.state_dict()
         missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -159,12 +160,11 @@ def load_encoder(pyramids: list[Pyramid], weights: str) -> None:
         pyramid.encoder.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
 
 
-def _hub_weights() -> dict[str, Tensor]:
+def _hub_weights(key: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(BACKBONE, pretrained=True).state_dict()
     except Exception as error:  # whatever the hub client raises offline: many kinds, one remedy
         raise UserError(
             f"the ImageNet weights of {BACKBONE} cannot be had from the hub ({type(error).__name__}); put timm's "
-            f"file on this machine and set nedr.encoder_weights=FILE, or train from scratch with "
-            f"nedr.encoder_weights=none"
+            f"file on this machine and set {key}=FILE, or train from scratch with {key}=none"
         ) from None

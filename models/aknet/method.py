@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -101,8 +100,3 @@ class AKNet(Method):
 
     def restore(self, hazy: Tensor) -> Tensor:
         return self.network(hazy, self.settings.border)[-1].clamp(0, 1)
-
-    @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """hazy, dehazed and clear."""
-        return {"hazy": batch["hazy"], "dehazed": self.restore(batch["hazy"]), "clear": batch["clear"]}

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
@@ -128,11 +127,6 @@ class KANet(Method):
 
     def restore(self, hazy: Tensor) -> Tensor:
         return self.network(hazy)[0].clamp(0, 1)
-
-    @torch.no_grad()
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """hazy, dehazed and clear."""
-        return {"hazy": batch["hazy"], "dehazed": self.restore(batch["hazy"]), "clear": batch["clear"]}
 
     def _contrastive(self) -> GaussianContrastive:
         """The contrastive loss, made when it is first needed: a resumed run does not `start`."""

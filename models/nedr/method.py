@@ -210,7 +210,8 @@ class NeDR(Method):
             initialise(network)
             if encoder:
                 encoder.load_state_dict(kept)
-        load_encoder([self.removal.pyramid, self.depth.pyramid], self.settings.encoder_weights)
+        s = self.settings
+        load_encoder([self.removal.pyramid, self.depth.pyramid], s.encoder_weights, f"{s.block}.encoder_weights")
         if self.settings.perceptual_weight:
             self._perceptual()  # what cannot be had is refused now
 
@@ -326,7 +327,7 @@ class NeDR(Method):
         """The perceptual loss, made when it is first needed: a resumed run does not `start`."""
         if not self.ruler:
             p = self.settings.perceptual
-            self.ruler = [PerceptualLoss(p.network, p.layers, p.weights)]
+            self.ruler = [PerceptualLoss(p.network, p.layers, p.weights, f"{self.settings.block}.perceptual")]
         return self.ruler[0]
 
     def _own(self, found: Removal) -> Tensor | None:
