@@ -25,7 +25,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import models
-from data import benchmarks, datasets, images, locate
+from data import benchmarks, images, locate
+from data.pictures import Folder, Paired, doubts
 from models import testing
 from utils import comparison, config, device, errors, tables
 from utils.errors import UserError
@@ -110,8 +111,8 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
     source = images.resolve(test.hazy)
     root = source if source.is_dir() else None
     pairs = images.pair(test.hazy, test.clear) if test.clear else None
-    items = datasets.Paired(pairs, root) if pairs else datasets.Folder(hazy, root)
-    return [Pictures("pictures", items, truth=bool(pairs), remarks=datasets.doubts(items) if pairs else [])]
+    items = Paired(pairs, root) if pairs else Folder(hazy, root)
+    return [Pictures("pictures", items, truth=bool(pairs), remarks=doubts(items) if pairs else [])]
 
 
 def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -> int:

@@ -5,28 +5,30 @@
 
 An experiment is a folder with a config.yml (what differs from configs.yml; key=value lies over both). The run adds
 settings.yml (all settings in force), last.pt (everything, to go on from), weights.safetensors (for test.py; the best
-validated ones, or the latest), log.txt, log.jsonl and tensorboard/. CUDA_VISIBLE_DEVICES chooses the GPU.
+validated ones, or the latest), log.txt, log.jsonl and tensorboard/. CUDA_VISIBLE_DEVICES chooses the GPU;
+torchrun --nproc_per_node N train.py ... takes N of them (docs/distributed.md).
 """
 
 import argparse
-import math
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
-from data import datasets
-from utils import checkpoint, config, errors, scoring
+from data import datasets, loading
+from utils import checkpoint, config, distributed, errors, scoring, signals
 from utils.averaging import EMA, recalibrate
-from utils.device import autocast, pick
+from utils.device import autocast
+from utils.distributed import synchronise
 from utils.errors import UserError
-from utils.logging import RunLog
+from utils.logging import RunLog, Silence, Speed
+from utils.progress import Progress
 from utils.updater import Updater, finite
 
 
@@ -42,34 +44,31 @@ def main(arguments: list[str] | None = None) -> int:
         print(models.listing())
         return 0
     folder = Path(options.checkpoints)
-    settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
-    run = Run(settings, folder, options.resume)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: setattr(run, "signal", number)) for number in numbers]
-    try:
-        with run.log:
+    with distributed.group() as ranks:
+        settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
+        run = Run(settings, folder, options.resume, ranks)
+        with signals.handled(run.signal), run.log:
             return run.train()
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 class Run:
     """One training run: what it is made of (what can be refused is refused first), its loop, and what it remembers."""
 
-    def __init__(self, settings: config.Settings, folder: Path, resume: bool):
+    def __init__(self, settings: config.Settings, folder: Path, resume: bool, ranks: distributed.Ranks):
         self.settings, self.last, self.weights = settings, folder / "last.pt", folder / "weights.safetensors"
+        self.ranks = ranks
         if self.last.exists() and not resume:
             raise UserError(f"{folder} holds a run already: go on with --resume, or remove {self.last} to start anew")
-        self.device = pick(settings.device)
+        self.device = ranks.pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()
         models.check_training(settings)
-        self.stages = config.stages(settings)
+        self.at = Progress(config.stages(settings), ranks.world)
         kinds = models.METHODS[settings.model].stages
-        self.datasets = {each.name: datasets.training(settings, each.name, kinds[each.name]) for each in self.stages}
+        self.datasets = {each.name: datasets.training(settings, each.name, kinds[each.name]) for each in self.at.stages}
         self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
+        ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
 
         torch.manual_seed(settings.seed)
         torch.backends.cudnn.benchmark = True
@@ -77,134 +76,151 @@ class Run:
         if saved is None:
             models.start(self.method, settings.train.init)
         self.method.to(self.device)
+        ranks.share(self.method)
+        if settings.train.sync_batchnorm and ranks.world > 1:
+            synchronise(self.method)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
-        self.stage, self.step, self.best, self.signal = 0, 0, -math.inf, 0
+        self.signalled, self.ending, self.terms = 0, 0, {}  # signals: to this process, and as all agreed on
+        ranks.start(settings.seed)
         if saved is not None:
             self.load_state_dict(saved)
         self.updater = self.make_updater(saved and saved["updater"])
-        self.log = RunLog(folder, self.global_step)
+        self.log = RunLog(folder, self.at.global_step) if ranks.first else Silence()
         for source in filter(None, (*self.datasets.values(), self.validation)):
             for remark in source.remarks:
                 self.log.say(f"warning: {remark}")
-        (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
+        if ranks.first:
+            (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
+
+    def signal(self, number: int) -> None:
+        self.signalled = number
 
     def train(self) -> int:
         """All stages, from where the run stands. A signal ends it after a whole step; returns the exit status."""
-        self.log.say(f"{self.settings.model} on {self.device}, from step {self.global_step}")
-        self.train_stage(self.stages[self.stage])
-        while self.stage + 1 < len(self.stages) and not self.signal:
-            self.stage, self.step = self.stage + 1, 0
+        at, step = self.at, lambda: self.at.global_step
+        self.log.say(f"{self.settings.model} on {self.device}{self.ranks.remark}, from step {step()}")
+        self.train_stage(at.stage)
+        while not (at.last_stage or self.ending):
+            at.next_stage()
             self.updater = self.make_updater()
-            self.train_stage(self.stages[self.stage])
-        if self.signal:
-            self.log.say(f"stopped after step {self.global_step}, saved in {self.last}; go on with --resume")
-            return 128 + self.signal
-        self.log.say(f"finished after step {self.global_step}; weights in {self.weights}")
+            self.train_stage(at.stage)
+        if self.ending:
+            self.log.say(f"stopped after step {step()}, saved in {self.last}; go on with --resume")
+            return 128 + self.ending
+        self.log.say(f"finished after step {step()}; weights in {self.weights}")
         return 0
 
     def make_updater(self, saved: dict | None = None) -> Updater:
-        stage = self.stages[self.stage]
-        optimisers, epoch = self.method.optimisers(stage.name, self.settings), self.datasets[stage.name].epoch_length
-        return Updater(optimisers, stage, self.settings, self.device, epoch, saved)
+        name = self.at.stage.name
+        optimisers, epoch = self.method.optimisers(name, self.settings), self.datasets[name].epoch_length
+        return Updater(
+            optimisers, self.at.stage, self.settings, self.device, epoch, saved, ranks=self.ranks, ahead=self.at.ahead
+        )
+
+    def loader(self, stage: config.Stage, start: int, batches: int) -> DataLoader:
+        """So many batches for each process, from position ``start`` of the stage's pictures on."""
+        stop, how = start + batches * stage.batch * self.ranks.world, {"pin": self.device.type == "cuda"}
+        how |= {"workers": self.settings.data.workers, "rank": self.ranks.rank, "world": self.ranks.world}
+        return loading.loader(self.datasets[stage.name], start, stop, stage.batch, **how)
 
     def train_stage(self, stage: config.Stage) -> None:
-        source, log = self.datasets[stage.name], self.settings.log
-        start, stop, workers = self.step * stage.per_step, stage.steps * stage.per_step, self.settings.data.workers
-        loader = datasets.loader(source, start, stop, stage.batch, workers, pin=self.device.type == "cuda")
-        bar = tqdm(total=stage.steps, initial=self.step, desc=stage.name, unit="step", disable=None)
+        at, log = self.at, self.settings.log
+        waiting = loading.Waiting(self.loader(stage, at.seen, (stage.steps - at.step) * stage.accumulate))
+        speed, shown = Speed(at.step, at.per_step, waiting), {"disable": None if self.ranks.first else True}
+        bar = tqdm(total=stage.steps, initial=at.step, desc=stage.name, unit="step", **shown)
         self.method.train()
-        clock, since = time.perf_counter(), self.step
-        with closing(iter(loader)) as batches, bar:
-            while self.step < stage.steps and not self.signal:
-                chunk = self.receive(batches, stage.accumulate)
-                terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
+        with closing(loading.ahead(waiting, self.device)) as batches, bar:
+            while not at.stage_ends and (chunk := self.receive(batches, stage.accumulate)):
+                self.terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
+                self.ranks.average_statistics(self.method)
                 self.ema.update()
-                self.step += 1
+                at.advance()
                 bar.update()
-                last = self.step == stage.steps
-                if self.due(log.every):
-                    figures = finite(terms)
-                    speed = {"steps_per_second": (self.step - since) / (time.perf_counter() - clock)}
+                if at.due(log.every):
+                    figures, pace = finite(self.ranks.mean(self.terms)), self.ranks.mean(speed.figures(at.step))
                     bar.set_postfix(
                         {name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures}
                     )
-                    self.log.figures(stage.name, self.global_step, loss=figures, rate=self.updater.rates(), speed=speed)
-                    clock, since = time.perf_counter(), self.step
-                if self.due(log.pictures_every):
+                    self.log.figures(stage.name, at.global_step, loss=figures, rate=self.updater.rates(), speed=pace)
+                if at.due(log.pictures_every) and self.ranks.first:
                     with self.ema.applied() as method, self.autocast():
-                        self.log.pictures(self.global_step, method.pictures(chunk[-1]))
-                if self.due(log.validate_every) or last:
+                        self.log.pictures(at.global_step, method.pictures(chunk[-1]))
+                if at.due(log.validate_every) or at.stage_ends:
                     self.validate(stage)
-                if self.due(log.save_every) or last or self.signal:
-                    finite(terms)  # what is not finite is not saved
+                if at.due(log.save_every) or at.stage_ends:
                     self.save()
+        [self.ending] = self.ranks.agree(self.signalled)
+        if self.ending and not at.stage_ends:
+            self.save()
 
     def receive(self, batches: Iterator[dict], count: int) -> list[dict[str, Tensor]]:
-        """The next batches, on the device; pictures that could not be read were replaced and are named once."""
+        """The next batches, on the device; none after a signal. All processes go on together, or stop together.
+
+        Pictures that could not be read were replaced and are named once.
+        """
+        received, failure = [], ""
         try:
-            received = [next(batches) for _ in range(count)]
-        except UserError:  # not one picture is left
-            if self.global_step:
-                self.save()
-            raise
-        for message in (message for batch in received for message in batch.pop("skipped")):
+            received = [] if self.signalled else [next(batches) for _ in range(count)]
+        except UserError as error:  # not one picture is left
+            failure = str(error)
+        skipped = [message for batch in received for message in batch.pop("skipped")]
+        self.ending, failed, news = self.ranks.agree(self.signalled, bool(failure), bool(skipped))
+        for message in chain(*self.ranks.exchange(skipped)) if news else ():
             self.log.warn_once(f"skipped: {message}")
-        return [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()} for batch in received]
+        if failed:
+            failure = next(filter(None, self.ranks.exchange(failure)))
+            if self.at.global_step:
+                self.save()
+            raise UserError(failure)
+        return [] if self.ending else received
 
     def validate(self, stage: config.Stage) -> None:
         """Score the averaged weights on the validation pairs and keep them if they are the best so far."""
-        count, source, workers = self.settings.train.recalibrate, self.datasets[stage.name], self.settings.data.workers
+        count, ranks, pairs, step = self.settings.train.recalibrate, self.ranks, self.validation, self.at.global_step
         with self.ema.applied() as method, self.autocast():
             if count:
-                recalibrate(method, datasets.loader(source, 0, count * stage.batch, stage.batch, workers), self.device)
-            if self.validation is None:
+                recalibrate(method, self.loader(stage, 0, count), self.device)
+                ranks.average_statistics(method)
+            if pairs is None:
                 return self.export(method)
-            mean = scoring.mean(scoring.score(method.dehaze, self.validation, device=self.device, bar="validating"))
+            how = {"device": self.device, "bar": "validating" if ranks.first else None}
+            mean = scoring.mean(ranks.spread(lambda items: scoring.score(method.dehaze, items, **how), pairs))
             psnr, ssim, hazy = (mean[key] for key in ("ours.psnr", "ours.ssim", "hazy.psnr"))
-            if better := psnr > self.best:
-                self.best = psnr
+            if better := psnr > self.at.best:
+                self.at.best = psnr
                 self.export(method)
-        self.log.figures(stage.name, self.global_step, validation={"psnr": psnr, "ssim": ssim})
+        self.log.figures(stage.name, step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
-            f"step {self.global_step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(self.validation)} validation pictures "
+            f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation pictures "
             f"(hazy: {hazy:.2f} dB){', the best so far' if better else ''}"
         )
 
     def export(self, method: models.Method) -> None:
-        checkpoint.save_weights(self.weights, method.inference_state(), {"step": self.global_step} | self.identity())
+        if self.ranks.first:
+            metadata = {"step": self.at.global_step} | self.identity()
+            checkpoint.save_weights(self.weights, method.inference_state(), metadata)
 
     def identity(self) -> dict:
         return {"model": self.settings.model, "settings": config.to_dict(self.settings)}
 
-    @property
-    def global_step(self) -> int:
-        return sum(stage.steps for stage in self.stages[: self.stage]) + self.step
-
-    def due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
-
     def save(self) -> None:
-        state = self.identity() | {
-            "networks": self.method.state_dict(),
-            "ema": self.ema.state_dict(),
-            "updater": self.updater.state_dict(),
-            "stage": self.stages[self.stage].name,
-            "step": self.step,
-            "best": self.best,
-            "random": checkpoint.random_states(),
-        }
-        checkpoint.save(self.last, state)
+        """Write last.pt; what is not finite is not saved (`finite`)."""
+        finite(self.ranks.mean(self.terms))
+        state = self.identity() | self.at.state_dict() | self.ranks.states(self.method)
+        state |= {"networks": self.method.state_dict(), "ema": self.ema.state_dict()}
+        state |= {"updater": self.updater.state_dict()}
+        if self.ranks.first:
+            checkpoint.save(self.last, state)
+        self.ranks.saved = f"{self.last} is from step {self.at.global_step}: go on with --resume"
 
     def load_state_dict(self, state: dict) -> None:
         if state.get("model") != self.settings.model:
             raise UserError(f"{self.last} is a checkpoint of {state.get('model')}, not of {self.settings.model}")
         checkpoint.load_strict(self.method, state["networks"], f"{self.last}")
         self.ema.load_state_dict(state["ema"])
-        if state["stage"] not in self.datasets:
-            raise UserError(f"{self.last} stands in the stage {state['stage']}, which now has no steps; give it some")
-        self.stage = list(self.datasets).index(state["stage"])
-        self.step, self.best = state["step"], state["best"]
-        checkpoint.set_random_states(state["random"])
+        self.at.load_state_dict(state)
+        self.ranks.restore(state, self.method, self.settings.seed, self.at.global_step)
+        self.ranks.saved = f"{self.last} is from step {self.at.global_step}: go on with --resume"
 
 
 if __name__ == "__main__":

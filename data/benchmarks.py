@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from data.datasets import SOTS_BORDER
+from data.pictures import SOTS_BORDER
 
 HAZY = ("hazy", "haze", "hazy-images", "input", "inputs")
 TRUTH = ("gt", "gts", "clear", "clean", "ground-truth", "target", "non-hazy", "haze-free", "original", "clear-images")

@@ -1,33 +1,34 @@
-"""Datasets: endless shuffled streams to train on, pairs to score on, folders to dehaze.
+"""Datasets to train on: endless shuffled streams of pictures, pairs, and clear pictures made hazy.
 
 A stream is a pure function of the position: item k is the same whatever was read before, by how many workers, in
 which process. To resume is to start at a position.
 """
 
 import math
-import os
 import re
-import signal
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from data import haze, images
+from data import haze, images, locate
+from data.cache import Cache
+from data.pictures import SOTS_BORDER, Paired, read_pair
+from data.pixels import Pixels, Stack
 from utils.config import Settings
 from utils.errors import UserError, nearest
 
 RULES = ("short_side", "random")
-SOTS_BORDER = 10  # pixels by which SOTS-indoor's official ground truth is larger on every side
+
+Transform = Callable[[Pixels | Stack, np.random.Generator], Tensor]
 
 
-def crop(image: Tensor, rng: np.random.Generator, size: int, rule: str, flip: bool) -> Tensor:
+def crop(image: Tensor | Pixels | Stack, rng: np.random.Generator, size: int, rule: str, flip: bool) -> Tensor:
     """Cut a random square out of (C,H,W) in [0,1]: (C,size,size) in [0,1]. Stack what must be cut alike on C.
 
     ``short_side``, the released rule of NeDR and D4: a square of the full short side, resized (bicubic, antialiased).
@@ -54,15 +55,21 @@ class Stream(Dataset):
     ``stream[k]``, k >= 0, is ``{name: transform(picture, rng), "skipped": [...]}``. Each picture comes once an
     epoch of ``len(paths)``; streams of different ``name`` are shuffled independently. A picture that cannot be used
     is replaced by the next one in the order, and ``skipped`` says why. Raises `UserError` if none can be used.
+    ``cache`` spares decoding and changes nothing else.
     """
 
     remarks: Sequence[str] = ()  # what is odd about the pictures, a line each
 
-    def __init__(self, paths: Sequence, transform: Callable, seed: int, name: str):
-        self.paths, self.transform, self.name = list(paths), transform, name
+    def __init__(self, paths: Sequence, transform: Transform, seed: int, name: str, cache: Cache | None = None):
+        self.paths, self.transform, self.name, self.cache = list(paths), transform, name, cache or Cache()
         self.entropy = [seed, zlib.crc32(name.encode())]
         self.epoch_length = len(self.paths)
         self._shuffled = (-1, np.empty(0, dtype=int))  # the last epoch asked for, and its order
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell the cache which pictures will be read."""
+        self.cache.add(self.paths)
 
     def __getitem__(self, k: int) -> dict:
         if k < 0:
@@ -88,7 +95,7 @@ class Stream(Dataset):
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         path = self.paths[index]
-        return {self.name: _named(path, self.transform, images.read(path), rng)}
+        return {self.name: _named(path, self.transform, self.cache.picture(path), rng)}
 
 
 class Synthetic(Stream):
@@ -103,20 +110,23 @@ class Synthetic(Stream):
         self,
         clear_paths: Sequence[Path],
         depth_paths: Sequence[Path] | None,
-        transform: Callable,
+        transform: Transform,
         add_haze: Callable[[Tensor, Tensor | None, np.random.Generator], dict],
         seed: int,
         name: str,
+        cache: Cache | None = None,
     ):
-        super().__init__(clear_paths, transform, seed, name)
-        self.depth = None if depth_paths is None else images.match_depth(self.paths, depth_paths)
+        self.depth = None if depth_paths is None else images.match_depth(clear_paths, depth_paths)
         self.add_haze = add_haze
+        super().__init__(clear_paths, transform, seed, name, cache)
+
+    def _announce(self) -> None:
+        self.cache.add(self.paths, self.depth or ())
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         path = self.paths[index]
-        picture, depth = haze.read_with_depth(path, self.depth and self.depth[index])
-        both = picture if depth is None else torch.cat([picture, depth])
-        both = _named(path, self.transform, both, rng)
+        picture, depth = haze.read_with_depth(path, self.depth and self.depth[index], self.cache)
+        both = _named(path, self.transform, picture if depth is None else Stack((picture, depth)), rng)
         return self.add_haze(both[:3], None if depth is None else both[3:], rng)
 
 
@@ -129,17 +139,21 @@ class Pairs(Stream):
     def __init__(
         self,
         pairs: Sequence[tuple[Path, Path]],
-        transform: Callable,
+        transform: Transform,
         seed: int,
         name: str,
         remarks: Sequence[str] = (),
+        cache: Cache | None = None,
     ):
-        super().__init__(pairs, transform, seed, name)
+        super().__init__(pairs, transform, seed, name, cache)
         self.remarks = list(remarks)
+
+    def _announce(self) -> None:
+        self.cache.add(path for pair in self.paths for path in pair)
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         pair = self.paths[index]
-        both = _named(pair[0], self.transform, torch.cat(_read_pair(*pair, SOTS_BORDER)), rng)
+        both = _named(pair[0], self.transform, Stack(read_pair(*pair, SOTS_BORDER, self.cache)), rng)
         return {"hazy": both[:3], "clear": both[3:]}
 
 
@@ -160,63 +174,14 @@ class Unpaired(Dataset):
         return {"hazy": hazy["hazy"], "clear": clear["clear"], "skipped": hazy["skipped"] + clear["skipped"]}
 
 
-class Paired(Dataset):
-    """Whole pictures with their ground truth, to score on: {hazy, clear, name}; see `images.pair`.
-
-    A ground truth that is ``border`` pixels larger on every side is cut at the centre: SOTS-indoor as RESIDE ships
-    it, 640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
-    The name is the hazy picture's path below ``root`` (or what they share).
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Path, Path]],
-        root: str | Path | None = None,
-        border: int = SOTS_BORDER,
-        remarks: Sequence[str] = (),
-    ):
-        self.pairs, self.border, self.remarks = list(pairs), border, list(remarks)
-        self.names = _names([hazy for hazy, _ in self.pairs], root)
-
-    @property
-    def files(self) -> list[Path]:
-        """Every file that is read."""
-        return [path for pair in self.pairs for path in pair]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict:
-        hazy, clear = _read_pair(*self.pairs[index], self.border)
-        return {"hazy": hazy, "clear": clear, "name": self.names[index]}
-
-
-class Folder(Dataset):
-    """Whole hazy pictures to dehaze: {hazy, name}, the name being the path below ``root`` (or what they share)."""
-
-    def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
-        self.paths = list(paths)
-        self.names = _names(self.paths, root)
-
-    @property
-    def files(self) -> list[Path]:
-        """Every file that is read."""
-        return self.paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"hazy": images.read(self.paths[index]), "name": self.names[index]}
-
-
-def training(settings: Settings, stage: str, kind: str) -> Unpaired | Stream:
+def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Unpaired | Stream:
     """The pictures of a stage of training, as the settings have it; what is odd about them is in its ``remarks``.
 
     ``kind``: ``paired`` hazy and clear pictures of one scene; ``unpaired`` ones, independently shuffled; ``synthetic``
     haze or the ``degraded`` imaging model on clear pictures. Unpaired without data.hazy, the hazy pictures are clear
     ones of another stream, with synthetic haze. The stage ``warm_start`` has clear pictures and depth of its own.
-    Raises `UserError` if they are not to be found, or hazy pictures lack their ground truth.
+    ``cache``, of data.cache GiB, is one for all stages; None keeps nothing. Raises `UserError` if they are not to be
+    found, or hazy pictures lack their ground truth.
     """
     data, law = settings.data, settings.haze
     if data.pairs and kind != "paired":
@@ -225,16 +190,16 @@ def training(settings: Settings, stage: str, kind: str) -> Unpaired | Stream:
     add_haze = partial(haze.random_haze, density=law.density, airlight=law.airlight, colour=law.colour)
 
     def stream(source: str, name: str) -> Stream:
-        return Stream(images.find(source), cut, settings.seed, name)
+        return Stream(images.find(source), cut, settings.seed, name, cache)
 
     def synthetic(name: str, add_haze: Callable) -> Synthetic:
         clear, depth = _clear_and_depth(settings, name)
-        return Synthetic(clear, depth, cut, add_haze, settings.seed, name)
+        return Synthetic(clear, depth, cut, add_haze, settings.seed, name, cache)
 
     match kind:
         case "paired":
             pairs, remarks = _pairs(settings, "")
-            return Pairs(pairs, cut, settings.seed, stage, remarks)
+            return Pairs(pairs, cut, settings.seed, stage, remarks, cache)
         case "synthetic":
             return synthetic(stage, add_haze)
         case "degraded":
@@ -252,24 +217,6 @@ def validation(settings: Settings) -> Paired | None:
         return None
     pairs, remarks = _pairs(settings, "validation_")
     return Paired(pairs[:: math.ceil(len(pairs) / limit)] if limit else pairs, remarks=remarks)
-
-
-def doubts(paired: Paired) -> list[str]:
-    """A warning where the hazy pictures look clearer than their ground truth, as in mixed-up folders; else none.
-
-    Haze is light added to every channel, so a hazy picture's darkest channel is the brighter one. Looks at three.
-    """
-    clearer = 0
-    looked = sorted({0, len(paired) // 2, len(paired) - 1})
-    for index in looked:
-        try:
-            item = paired[index]
-        except UserError:  # it will be told in its turn
-            continue
-        clearer += bool(item["hazy"].amin(0).mean() < item["clear"].amin(0).mean())
-    if clearer * 2 <= len(looked):
-        return []
-    return ["the hazy pictures look clearer than their ground truth; are the two folders mixed up?"]
 
 
 def _required(source: str | None, key: str) -> str:
@@ -297,83 +244,13 @@ def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], li
     if names and (hazy is not None or clear is not None):
         raise UserError(f"data.{prefix}pairs={names} and {pools} are two sources of pairs; empty one of them")
     if names:
-        from data import locate  # here, not above: it is built on this module
-
         return locate.pairs(names, data.root)
     if hazy is None and clear is None:
         raise UserError(f"no pairs: set data.{prefix}pairs to sets by name, as data.{prefix}pairs=[ITS], or {pools}")
     return images.pair(_required(hazy, f"data.{prefix}hazy"), _required(clear, f"data.{prefix}clear")), []
 
 
-def _read_pair(hazy_path: Path, clear_path: Path, border: int) -> tuple[Tensor, Tensor]:
-    """Both pictures, in one size: a ground truth ``border`` larger on every side is cut. Else raises `UserError`."""
-    hazy, clear = images.read(hazy_path), images.read(clear_path)
-    if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
-        clear = clear[:, border:-border, border:-border].contiguous()
-    if hazy.shape != clear.shape:
-        (_, h, w), (_, H, W) = hazy.shape, clear.shape
-        raise UserError(f"{hazy_path} is {w}x{h} but its ground truth {clear_path} is {W}x{H}; crop them to one size")
-    return hazy, clear
-
-
-def loader(dataset: Dataset, start: int, stop: int, batch: int, workers: int = 0, pin: bool = False) -> DataLoader:
-    """Batches of the positions start, ..., stop - 1 in order, the last one perhaps smaller.
-
-    Tensors are stacked, ``skipped`` lists are joined, all else becomes a list. A `UserError` in a worker arrives as
-    it was raised. Leaves the global random state alone. Close its iterator (contextlib.closing) if you leave before
-    the end: workers ignore the signals that end a run.
-    """
-    return _Loader(
-        _Carried(dataset),
-        sampler=range(start, stop),
-        batch_size=batch,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pin,
-        worker_init_fn=_one_thread,
-        generator=torch.Generator().manual_seed(0),  # else every iterator takes a number from the global one
-    )
-
-
-class _Carried(Dataset):
-    """Hands a `UserError` over as an item: raised in a worker, it would arrive as a page of traceback."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, k: int) -> dict | UserError:
-        try:
-            return self.dataset[k]
-        except UserError as error:
-            return error
-
-
-class _Loader(DataLoader):
-    def __iter__(self) -> Iterator[dict]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-
-
-def _collate(items: list) -> dict | UserError:
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    columns = {key: [item[key] for item in items] for key in items[0]}
-    batch = {key: torch.stack(value) if isinstance(value[0], Tensor) else value for key, value in columns.items()}
-    if "skipped" in batch:
-        batch["skipped"] = [message for messages in batch["skipped"] for message in messages]
-    return batch
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the cores
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the trainer decides when to stop
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _cropper(size: int, rule: str, flip: bool) -> Callable[[Tensor, np.random.Generator], Tensor]:
+def _cropper(size: int, rule: str, flip: bool) -> Transform:
     if rule not in RULES:
         raise UserError(f"data.crop={rule}: no such rule{nearest(str(rule), RULES)}")
     if size < 1:
@@ -381,17 +258,8 @@ def _cropper(size: int, rule: str, flip: bool) -> Callable[[Tensor, np.random.Ge
     return partial(crop, size=size, rule=rule, flip=flip)
 
 
-def _named(path: Path, transform: Callable, image: Tensor, rng: np.random.Generator) -> Tensor:
+def _named(path: Path, transform: Transform, image: Pixels | Stack, rng: np.random.Generator) -> Tensor:
     try:
         return transform(image, rng)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _names(paths: list[Path], root: str | Path | None = None) -> list[str]:
-    """Paths relative to ``root`` if all lie below it, else to the folder that they share."""
-    whole = [Path(os.path.abspath(path)) for path in paths]
-    root = None if root is None else Path(os.path.abspath(root))
-    if root is None or not all(root in path.parents for path in whole):
-        root = os.path.commonpath([path.parent for path in whole]) if whole else "."
-    return [path.relative_to(root).as_posix() for path in whole]

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data import images
+from data.cache import Cache
+from data.pixels import Pixels
 from utils import config, errors, physics
 from utils.errors import UserError
 from utils.metrics import to_8bit
@@ -193,14 +194,15 @@ def _draw(degradation: object, rng: np.random.Generator) -> dict[str, float] | N
     return values if happens else None
 
 
-def read_with_depth(clear: Path, depth: Path | None) -> tuple[Tensor, Tensor | None]:
-    """Read a picture (3,H,W) and its depth map (1,H,W) in [0,1]. Raises `UserError` if their sizes differ."""
-    picture = images.read(clear)
+def read_with_depth(clear: Path, depth: Path | None, cache: Cache | None = None) -> tuple[Pixels, Pixels | None]:
+    """Read a picture (3,H,W) and its depth map (1,H,W). Raises `UserError` if their sizes differ."""
+    cache = cache or Cache()
+    picture = cache.picture(clear)
     if depth is None:
         return picture, None
-    distance = images.read_depth(depth)
+    distance = cache.depth(depth)
     if distance.shape[1:] != picture.shape[1:]:
-        sizes = [f"{tensor.shape[2]}x{tensor.shape[1]}" for tensor in (picture, distance)]
+        sizes = [f"{pixels.shape[2]}x{pixels.shape[1]}" for pixels in (picture, distance)]
         raise UserError(f"{clear} is {sizes[0]} but its depth map {depth} is {sizes[1]}; they must have one size")
     return picture, distance
 

@@ -25,10 +25,10 @@ from utils.errors import UserError
 def write_hazy(task: tuple[Path, Path | None], options: argparse.Namespace) -> None:
     """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone."""
     clear, depth = task
-    picture, distance = haze.read_with_depth(clear, depth)
+    pixels, depth_pixels = haze.read_with_depth(clear, depth)
+    picture = pixels[:]
     rng = np.random.default_rng([options.seed, zlib.crc32(clear.stem.encode())])
-    if distance is None:
-        distance = haze.smooth_depth(*picture.shape[1:], rng)
+    distance = haze.smooth_depth(*picture.shape[1:], rng) if depth_pixels is None else depth_pixels[:]
     picture, distance = (_trim(tensor, options, clear) for tensor in (picture, distance))
     save = partial(images.write, compress_level=1)
     save(options.output / "clear" / f"{clear.stem}.{options.format}", picture)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.pixels import Pixels
 from utils.errors import UserError
 from utils.metrics import to_8bit
 
@@ -35,12 +36,17 @@ def read(path: str | Path) -> Tensor:
     Grey becomes three equal channels, alpha is dropped, 16-bit grey is divided by 65535; of an animation or a
     multi-page file this is the first page. Raises `UserError` for anything that is not a whole picture.
     """
+    return Pixels(decode(path))[:]
+
+
+def decode(path: str | Path) -> Tensor:
+    """What `read` divides by 255: (3,H,W) uint8; of 16-bit grey what it returns. Raises `UserError` as it does."""
     image = _decode(Path(path))
     if image.mode.startswith("I"):
         grey = torch.from_numpy(_whole_numbers(path, image).astype(np.float32) / 65535)
         return grey.expand(3, -1, -1).contiguous()
     pixels = torch.from_numpy(np.array(_rgb(path, image)))  # (H,W,3); a copy, since PyTorch wants to own it
-    return pixels.permute(2, 0, 1).contiguous().float().div_(255)
+    return pixels.permute(2, 0, 1)
 
 
 def read_depth(path: str | Path) -> Tensor:
@@ -50,13 +56,27 @@ def read_depth(path: str | Path) -> Tensor:
     (v + 0.5) / (max + 0.5). So do .npy arrays of whole numbers; of fractions they hold the depth itself.
     Raises `UserError` for what is not a single channel, not finite, negative, or zero everywhere.
     """
+    return depth_pixels(decode_depth(path))[:]
+
+
+def decode_depth(path: str | Path) -> Tensor:
+    """A depth map before it is divided by its maximum, (1,H,W) uint8, if it has 8 bits; else what `read_depth` says."""
     path = Path(path)
     depth = _load_array(path) if path.suffix.lower() == ".npy" else _single_channel(path)
+    if depth.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(depth))[None]
     half = 0.5 if depth.dtype.kind in "iub" else 0.0
     depth = depth.astype(np.float64)
     if not np.isfinite(depth).all() or depth.min() < 0 or depth.max() + half == 0:
         raise UserError(f"{path}: depth must be finite, not negative and not zero everywhere; mend or remove it")
     return torch.from_numpy(((depth + half) / (depth.max() + half)).astype(np.float32))[None]
+
+
+def depth_pixels(values: Tensor) -> Pixels:
+    """What `decode_depth` returns, to be looked at as the numbers that `read_depth` returns."""
+    if values.is_floating_point():
+        return Pixels(values)
+    return Pixels(values, ((np.arange(256) + 0.5) / (int(values.max()) + 0.5)).astype(np.float32))
 
 
 def write(path: str | Path, image: Tensor, compress_level: int = 6) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data import datasets, images
+from data import images
 from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, Benchmark, unroll
+from data.pictures import Folder, Paired, doubts
 from utils.errors import UserError, nearest
 from utils.evaluation import Pictures
 
@@ -52,17 +53,17 @@ class Found:
         numbers = unroll(self.benchmark.splits[self.split])
         return len(numbers) * self.benchmark.each or self.benchmark.hazy or None
 
-    def items(self) -> datasets.Paired | datasets.Folder:
+    def items(self) -> Paired | Folder:
         """The pictures themselves, to score on or, without ground truth, to dehaze."""
         if self.benchmark.truth == "none":
-            return datasets.Folder([hazy for hazy, _ in self.pairs], self.folder)
-        return datasets.Paired(self.pairs, self.folder, self.benchmark.border)
+            return Folder([hazy for hazy, _ in self.pairs], self.folder)
+        return Paired(self.pairs, self.folder, self.benchmark.border)
 
     def pictures(self) -> Pictures:
         """The set as `utils.evaluation` scores it, with the released methods' settings for it."""
         about, items = self.benchmark, self.items()
         truth, preset = about.truth != "none", {"airlight": about.airlight, "guided_filter": about.guided_filter}
-        remarks = [*self.remarks, *(datasets.doubts(items) if truth and about.degradation == "haze" else [])]
+        remarks = [*self.remarks, *(doubts(items) if truth and about.degradation == "haze" else [])]
         if about.to_train_on(self.split):
             remarks.append("pictures to train on: figures on them say little about others")
         return Pictures(self.name, items, truth, self.expected, remarks, preset, self.name.replace(":", "-"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import ReflectConv, channels_last, pointwise, quicken
 from utils import tiling
 from utils.checkpoint import read_weights
 from utils.errors import UserError
@@ -26,11 +27,11 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
+        self.conv1 = ReflectConv(channels, channels, 3)
+        self.conv2 = ReflectConv(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.conv1(x.relu()).relu())
+        return x + self.conv2(self.conv1(x.relu()).relu_())
 
 
 class Fusion(nn.Module):
@@ -51,7 +52,7 @@ class Fusion(nn.Module):
         def refine(piece: Tensor, window: tiling.Window) -> Tensor:
             if self.skip is not None:
                 piece = piece + self.skip(window.cut(skip))
-            return self.project(self.refine(piece))
+            return pointwise(self.refine(piece), self.project.weight, self.project.bias)
 
         x = tiling.apply(refine, x, tile=tile, halo=tiling.reach(self))
         # Of the whole: with aligned corners the positions between which it interpolates depend on the whole size.
@@ -69,10 +70,10 @@ class Pyramid(nn.Module):
     def __init__(self, features: int = 32, mixer: Callable[[int], nn.Module] | None = None):
         super().__init__()
         widths = [features * 2**k for k in range(4)]
-        self.encoder = timm.create_model(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False)
+        encoder = timm.create_model(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False)
+        self.encoder = quicken(encoder)
         self.reduce = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, padding_mode="reflect", bias=False)
-            for a, b in zip(ENCODER_CHANNELS, widths, strict=True)
+            ReflectConv(a, b, 3, bias=False) for a, b in zip(ENCODER_CHANNELS, widths, strict=True)
         )
         self.mixers = nn.ModuleList(mixer(width) if mixer else nn.Identity() for width in widths)
         self.fusion = nn.ModuleList(
@@ -80,8 +81,8 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, image: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        maps = self._encode(image, tile)
-        pooled = torch.cat([m.mean((2, 3)) for m in maps], 1)
+        maps = self._encode(channels_last(image), tile)
+        pooled = torch.cat([m.mean((2, 3), dtype=torch.float32) for m in maps], 1)
         half, eighth = tiling.part(tile, 2), tiling.part(tile, 8)  # the mixers' spline bases are eight times as large
         mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]
         skips = [tiling.through(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
@@ -111,13 +112,13 @@ class Head(nn.Module):
 
     def __init__(self, features: int = 32):
         super().__init__()
-        self.conv1 = nn.Conv2d(features, features // 2, 3, padding=1, padding_mode="reflect")
-        self.conv2 = nn.Conv2d(features // 2, 32, 3, padding=1, padding_mode="reflect")
+        self.conv1 = ReflectConv(features, features // 2, 3)
+        self.conv2 = ReflectConv(features // 2, 32, 3)
         self.conv3 = nn.Conv2d(32, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=False)
-        return self.conv3(self.conv2(x).relu()).float()
+        return self.conv3(self.conv2(x).relu_()).float()
 
 
 def squash(x: Tensor, low: float, high: float) -> Tensor:

@@ -81,6 +81,7 @@ class Data:
     crop_size: Annotated[int, Range(16)]
     flip: bool
     workers: CountOrZero
+    cache: Annotated[float, Range(0)]
 
 
 @dataclass
@@ -166,6 +167,7 @@ class Train:
     clip: Weight
     ema: Annotated[float, Range(0, 0.999999)]
     recalibrate: CountOrZero
+    sync_batchnorm: bool
 
 
 @dataclass

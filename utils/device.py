@@ -9,13 +9,14 @@ import torch
 from utils.errors import UserError
 
 
-def pick(name: str) -> torch.device:
+def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
     """The device that the setting ``device`` names: auto (a GPU if there is one), cpu, cuda, or cuda:N.
 
-    Raises `UserError` for a GPU that is not there and for other names.
+    Of several ``processes`` on one machine, number ``process`` gets the GPU of that number. Raises `UserError` for a
+    GPU that is not there, for other names, and for processes that would share a GPU.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, number = name.partition(":")
     if name != "cpu" and (kind != "cuda" or (colon and not number.isdecimal())):
         raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:N")
@@ -24,7 +25,13 @@ def pick(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if colon and int(number) >= count:
         raise UserError(f"device={name}: there {'is' if count == 1 else 'are'} {count}; the last is cuda:{count - 1}")
-    return torch.device(name)
+    if kind == "cpu" or processes == 1:
+        return torch.device(name)
+    if colon:
+        raise UserError(f"device={name}: {processes} processes cannot share a GPU; with device=cuda each has its own")
+    if processes > count:
+        raise UserError(f"{processes} processes, {count} GPUs: start {count} (--nproc_per_node) or set device=cpu")
+    return torch.device("cuda", process)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -3,7 +3,9 @@
 import json
 import logging
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +16,35 @@ from tqdm import tqdm
 class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)  # above the progress bar, not through it
+
+
+class Speed:
+    """How fast a stage goes from ``step`` on, ``images`` pictures a step; ``waiting`` as of `data.loading.Waiting`."""
+
+    def __init__(self, step: int, images: int, waiting: Any):
+        self.images, self.waiting = images, waiting
+        self.since = step, waiting.seconds, time.perf_counter()
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Steps and pictures a second, and the share of the time spent in waiting for pictures, since the last call."""
+        before, self.since = self.since, (step, self.waiting.seconds, time.perf_counter())
+        steps, waited, seconds = (now - then for now, then in zip(self.since, before, strict=True))
+        rate = steps / seconds
+        return {"steps_per_second": rate, "images_per_second": rate * self.images, "waiting": waited / seconds}
+
+
+class Silence:
+    """The log of a process that is not the first of several: the first one tells everything."""
+
+    def say(self, *_, **__) -> None:
+        """Nothing, as of all others."""
+
+    warn_once = figures = pictures = say
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_) -> None: ...
 
 
 class RunLog:

@@ -86,7 +86,7 @@ def run(
 ) -> Outcome:
     """Dehaze ``items`` (those at ``indices``; by default all) on ``device``, measure each and save it.
 
-    ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `datasets.Paired` or `Folder`. One that
+    ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. One that
     cannot be read, dehazed or measured is handed to ``on_error`` and left out; what ``save`` raises ends the run, since
     it would be so for the next picture too. ``on_score`` hears of every picture as soon as all is done with it, in
     order. ``workers`` threads read ahead and as many finish; 0: everything in turn. ``bar`` names a progress bar.

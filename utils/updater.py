@@ -1,15 +1,17 @@
 """Turns losses into steps: backward, un-scale, clip, step, in the order in which a method yields its losses."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.config import Settings, Stage
 from utils.device import autocast
+from utils.distributed import Ranks
 from utils.errors import UserError
 
 
@@ -20,7 +22,9 @@ class Updater:
     With several batches a step (gradient accumulation) their gradients are averaged; every optimiser steps
     during the last batch, so there later losses already see what earlier ones changed, as without accumulation.
     ``epoch_length`` is the number of pictures in an epoch, in which the schedule's milestones are given; ``saved`` the
-    `state_dict` of an interrupted stage to go on from.
+    `state_dict` of an interrupted stage to go on from. With several ``ranks`` every process takes the same step, by
+    the mean of all their gradients. ``ahead``: by how many such steps the stage is further in the data than its number
+    of steps says, since some of them were larger (or, below 0, smaller).
     """
 
     def __init__(
@@ -31,14 +35,18 @@ class Updater:
         device: torch.device,
         epoch_length: int = 1,
         saved: dict | None = None,
+        ranks: Ranks | None = None,
+        ahead: float = 0.0,
     ):
-        train = settings.train
-        shape = {"milestones": train.milestones, "gamma": train.gamma, "floor": train.floor}
+        train, ranks = settings.train, ranks or Ranks()
+        shape = {"milestones": train.milestones, "gamma": train.gamma, "floor": train.floor, "ahead": ahead}
+        epoch = epoch_length / (stage.per_step * ranks.world)
         self.optimisers = optimisers
         self.schedules = {
-            name: schedule(optimiser, stage.schedule, stage.steps, epoch_length / stage.per_step, **shape)
+            name: schedule(optimiser, stage.schedule, stage.steps, epoch, **shape)
             for name, optimiser in optimisers.items()
         }
+        self.reducers = {name: ranks.reducer(_parameters(optimiser)) for name, optimiser in optimisers.items()}
         self.device, self.precision, self.clip = device, settings.precision, train.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         if saved is not None:
@@ -52,7 +60,9 @@ class Updater:
         for k, batch in enumerate(batches, 1):
             stepping, pending = k == len(batches), losses(batch)
             while (loss := self._next(pending)) is not None:
-                self.scaler.scale(loss.value / len(batches)).backward()
+                reducer = self.reducers[loss.optimiser]
+                with contextlib.nullcontext() if stepping else reducer.no_sync():  # gradients are sent once, summed up
+                    reducer(self.scaler.scale(loss.value / len(batches))).backward()
                 terms |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
                 if stepping:
                     self._move(self.optimisers[loss.optimiser])
@@ -70,8 +80,7 @@ class Updater:
     def _move(self, optimiser: Optimizer) -> None:
         if self.clip:
             self.scaler.unscale_(optimiser)
-            parameters = [p for group in optimiser.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+            torch.nn.utils.clip_grad_norm_(_parameters(optimiser), self.clip)
         self.scaler.step(optimiser)
 
     def rates(self) -> dict[str, float]:
@@ -93,6 +102,10 @@ class Updater:
         self.scaler.load_state_dict(state["scaler"])
 
 
+def _parameters(optimiser: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimiser.param_groups for p in group["params"]]
+
+
 def schedule(
     optimiser: Optimizer,
     kind: str,
@@ -101,6 +114,7 @@ def schedule(
     milestones: Iterable[float] = (),
     gamma: float = 1.0,
     floor: float = 0.0,
+    ahead: float = 0.0,
 ) -> LRScheduler:
     """A learning-rate schedule over ``steps`` steps, of which ``epoch`` are an epoch.
 
@@ -108,9 +122,10 @@ def schedule(
     ``floor`` times the rate; ``epoch_cosine``: AKNet's, whose rate stands still within an epoch and begins to fall in
     the third (the warm-up of the first, as released, has no ramp).
     The rate is a function of the step alone, so that a resumed run may be given more steps than it began with.
+    ``ahead`` is added to a step's number before epochs are counted.
     """
-    places = [max(1, round(m * epoch)) for m in milestones]
-    last = max(1, math.ceil(steps / epoch) - 1)  # the number of the last epoch, from 0; the falling takes as many
+    places = [max(1, round(m * epoch - ahead)) for m in milestones]
+    last = max(1, math.ceil((steps + ahead) / epoch) - 1)  # the last epoch's number, from 0; the falling takes as many
 
     def cosine(share: float) -> float:
         return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, share))) / 2
@@ -119,14 +134,14 @@ def schedule(
         "constant": lambda step: 1.0,
         "multistep": lambda step: gamma ** sum(step >= place for place in places),
         "cosine": lambda step: cosine(step / max(1, steps)),
-        "epoch_cosine": lambda step: cosine(max(0, int(step / epoch) - 1) / last),
+        "epoch_cosine": lambda step: cosine(max(0, int((step + ahead) / epoch) - 1) / last),
     }
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factors[kind])
 
 
-def finite(terms: dict[str, Tensor]) -> dict[str, float]:
+def finite(terms: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Loss terms as numbers. Raises `UserError` for one that is none: what comes after it cannot be worth keeping."""
-    figures = {name: term.item() for name, term in terms.items()}
+    figures = {name: float(term) for name, term in terms.items()}
     for name, value in figures.items():
         if not math.isfinite(value):
             raise UserError(

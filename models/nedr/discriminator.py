@@ -1,11 +1,52 @@
 """The 70x70 PatchGAN discriminator (Isola et al., 1611.07004), spectrally normalised (Miyato et al., 1802.05957)."""
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
+
+from models.layers import channels_last
+
+
+class SpectralConv(nn.Module):
+    """A 4x4 convolution without bias, padding 1, and what its weight must be divided by to have spectral norm 1.
+
+    Names and numbers are those of torch.nn.utils.spectral_norm with one turn of the power iteration at each pass.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.weight_orig = nn.Parameter(torch.empty(out_channels, in_channels, 4, 4))
+        nn.init.kaiming_uniform_(self.weight_orig, a=math.sqrt(5))  # nn.Conv2d's
+        self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
+        self.register_buffer("weight_v", F.normalize(torch.randn(in_channels * 16), dim=0))
+
+    def sigma(self) -> Tensor:
+        """The estimate of the weight's spectral norm, a scalar with a gradient; in training it turns once."""
+        with torch.autocast(self.weight_orig.device.type, enabled=False):
+            weight, u = self.weight_orig.permute(0, 2, 3, 1).flatten(1), self.weight_u.clone()
+            v = self.weight_v.view(-1, 4, 4).permute(1, 2, 0).flatten()  # as the weight lies in memory
+            if self.training:
+                with torch.no_grad():
+                    v = F.normalize(weight.T @ u, dim=0)
+                    u = F.normalize(weight @ v, dim=0)
+                    self.weight_u.copy_(u)
+                    self.weight_v.copy_(v.view(4, 4, -1).permute(2, 0, 1).flatten())
+            return u @ (weight @ v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution with the weight as it is, not yet divided: see `Discriminator`."""
+        return F.conv2d(x, self.weight_orig, stride=self.stride, padding=1)
 
 
 class Discriminator(nn.Module):
     """Is a patch real? (N,3,H,W) in [0,1] -> logits (N,1,H/8-2,W/8-2); H and W at least 24.
+
+    Several batches of one shape are judged in one pass, with the numbers of one pass after the other: each turns the
+    power iteration once, in the order given. There is no bias, and LeakyReLU(s x) = s LeakyReLU(x) for s > 0; so all
+    spectral norms can be divided out of the logits, and what differs between the batches is one number.
 
     The released network ends in a sigmoid; here that belongs to the adversarial loss.
     """
@@ -13,14 +54,15 @@ class Discriminator(nn.Module):
     def __init__(self):
         super().__init__()
         widths, strides = [3, 64, 128, 256, 512, 1], [2, 2, 2, 1, 1]
-        self.convs = nn.ModuleList(
-            spectral_norm(nn.Conv2d(a, b, 4, stride, 1, bias=False))
-            for a, b, stride in zip(widths[:-1], widths[1:], strides, strict=True)
-        )
-        self.activation = nn.LeakyReLU(0.2)
+        shapes = zip(widths[:-1], widths[1:], strides, strict=True)
+        self.convs = nn.ModuleList(SpectralConv(a, b, stride) for a, b, stride in shapes)
 
-    def forward(self, image: Tensor) -> Tensor:
-        x = image
+    def forward(self, *images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The logits of one batch, or a tuple of those of several."""
+        scales = [math.prod(conv.sigma() for conv in self.convs) for _ in images]
+        x = channels_last(torch.cat(images))
         for conv in self.convs[:-1]:
-            x = self.activation(conv(x))
-        return self.convs[-1](x)
+            x = F.leaky_relu(conv(x), 0.2, inplace=True)
+        raw = self.convs[-1](x).float().chunk(len(images))
+        logits = tuple(part / scale for part, scale in zip(raw, scales, strict=True))
+        return logits if len(images) > 1 else logits[0]

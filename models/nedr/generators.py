@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import BatchNorm, ReflectConv, channels_last
 from models.nedr.implicit import IDRM
 from models.nedr.kan import KANCID
 from models.nedr.residual import DREM
@@ -107,12 +108,12 @@ class ConvBlock(nn.Module):
 
     def __init__(self, a: int, b: int, stride: int = 1, norm: bool = True, active: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(a, b, 3, stride, padding=1, padding_mode="reflect")
-        self.norm = nn.BatchNorm2d(b) if norm else nn.Identity()
-        self.activation = nn.LeakyReLU(0.2) if active else nn.Identity()
+        self.conv = ReflectConv(a, b, 3, stride)
+        activation = nn.LeakyReLU(0.2, inplace=True) if active else nn.Identity()
+        self.norm = BatchNorm(b, act=activation) if norm else activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.norm(self.conv(x)))
+        return self.norm(self.conv(x))
 
 
 class ProductionNet(nn.Module):
@@ -147,7 +148,7 @@ class ProductionNet(nn.Module):
 
     def forward(self, clear: Tensor, depth: Tensor, density: Tensor, airlight: Tensor | None = None) -> Tensor:
         A = physics.max_airlight(clear) if airlight is None else airlight
-        simple = physics.scatter(clear, physics.transmission(depth, density), A)
+        simple = channels_last(physics.scatter(clear, physics.transmission(depth, density), A))
         residual = self._refine(simple).float().tanh()
         return ((2 * simple - 1 + residual).clamp(-1, 1) + 1) / 2
 

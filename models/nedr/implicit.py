@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import pointwise
 from utils.tiling import Window
 
 OCTAVES = 4
@@ -54,10 +55,10 @@ class IDRM(nn.Module):
 
     def forward(self, features: Tensor, size: tuple[int, int] | None = None, window: Window | None = None) -> Tensor:
         height, width = size or features.shape[-2:]
-        x = self._first(features, height, width, window)
-        for layer in self.layers[1:]:
-            x = F.conv2d(x.relu(), layer.weight[..., None, None], layer.bias)
-        return x
+        x = self._first(features, height, width, window).permute(0, 2, 3, 1).relu()  # a matrix of pixels from here on
+        for layer in self.layers[1:-1]:
+            x = layer(x).relu_()
+        return self.layers[-1](x).permute(0, 3, 1, 2)
 
     def _first(self, features: Tensor, height: int, width: int, window: Window | None) -> Tensor:
         """The first layer, split by what it sees; bilinear between features, so the field is continuous."""
@@ -68,7 +69,7 @@ class IDRM(nn.Module):
             x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
         if self.positional:
             whole = (height, width) if window is None else window.size
-            x = x + F.conv2d(position_encoding(*whole, features.device, window), position[..., None, None])
+            x = x + pointwise(position_encoding(*whole, features.device, window), position)
         return x
 
     def _cell(self, features: Tensor, height: int, width: int) -> Tensor:

@@ -132,6 +132,7 @@ class NeDR(Method):
         }
         for name in networks:
             self.add_module(name, makers[name]())
+        self.to(memory_format=torch.channels_last)
         self.minimum = minimum_side(s)
         self.ruler: list[PerceptualLoss] = []  # in a list: a loss is no part of the method's weights
 
@@ -292,8 +293,8 @@ class NeDR(Method):
         """Spectral normalisation turns at each pass, so the order matters: real first."""
         kind, fake_clear, fake_hazy = self.settings.gan, play.found.clear.detach(), play.made.detach()
         terms = {
-            "judge_clear": discriminator_loss(self.judge_clear(play.clear), self.judge_clear(fake_clear), kind),
-            "judge_hazy": discriminator_loss(self.judge_hazy(play.hazy), self.judge_hazy(fake_hazy), kind),
+            "judge_clear": discriminator_loss(*self.judge_clear(play.clear, fake_clear), kind),
+            "judge_hazy": discriminator_loss(*self.judge_hazy(play.hazy, fake_hazy), kind),
         }
         return Loss("discriminators", sum(terms.values()), terms)
 

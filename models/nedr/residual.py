@@ -1,11 +1,18 @@
 """DREM: dense residual enhancement (NeDR, arXiv 2511.13110; residual dense blocks of RDN, 1802.08797)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.layers import pointwise
 
 
 class ResidualDenseBlock(nn.Module):
-    """Three densely connected 5x5 convolutions of ``growth`` channels, fused by 1x1, plus the input. Same shape."""
+    """Three densely connected 5x5 convolutions of ``growth`` channels, fused by 1x1, plus the input. Same shape.
+
+    A convolution of concatenated maps is the sum of convolutions of each. So each map is convolved once, for all layers
+    that see it, as soon as it is there: nothing is concatenated, and a third of the memory is needed to train.
+    """
 
     def __init__(self, channels: int, growth: int):
         super().__init__()
@@ -13,10 +20,19 @@ class ResidualDenseBlock(nn.Module):
         self.fuse = nn.Conv2d(channels + 3 * growth, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        dense = x
-        for layer in self.layers:
-            dense = torch.cat([dense, layer(dense).relu()], 1)
-        return self.fuse(dense) + x
+        widths = [x.shape[1], *(layer.out_channels for layer in self.layers)]
+        by_map = [layer.weight.split(widths[: k + 1], 1) for k, layer in enumerate(self.layers)]
+        fuse = self.fuse.weight.split(widths, 1)
+        total, dense = x + pointwise(x, fuse[0], self.fuse.bias), x
+        pending: list[Tensor] = []  # what the layers to come have gathered of the maps so far
+        bias = torch.cat([layer.bias for layer in self.layers])
+        for k in range(3):
+            weight = torch.cat([by_map[n][k] for n in range(k, 3)])
+            found = F.conv2d(dense, weight, bias, padding=2).split(widths[k + 1 :], 1)
+            pending = [a + b for a, b in zip(pending, found, strict=True)] if pending else list(found)
+            bias, dense = None, pending.pop(0).relu()
+            total = total + pointwise(dense, fuse[k + 1])
+        return total
 
 
 class DREM(nn.Module):
@@ -32,9 +48,9 @@ class DREM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.lift(x)
-        second = self.block1(first).relu()
-        third = self.block2(second).relu()
-        return x - self.lower(self.merge(first + second + third).relu())
+        second = self.block1(first).relu_()
+        third = self.block2(second).relu_()
+        return x - self.lower(self.merge(first + second + third).relu_())
 
     def make_identity(self) -> None:
         """Zero the last convolution, so that the module returns its input: the stand-in for absent weights."""

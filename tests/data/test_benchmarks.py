@@ -8,8 +8,8 @@ from PIL import Image
 
 from data import benchmarks, locate
 from data.benchmarks import BENCHMARKS, GROUPS, GT, RULES, SCENE
-from data.datasets import Folder, Paired
 from data.locate import find
+from data.pictures import Folder, Paired
 from utils.errors import UserError
 
 NAMES = {  # a hazy picture and its ground truth, as the set names number n

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import datasets, haze, images
-from data.datasets import Folder, Paired, Stream, Synthetic, Unpaired, crop, loader
+from data.datasets import Stream, Synthetic, Unpaired, crop
+from data.loading import loader
+from data.pictures import Folder
 from utils import config
 from utils.errors import UserError
 
@@ -19,7 +21,7 @@ section = functools.cache(config.section)
 
 
 def whole(image, rng):
-    return image
+    return image[:]
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_each_once_an_epoch_and_orders_differ(pool):
 
 
 def test_a_stream_is_a_function_of_the_position(pool):
-    noisy = lambda image, rng: image + rng.random()  # noqa: E731
+    noisy = lambda image, rng: image[:] + rng.random()  # noqa: E731
     one, two = stream(pool, transform=noisy), stream(pool, transform=noisy)
     forward = [one[k]["hazy"] for k in range(30)]
     for k in (29, 3, 14, 3, 0):
@@ -263,49 +265,3 @@ def test_sources_are_refused_before_training(tmp_path):
         training(None, tmp_path, stage="warm_start", kind="synthetic")
     with pytest.raises(UserError, match=r"data\.clear is not set"):
         training(None, None)
-
-
-def test_paired(tmp_path):
-    truth = torch.rand(3, 50, 60).mul(255).round() / 255
-    images.write(tmp_path / "hazy" / "1_1.png", truth[:, 10:-10, 10:-10])
-    images.write(tmp_path / "clear" / "1.png", truth)
-    pairs = images.pair(tmp_path / "hazy", tmp_path / "clear")
-    item = Paired(pairs)[0]
-    assert item["name"] == "1_1.png"
-    assert torch.equal(item["hazy"], item["clear"])
-    images.write(tmp_path / "hazy" / "1_1.png", truth[:, :30])
-    with pytest.raises(UserError, match=r"1_1\.png is 60x30 but its ground truth .*1\.png is 60x50"):
-        Paired(pairs)[0]
-    images.write(tmp_path / "hazy" / "1_1.png", truth)
-    batch = next(iter(loader(Paired(pairs), 0, 1, 1)))
-    assert batch["name"] == ["1_1.png"]
-    assert batch["hazy"].shape == (1, 3, 50, 60)
-
-
-@pytest.mark.parametrize("border", [0, 2])
-def test_only_the_border_that_is_asked_for_is_cut(tmp_path, border):
-    truth = torch.rand(3, 50, 60).mul(255).round() / 255
-    for cut in (2, 10):
-        images.write(tmp_path / "deep" / f"{cut}.png", truth[:, cut:-cut, cut:-cut])
-        images.write(tmp_path / "clear" / f"{cut}.png", truth)
-    pairs = images.pair(tmp_path / "deep", tmp_path / "clear")
-    dataset = Paired(pairs, tmp_path, border)
-    assert dataset.names == ["deep/2.png", "deep/10.png"]
-    if border:
-        item = dataset[0]
-        assert torch.equal(item["hazy"], item["clear"])
-    for index in range(bool(border), 2):
-        with pytest.raises(UserError, match=r"but its ground truth .*png is 60x50; crop them"):
-            dataset[index]
-
-
-def test_folder_names(pool, tmp_path):
-    images.write(tmp_path / "pool" / "deep" / "1.png", torch.rand(3, 4, 4))
-    paths = images.find(tmp_path / "pool")
-    dataset = Folder(paths, tmp_path / "pool")
-    assert len(dataset) == 8
-    assert dataset.names[-2:] == ["6.png", "deep/1.png"]
-    assert dataset[7]["hazy"].shape == (3, 4, 4)
-    assert Folder(paths).names == dataset.names
-    assert Folder(paths, tmp_path / "elsewhere").names == dataset.names
-    assert Folder(paths[:1], paths[0]).names == ["0.png"]

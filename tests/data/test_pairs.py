@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import datasets, images, locate
-from data.datasets import Pairs, crop, loader
+from data.datasets import Pairs, crop
+from data.loading import loader
 from data.locate import find
 from utils import config
 from utils.errors import UserError

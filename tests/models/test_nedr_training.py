@@ -211,7 +211,7 @@ def test_encoder_weights_from_a_file(tmp_path, extension):
     import safetensors.torch
 
     file, source = tmp_path / f"encoder.{extension}", tiny(*SMALLEST, started=False)
-    weights = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in encoder_of(source).items()}
+    weights = {k: torch.randn(v.shape) if v.is_floating_point() else v for k, v in encoder_of(source).items()}
     whole = weights | {"classifier.weight": torch.zeros(10, 4)}  # timm's whole network holds more
     if extension == "pth":
         torch.save({"state_dict": whole}, file)

@@ -1,11 +1,12 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.logging import RunLog
+from utils.logging import RunLog, Silence, Speed
 
 
 def lines(folder) -> list[dict]:
@@ -77,3 +78,22 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
         log.figures("train", 1, loss={"a": 1.0})
     with RunLog(tmp_path):
         assert lines(tmp_path) == []
+
+
+def test_speed_is_that_since_it_was_last_asked(monkeypatch):
+    clock, waiting = [100.0], SimpleNamespace(seconds=5.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    speed = Speed(10, 6, waiting)
+    clock[0], waiting.seconds = 104.0, 6.0
+    assert speed.figures(18) == {"steps_per_second": 2, "images_per_second": 12, "waiting": 0.25}
+    clock[0] = 105.0
+    assert speed.figures(19) == {"steps_per_second": 1, "images_per_second": 6, "waiting": 0}
+
+
+def test_the_other_processes_write_nothing(tmp_path, capsys):
+    with Silence() as log:
+        log.say("a")
+        log.warn_once("a")
+        log.figures("train", 1, loss={"a": 1.0})
+        log.pictures(1, {"a": torch.rand(1, 3, 2, 2)})
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,166 @@
+"""Layers that give nn.Conv2d's numbers faster, and their weights the same names: what PyTorch leaves lying on a CPU.
+
+All work in any memory format and are at their best in channels_last, in which the networks run (`channels_last`): there
+the convolutions of oneDNN and cuDNN need no reordering. docs/performance.md has what each of these is worth.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, pad_same
+from torch import Tensor, nn
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers, (N,C,H,W), with the channels of a pixel next to each other in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def reflect(x: Tensor, pad: int) -> Tensor:
+    """Reflection padding by ``pad`` on all sides, in the type of ``x``: (N,C,H,W) -> (N,C,H+2pad,W+2pad).
+
+    Autocast would go by way of float32, which is twice the memory traffic and not one bit better: nothing is computed.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.pad(x, (pad,) * 4, mode="reflect")
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution, (N,C,H,W) -> (N,out,H,W), as the matrix product that it is; ``weight`` (out,C) or (out,C,1,1).
+
+    In channels_last there is nothing to reorder.
+    """
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+class ReflectConv(nn.Conv2d):
+    """nn.Conv2d with reflection padding by half its kernel, ``padding_mode="reflect"``."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, **options):
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = reflect(x, self.padding[0])
+        if self.groups > 1:
+            return depthwise(x, self.weight, self.bias, self.stride[0])
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class SameDepthwise(nn.Conv2d):
+    """A depthwise convolution with TensorFlow's "same" padding by zeros, as EfficientNet has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise(pad_same(x, self.kernel_size, self.stride), self.weight, self.bias, self.stride[0])
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
+    """Depthwise convolution without padding: (N,C,H,W), weight (C,1,k,k) -> (N,C,(H-k)/stride+1,(W-k)/stride+1).
+
+    Two of its gradients have no good kernel in oneDNN, and are found otherwise on a CPU: see `_Depthwise`.
+    """
+    if x.device.type != "cpu" or not (torch.is_grad_enabled() and weight.requires_grad):
+        return F.conv2d(x, weight, bias, stride, groups=len(weight))
+    y = _Depthwise.apply(x, weight, stride)
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        y = F.conv2d(x, weight, None, stride, groups=len(weight))  # in the type that autocast says
+        ctx.save_for_backward(x.to(y.dtype), weight)
+        ctx.stride, ctx.dtype = stride, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        large = weight.shape[-1] > 3
+        wanted = (ctx.needs_input_grad[0], not large, False)
+        shape = (None, [ctx.stride] * 2, [0, 0], [1, 1], False, [0, 0], len(weight), wanted)
+        kind = torch.float32 if ctx.stride > 1 else grad.dtype  # of x with strides: oneDNN's bf16 is 50 times as slow
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad.to(kind), x.to(kind), weight.to(kind), *shape)
+        if large:  # of large kernels, by up to 15 times
+            of_weight = _tap_by_tap(x, grad, weight, ctx.stride)
+        return None if of_x is None else of_x.to(ctx.dtype), of_weight.to(weight.dtype), None
+
+
+def _tap_by_tap(x: Tensor, grad: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """dL/dw[c,i,j] = sum over n, y, x of x[n, c, i + stride y, j + stride x] grad[n, c, y, x], in float32."""
+    x, grad, k = x.float(), grad.float(), weight.shape[-1]
+    height, width = (stride * side for side in grad.shape[2:])
+    taps = itertools.product(range(k), repeat=2)
+    sums = [(x[..., i : i + height : stride, j : j + width : stride] * grad).sum((0, 2, 3)) for i, j in taps]
+    return torch.stack(sums, 1).view_as(weight)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d, then ``act``.
+
+    In training on a CPU: PyTorch sums batch statistics of channels_last maps in plain float32, which is up to 50 times
+    less exact than its own rule for other formats (the encoder's 60 layers make of that an error of 1e-3); here they
+    are summed pairwise. And its ReLU6 in place keeps a copy of what it overwrites, though the result says as much.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, act: nn.Module | None = None):
+        super().__init__(features, eps, momentum)
+        self.act = act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu":
+            return self.act(super().forward(x))
+        bounded = isinstance(self.act, nn.ReLU6)
+        y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps, bounded)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            count = x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var * (count / max(1, count - 1)), share)
+        return y if bounded else self.act(y)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) weight + bias, clamped to [0,6] if ``bounded``; and mean and var of the batch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, bounded: bool) -> tuple[Tensor, ...]:
+        if x.dtype == torch.float32:
+            mean = x.mean((0, 2, 3))
+            var = (x - mean[:, None, None]).square_().mean((0, 2, 3))
+            y, scale = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), (var + eps).rsqrt()
+        else:  # whose own steps are coarser than any sum
+            y, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+            mean, scale = mean.float(), scale.float()
+            var = scale.pow(-2) - eps
+        y = y.clamp_(0, 6) if bounded else y
+        ctx.save_for_backward(x, weight, mean, scale, *([y] if bounded else []))
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, *result = ctx.saved_tensors
+        for y in result:
+            grad = torch.ops.aten.hardtanh_backward(grad, y, 0, 6)
+        statistics = (None, None, mean, scale, True, ctx.eps)
+        grads = torch.ops.aten.native_batch_norm_backward(grad, x, weight, *statistics, ctx.needs_input_grad[:3])
+        return *grads, None, None
+
+
+def quicken(network: nn.Module) -> nn.Module:
+    """Give a timm network the layers of this module where they are the better ones, in place. Returns it."""
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+                channels, bias = layer.in_channels, layer.bias is not None
+                new = SameDepthwise(channels, channels, layer.kernel_size, layer.stride, groups=channels, bias=bias)
+            elif isinstance(layer, BatchNormAct2d):
+                new = BatchNorm(layer.num_features, layer.eps, layer.momentum, layer.act)
+            else:
+                continue
+            new.load_state_dict(layer.state_dict())
+            setattr(module, name, new)
+    return network

@@ -1,0 +1,238 @@
+"""The cache spares decoding, and changes nothing else."""
+
+import errno
+import functools
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import cache, haze, images
+from data.cache import Cache
+from data.datasets import Pairs, Stream, Synthetic, Unpaired, crop
+from data.loading import loader
+from data.pixels import Pixels, Stack
+from utils import config, tiling
+from utils.errors import UserError
+
+COUNT, SIZE = 7, 3 * 20 * 24
+CUTS = [functools.partial(crop, size=12, rule=rule, flip=True) for rule in ("random", "short_side")]
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """Seven pictures 24x20 with their depth; SIZE bytes each, without the depth."""
+    for n in range(COUNT):
+        images.write(tmp_path / "hazy" / f"{n}_1.png", torch.rand(3, 20, 24))
+        images.write(tmp_path / "clear" / f"{n}.png", torch.rand(3, 20, 24))
+        images.write(tmp_path / "depth" / f"{n}.png", torch.rand(1, 20, 24))
+    return tmp_path
+
+
+def room(pictures):
+    """A cache for so many pictures of the pool."""
+    return Cache(pictures * SIZE / 2**30)
+
+
+def streams(pool, cut, kept):
+    """One of every kind."""
+    clear, hazy, depth = (images.find(pool / name) for name in ("clear", "hazy", "depth"))
+    made = Synthetic(clear, depth, cut, haze.random_haze, 1, "hazy", kept)
+    yield made
+    yield Unpaired(Synthetic(clear, None, cut, haze.random_haze, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
+    yield Pairs(images.pair(pool / "hazy", pool / "clear"), cut, 1, "train", cache=kept)
+    yield Unpaired(Stream(hazy, cut, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
+
+
+def batches(stream, workers, start=0, stop=3 * COUNT):
+    return list(loader(stream, start, stop, 3, workers))
+
+
+def same(one, two):
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts the pictures that all processes decode."""
+    count, decode = multiprocessing.Value("i", 0), images.decode
+
+    def counting(path):
+        with count.get_lock():
+            count.value += 1
+        return decode(path)
+
+    monkeypatch.setattr(images, "decode", counting)
+    return count
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=("random", "short_side"))
+@pytest.mark.parametrize("pictures", [0.5, 4.5, 100])
+def test_the_numbers_are_those_without_it(pool, cut, pictures):
+    (pool / "clear" / "3.png").write_bytes(b"junk")
+    for plain, kept in zip(streams(pool, cut, None), streams(pool, cut, room(pictures)), strict=True):
+        alone = batches(plain, 0)
+        assert sum(len(batch["skipped"]) for batch in alone) >= 3
+        same(batches(kept, 0), alone)
+        same(batches(kept, 0), alone)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(pool, workers):
+    for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], room(4.5)), strict=True):
+        same(batches(kept, workers), batches(plain, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_processes_share_what_one_has_decoded(pool, decoded, workers):
+    stream = Stream(images.find(pool / "clear"), CUTS[0], 1, "clear", room(100))
+    batches(stream, workers, stop=COUNT)
+    assert decoded.value == COUNT
+    batches(stream, workers, COUNT, 5 * COUNT)
+    batches(stream, 0)
+    assert decoded.value == COUNT
+    assert stream.cache.used == COUNT * SIZE
+
+
+def test_streams_of_the_same_pictures_share_them(pool, decoded):
+    kept = room(100)
+    made, mixed, pairs, pools = streams(pool, CUTS[0], kept)
+    for stream in (made, mixed, mixed):
+        batches(stream, 0)
+    assert decoded.value == COUNT
+    assert kept.used == COUNT * (SIZE + SIZE // 3)  # and the depth maps
+    for stream in (pairs, pools):
+        batches(stream, 2)
+    assert kept.used == COUNT * (2 * SIZE + SIZE // 3)
+
+
+def test_the_budget_is_kept_and_what_is_in_stays(pool, decoded):
+    stream = Stream(images.find(pool / "clear"), CUTS[0], 1, "clear", room(3.9))
+    for epoch in range(4):
+        batches(stream, 0, epoch * COUNT, (epoch + 1) * COUNT)
+        assert stream.cache.used == 3 * SIZE
+        assert decoded.value == COUNT + epoch * (COUNT - 3)
+
+
+def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
+    path = images.find(pool / "clear")[0]
+    for kept in (room(100), Cache(), Cache(0)):
+        for _ in range(2):
+            assert torch.equal(kept.picture(path)[:], images.read(path))
+        assert kept.used == 0
+    kept.add([path])
+    kept.picture(path)
+    assert kept.used == 0
+    assert decoded.value == 6 + 6 + 1
+
+
+def test_what_a_stream_hands_out_is_its_own(pool):
+    stream = Stream(images.find(pool / "clear"), lambda image, rng: image[:], 1, "clear", room(100))
+    first = stream[0]["clear"].clone()
+    for _ in range(3):
+        item = stream[0]["clear"]
+        assert torch.equal(item, first)
+        item.zero_()
+
+
+def test_a_picture_may_be_a_depth_map_too(pool):
+    path = images.find(pool / "depth")[0]
+    kept = room(100)
+    kept.add([path], [path])
+    for _ in range(2):
+        assert torch.equal(kept.picture(path)[:], images.read(path))
+        assert torch.equal(kept.depth(path)[:], images.read_depth(path))
+    assert kept.used == SIZE + SIZE // 3
+
+
+def test_only_8_bit_is_kept(tmp_path):
+    rng, kept = np.random.default_rng(0), room(100)
+    grey, depth = tmp_path / "grey.png", tmp_path / "depth.npy"
+    Image.fromarray(rng.integers(0, 65536, (9, 8), dtype=np.uint16)).save(grey)
+    np.save(depth, rng.random((9, 8)))
+    kept.add([grey], [grey, depth])
+    for _ in range(2):
+        assert torch.equal(kept.picture(grey)[:], images.read(grey))
+        assert torch.equal(kept.depth(grey)[:], images.read_depth(grey))
+        assert torch.equal(kept.depth(depth)[:], images.read_depth(depth))
+    assert kept.used == 0
+
+
+def test_broken_files_are_refused_every_time(pool):
+    path = images.find(pool / "clear")[0]
+    path.write_bytes(b"junk")
+    kept = room(100)
+    kept.add([path], [path])
+    for read in (kept.picture, kept.depth) * 2:
+        with pytest.raises(UserError, match=r"0\.png: cannot be read as a picture"):
+            read(path)
+    assert kept.used == 0
+
+
+def test_a_spawned_worker_has_none(pool):
+    for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], room(100)), strict=True):
+        batches(kept, 0)
+        sent = pickle.loads(pickle.dumps(kept))
+        same(batches(sent, 0), batches(plain, 0))
+    assert pickle.loads(pickle.dumps(room(100))).used == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 20), st.integers(1, 20), st.integers(0, 255))
+def test_a_slice_is_what_is_cut_from_the_numbers(data, height, width, most):
+    values = torch.randint(0, most + 1, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
+    bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in (height, width)]
+    cut = (slice(None), *(slice(*ends) for ends in bounds))
+    picture, depth = Pixels(values), images.depth_pixels(values[:1])
+    want = values.float() / 255
+    far = ((values[:1].double() + 0.5) / (values[0].max().item() + 0.5)).float()
+    assert torch.equal(picture[cut], want[cut])
+    assert torch.equal(depth[cut], far[cut])
+    both = Stack((picture, depth))
+    assert both.shape == (4, height, width)
+    assert torch.equal(both[cut], torch.cat([want, far])[cut])
+    assert both[cut].is_contiguous()
+    assert picture[cut].is_contiguous()
+
+
+def test_more_than_the_machine_has_is_refused(monkeypatch):
+    monkeypatch.setattr(tiling, "free_memory", lambda device: 3.26 * 2**30)
+    with pytest.raises(UserError, match=r"data\.cache=3\.5: only 3\.3 GiB of memory are free, .*; set a smaller data"):
+        Cache(3.5)
+    assert Cache(3).used == 0
+
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(cache.mmap, "mmap", refuse)
+    with pytest.raises(UserError, match=r"data\.cache: no .* GiB can be had \(Cannot allocate memory\); set a smaller"):
+        Cache(3)
+
+
+def test_memory_is_taken_as_pictures_come():
+    """Resident, in this process: 2 GiB that are not there yet."""
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    kept = Cache(2)
+    assert resident() - before < 2**26
+    assert kept.used == 0
+
+
+@pytest.mark.parametrize("value", ["-1", "much", "true", ".inf", ".nan"])
+def test_settings_that_cannot_be(value):
+    with pytest.raises(UserError, match=r"data\.cache"):
+        config.section("data", [f"cache={value}"])
+    assert config.section("data").cache > 0
