@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 import models
 from data import datasets, loading
-from utils import checkpoint, config, distributed, errors, scoring, signals
+from utils import capacity, checkpoint, config, distributed, errors, scoring, signals
 from utils.averaging import EMA, recalibrate
 from utils.device import autocast
-from utils.distributed import synchronise
 from utils.errors import UserError
 from utils.logging import RunLog, Silence, Speed
 from utils.progress import Progress
@@ -78,7 +77,7 @@ class Run:
         self.method.to(self.device)
         ranks.share(self.method)
         if settings.train.sync_batchnorm and ranks.world > 1:
-            synchronise(self.method)
+            distributed.synchronise(self.method)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
         self.signalled, self.ending, self.terms = 0, 0, {}  # signals: to this process, and as all agreed on
         ranks.start(settings.seed)
@@ -128,10 +127,11 @@ class Run:
         waiting = loading.Waiting(self.loader(stage, at.seen, (stage.steps - at.step) * stage.accumulate))
         speed, shown = Speed(at.step, at.per_step, waiting), {"disable": None if self.ranks.first else True}
         bar = tqdm(total=stage.steps, initial=at.step, desc=stage.name, unit="step", **shown)
+        guard = capacity.Guard(self.method, stage, self.settings, self.device, self.ranks)
         self.method.train()
         with closing(loading.ahead(waiting, self.device)) as batches, bar:
             while not at.stage_ends and (chunk := self.receive(batches, stage.accumulate)):
-                self.terms = self.updater.step(lambda batch: self.method.losses(batch, stage.name), chunk)
+                self.terms = guard.step(self.updater, chunk)
                 self.ranks.average_statistics(self.method)
                 self.ema.update()
                 at.advance()

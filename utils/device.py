@@ -8,6 +8,10 @@ import torch
 
 from utils.errors import UserError
 
+# PyTorch's, cuBLAS's and oneDNN's words for a lack of memory. The last ones' could mean more, but seldom do.
+EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+EXHAUSTED += ("could not create a primitive", "could not create a memory object")
+
 
 def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
     """The device that the setting ``device`` names: auto (a GPU if there is one), cpu, cuda, or cuda:N.
@@ -46,6 +50,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def describe(device: torch.device) -> str:
     """The device in words for a report: the GPU's name, or cpu and the kind of machine."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def exhausted(error: Exception) -> bool:
+    """Is this a lack of memory? On a CPU PyTorch has no exception of its own for it."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in EXHAUSTED)
 
 
 def release_memory() -> None:

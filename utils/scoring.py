@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import metrics
-from utils.device import release_memory
+from utils.device import exhausted, release_memory
 from utils.errors import UserError
 
 Dehaze = Callable[[Tensor], Tensor]  # (1,3,H,W) in [0,1] -> the same shape
@@ -192,18 +192,12 @@ def enough_memory(item: dict, device: torch.device) -> Iterator[None]:
     """Turns a lack of memory inside into a `UserError` that names the picture, its size and the remedy."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _exhausted(error):
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
             raise
         size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
         name = item["name"]
         raise UserError(f"{name}: {size} pixels are too many for the memory of {device}; set test.tile=512") from None
-
-
-def _exhausted(error: Exception) -> bool:
-    """Is this a lack of memory? On a CPU PyTorch has no exception of its own for it."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _finish(work: _Work, measure: Measure | None, save: Save | None) -> _Work:
