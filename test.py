@@ -42,11 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.compare:
         return compare(args.compare, args.output)
+    device.keep_memory()
     folder, files, overrides = layers(args)
     settings = config.load((args.model or models.names())[0], models.settings_types(), files, overrides)
     place = device.pick(settings.device)
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
     output = Path(settings.test.output or (folder or Path()) / "results").expanduser()
+    for remark in device.remarks(place, settings.precision):
+        print(f"warning: {remark}", file=sys.stderr)
     run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
     sets = find(settings.test, output)
     return score(run, sets, testing.prepare(args.model or [], folder, settings.test, files, overrides))

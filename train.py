@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 import models
 from data import datasets, loading
-from utils import capacity, checkpoint, config, distributed, errors, scoring, signals
+from data.cache import Cache
+from utils import capacity, checkpoint, config, device, distributed, errors, scoring, signals
 from utils.averaging import EMA, recalibrate
+from utils.compiling import compile_networks
 from utils.device import autocast
 from utils.errors import UserError
 from utils.logging import RunLog, Silence, Speed
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list_models:
         print(models.listing())
         return 0
+    device.keep_memory()
     folder = Path(options.checkpoints)
     with distributed.group() as ranks:
         settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
@@ -64,7 +67,10 @@ class Run:
         models.check_training(settings)
         self.at = Progress(config.stages(settings), ranks.world)
         kinds = models.METHODS[settings.model].stages
-        self.datasets = {each.name: datasets.training(settings, each.name, kinds[each.name]) for each in self.at.stages}
+        cache = Cache(settings.data.cache / ranks.local_world)
+        self.datasets = {
+            each.name: datasets.training(settings, each.name, kinds[each.name], cache) for each in self.at.stages
+        }
         self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
         ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
@@ -74,6 +80,8 @@ class Run:
         self.method = models.build(settings)
         if saved is None:
             models.start(self.method, settings.train.init)
+        if settings.train.checkpointing:
+            self.method.save_memory()
         self.method.to(self.device)
         ranks.share(self.method)
         if settings.train.sync_batchnorm and ranks.world > 1:
@@ -85,9 +93,11 @@ class Run:
             self.load_state_dict(saved)
         self.updater = self.make_updater(saved and saved["updater"])
         self.log = RunLog(folder, self.at.global_step) if ranks.first else Silence()
-        for source in filter(None, (*self.datasets.values(), self.validation)):
-            for remark in source.remarks:
-                self.log.say(f"warning: {remark}")
+        if settings.compile:
+            compile_networks(self.method.named_children(), self.device, self.log.say)
+        sources = filter(None, (*self.datasets.values(), self.validation))
+        for remark in (*device.remarks(self.device, settings.precision), *(r for s in sources for r in s.remarks)):
+            self.log.say(f"warning: {remark}")
         if ranks.first:
             (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
 

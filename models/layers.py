@@ -4,10 +4,14 @@ All work in any memory format and are at their best in channels_last, in which t
 the convolutions of oneDNN and cuDNN need no reordering. docs/performance.md has what each of these is worth.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, pad_same
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -22,6 +26,11 @@ def reflect(x: Tensor, pad: int) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         return F.pad(x, (pad,) * 4, mode="reflect")
+
+
+def recomputed(f: Callable) -> Callable:
+    """``f``, which keeps no inner maps for the backward pass but is computed again there; without batch norm in it."""
+    return functools.partial(checkpoint, f, use_reentrant=False) if torch.is_grad_enabled() else f
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -62,6 +62,10 @@ class Method(nn.Module):
         """Of the settings with which the released code tests a benchmark, those that these weights want."""
         return {}
 
+    def save_memory(self) -> None:
+        """From now on compute inner maps again in the backward pass, where that is worth it (train.checkpointing)."""
+        raise UserError(f"train.checkpointing=true: {type(self).__name__} cannot; set it to false")
+
     @classmethod
     def from_official(cls, state: dict, settings: Any) -> "Method | None":
         """The method that the authors' released file holds, or None if it is not one of this method's.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ReflectConv, channels_last, pointwise, quicken
+from models.layers import ReflectConv, channels_last, pointwise, quicken, recomputed
 from utils import tiling
 from utils.checkpoint import read_weights
 from utils.errors import UserError
@@ -69,7 +69,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, features: int = 32, mixer: Callable[[int], nn.Module] | None = None):
         super().__init__()
-        widths = [features * 2**k for k in range(4)]
+        widths, self.recompute = [features * 2**k for k in range(4)], False
         encoder = timm.create_model(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False)
         self.encoder = quicken(encoder)
         self.reduce = nn.ModuleList(
@@ -86,9 +86,10 @@ class Pyramid(nn.Module):
         half, eighth = tiling.part(tile, 2), tiling.part(tile, 8)  # the mixers' spline bases are eight times as large
         mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]
         skips = [tiling.through(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
-        x = self.fusion[3](skips[3], tile=half)
-        for fuse, skip in zip(reversed(self.fusion[:3]), reversed(skips[:3]), strict=True):
-            x = fuse(x, skip, half)
+        x = None
+        for fuse, skip in zip(reversed(self.fusion), reversed(skips), strict=True):
+            fuse = recomputed(fuse) if self.recompute else fuse
+            x = fuse(skip, None, half) if x is None else fuse(x, skip, half)
         return x, pooled
 
     def _encode(self, image: Tensor, tile: int | None) -> list[Tensor]:

@@ -167,6 +167,7 @@ class Train:
     clip: Weight
     ema: Annotated[float, Range(0, 0.999999)]
     recalibrate: CountOrZero
+    checkpointing: bool
     sync_batchnorm: bool
 
 
@@ -215,6 +216,7 @@ class Settings:
     seed: CountOrZero
     device: str
     precision: Literal["float32", "bf16", "fp16"]
+    compile: bool
     data: Data
     haze: Haze
     degradations: Degradations

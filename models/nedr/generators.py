@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm, ReflectConv, channels_last
+from models.layers import BatchNorm, ReflectConv, channels_last, recomputed
 from models.nedr.implicit import IDRM
 from models.nedr.kan import KANCID
 from models.nedr.residual import DREM
@@ -50,7 +50,7 @@ class RemovalNet(nn.Module):
         learned_airlight: bool = False,
     ):
         super().__init__()
-        self.density_range = density_range
+        self.density_range, self.recompute = density_range, False
         self.pyramid = Pyramid(features, KANCID if kan_cid else None)
         self.idrm = IDRM(features, out_channels=features, positional=positional) if idrm else None
         self.drem = DREM(features) if drem else nn.Identity()
@@ -68,7 +68,8 @@ class RemovalNet(nn.Module):
         x, pooled = self.pyramid(hazy, tile)
         beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
         halo = 1 + tiling.reach(self.drem, self.head)  # IDRM sees one pixel
-        t = tiling.apply(self._transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
+        transmission = recomputed(self._transmission) if self.recompute else self._transmission
+        t = tiling.apply(transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
         A = self.estimate_airlight(hazy, pooled, airlight)
         if guided:
             t = physics.guided_filter(hazy, t, tile=tile)

@@ -142,6 +142,9 @@ class NeDR(Method):
         if size % STRIDE or size < least:
             raise UserError(f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}")
 
+    def save_memory(self) -> None:
+        self.removal.recompute = self.removal.pyramid.recompute = True  # the largest; depth is frozen at times
+
     @classmethod
     def from_official(cls, state: dict, settings: NeDRSettings) -> "NeDR | None":
         """An official file of NeDR (or D4, as `D4`). ``settings`` gives what it does not say (ranges, airlight)."""
