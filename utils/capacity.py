@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import checkpoint, cost, tiling
 from utils.config import Settings, Stage
@@ -27,6 +28,7 @@ from utils.updater import Updater
 # Bytes a pixel of a batch above which a step is measured first, far more than methods take: NeDR, the largest, took 26
 # thousand at full width in float32 (AKNet 11, KA-Net 6).
 AMPLE_BYTES = 100_000
+FRAYED = 1.05  # steps that follow one another take up to so much of what is measured: the heap frays
 
 
 class Guard:
@@ -55,19 +57,19 @@ class Guard:
         free, most = self.free(), self.stage.batch
         if batch["hazy"][:, 0].numel() * AMPLE_BYTES <= free or not _measurable():
             return
-        with self.double() as method, _at_most(free):
+        with self.double() as method, _AtMost(free):
             needs = measure(lambda n: self.play(method, batch, n), method, min(2, most))
-        needs = [need + _moments(updater) for need in needs]
+        needs = [FRAYED * need + _moments(updater) for need in needs]
         fitting = min(most if len(needs) == min(2, most) else len(needs), _fitting(needs, free))
         fitting, needs = min(self.ranks.exchange((fitting, needs)))
         if fitting < most:
             raise self.refusal(fitting, free, needs)
 
     def free(self) -> float:
-        """Bytes that this process may take on the CPU: a share, and what its cache of pictures will need is left."""
+        """Bytes that this process may take on the CPU: its share of what the cache of pictures will leave."""
         release_memory()
         [least] = self.ranks.agree(-int(min(tiling.free_memory(self.device), 2**60)))  # read before others measure
-        return -least / self.ranks.local_world - getattr(self.settings.data, "cache", 0) * 2**30
+        return (-least - self.settings.data.cache * 2**30) / self.ranks.local_world
 
     def try_out(self, batch: dict[str, Any]) -> int:
         """The most pictures of a ``batch`` too large that fit, by trial of forward and backward; 0: not even one."""
@@ -114,7 +116,10 @@ class Guard:
             needed = extrapolated(needs, self.stage.batch)
             what += f" (about {needed / 2**30:.1f} GiB are needed, {max(0.0, free) / 2**30:.1f} are free)"
         what += f"; the largest that does is {fitting}" if fitting else "; not even one picture does"
-        return UserError(f"{what}: set {_either(remedies(self.stage, self.settings, fitting))}; {self.ranks.saved}")
+        options = remedies(self.stage, self.settings, fitting)
+        if not self.settings.train.checkpointing and _can_save(self.method):
+            options.append("train.checkpointing=true")
+        return UserError(f"{what}: set {_either(options)}; {self.ranks.saved}")
 
 
 def measure(play: Callable[[int], None], method: nn.Module, most: int) -> list[float]:
@@ -160,8 +165,6 @@ def remedies(stage: Stage, settings: Settings, fitting: int) -> list[str]:
         found = [f"train.batch={batch} train.accumulate={accumulate} ({same})"]
     if settings.precision == "float32":
         found.append("precision=bf16")
-    if not getattr(settings.train, "checkpointing", False):
-        found.append("train.checkpointing=true")
     return found
 
 
@@ -199,19 +202,25 @@ def _watched() -> Iterator[None]:
         raise _LackError from None
 
 
-@contextlib.contextmanager
-def _at_most(more: float) -> Iterator[None]:
-    """Inside, this process gets an error, and is not killed, when it asks for ``more`` bytes than it has; on Linux."""
-    used = next(line for line in cost.PROCESS.joinpath("status").read_text().splitlines() if line.startswith("VmData:"))
-    before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = int(used.split()[1]) * 1024 + max(0, int(more))
-    for other in (soft, hard):
-        limit = limit if other == resource.RLIM_INFINITY else min(limit, other)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+class _AtMost(TorchDispatchMode):
+    """Inside, `_LackError` is raised before an operation that finds ``more`` bytes used than there were at first.
+
+    Linux would kill the process; a limit set by setrlimit makes oneDNN crash where it does not expect one.
+    """
+
+    def __init__(self, more: float):
+        super().__init__()
+        self.limit = _resident() + more
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if _resident() > self.limit:
+            raise _LackError
+        return func(*args, **(kwargs or {}))
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has in use; on Linux."""
+    return int(cost.PROCESS.joinpath("statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _measurable() -> bool:
@@ -231,6 +240,15 @@ def _moments(updater: Updater) -> int:
     fresh = [optimiser for optimiser in updater.optimisers.values() if not optimiser.state]
     parameters = [p for optimiser in fresh for group in optimiser.param_groups for p in group["params"]]
     return sum(2 * p.numel() * p.element_size() for p in parameters)
+
+
+def _can_save(method: nn.Module) -> bool:
+    """Can ``method`` do with less memory? It does from now on; that is for the end of a run."""
+    try:
+        method.save_memory()
+    except UserError:
+        return False
+    return True
 
 
 def _either(options: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ class SpectralConv(nn.Module):
         self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(in_channels * 16), dim=0))
 
+    @torch.compiler.disable  # which would compute u again from its buffer, when that has turned already
     def sigma(self) -> Tensor:
         """The estimate of the weight's spectral norm, a scalar with a gradient; in training it turns once."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):

@@ -1,0 +1,191 @@
+"""How fast NeDR is here, beside the released code and beside what the machine could do.
+
+    python -m benchmarks.speed
+    python -m benchmarks.speed --sizes 256 --steps 128 --repeats 3 --output results/speed
+    python -m benchmarks.speed --into docs/performance.md README.md
+
+Forward passes, training steps (one unpaired step of all five networks) and a large picture in tiles, each in a process
+of its own, by this code base in float32 and in reduced precision, and by a step-by-step copy of the released code
+(tests/models/nedr_reference.py) with the same networks. Cases of one size are taken in turn, in two rounds. The table
+goes to the screen, and with all figures as speed.json and speed.md to --output; --into writes it between the marks
+``<!-- speed -->`` (or, in short, ``<!-- speed in short -->``) and ``<!-- /speed -->`` of files.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed_cases import Case, Run
+from utils import device, errors
+from utils.checkpoint import write_text
+from utils.errors import UserError
+
+ROUNDS = 2
+PRECISIONS = ("float32", "bf16", "fp16")
+LARGE = (1536, 2048)  # of a photograph of three megapixels, in tiles
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = re.compile(r"(<!-- speed( in short)? -->\n).*?(<!-- /speed -->)", re.DOTALL)
+KINDS = {"forward": "forward pass", "step": "training step", "tiled": "large picture, tiles of 512"}
+
+Results = dict[Case, Run]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    place = device.pick(options.device)
+    for file in options.into:
+        if not MARKS.search(_read(file)):
+            raise UserError(f"{file}: holds no '<!-- speed -->' and '<!-- /speed -->' to write between; put them there")
+    machine = worker(None, place, options)
+    results: Results = {}
+    cases = plan(place, options)
+    for number, case in enumerate(cases, 1):
+        print(f"{number} of {len(cases)}: {KINDS[case.kind]}, {_size(case)}, {case.label}", file=sys.stderr)
+        found = Run(**worker(case, place, options))
+        before = results.get(case)
+        results[case] = found._replace(seconds=before.seconds + found.seconds) if before else found
+    report = markdown(results, machine)
+    print(report)
+    if options.output:
+        folder = Path(options.output)
+        write_text(folder / "speed.md", report)
+        write_text(folder / "speed.json", json.dumps(record(results, machine), indent=2))
+    for file in options.into:
+        parts = {None: report, " in short": short(results, machine)}
+        write_text(file, MARKS.sub(lambda mark, parts=parts: mark[1] + parts[mark[2]] + mark[3], _read(file)))
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__, formatter_class=style)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    sides = {"type": int, "nargs": "*", "metavar": "SIDE"}
+    parser.add_argument("--sizes", **sides, default=[128, 256, 512, 1024], help="of pictures to dehaze, pixels a side")
+    parser.add_argument("--steps", **sides, default=[128, 256], help="of crops to train on, one a step")
+    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="a picture in tiles too")
+    parser.add_argument("--compiled", action="store_true", help="steps by torch.compile too; minutes to begin with")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="at most, of each case in each of two rounds; at least 3"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all")
+    parser.add_argument("--output", metavar="DIR", help="folder for speed.md and speed.json")
+    parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="to write the table into")
+    options = parser.parse_args(arguments)
+    for side in (*options.sizes, *options.steps):
+        if side < 128 or side % 32:
+            raise UserError(f"{side} pixels: sides are multiples of 32, at least 128, for the reference pads nothing")
+    return options
+
+
+def plan(place: torch.device, options: argparse.Namespace) -> list[Case]:
+    """Every case in the order in which it is run: twice, those that are compared next to each other."""
+    reduced = ["bf16"] if place.type == "cpu" else ["bf16", "fp16"]
+    cases = []
+    for kind, sides in (("forward", options.sizes), ("step", options.steps)):
+        for side in sides:
+            group = [Case(kind, "reference", "float32", side, side)]
+            group += [Case(kind, "ours", precision, side, side) for precision in ("float32", *reduced)]
+            if kind == "step":
+                group += [Case(kind, "ours", p, side, side, checkpointing=True) for p in ("float32", "bf16")]
+                group += [Case(kind, "ours", p, side, side, compiled=True) for p in reduced if options.compiled]
+            cases += group * ROUNDS
+    if options.large:
+        cases += [Case("tiled", "ours", precision, *LARGE) for precision in ("float32", *reduced)]
+    return cases
+
+
+def worker(case: Case | None, place: torch.device, options: argparse.Namespace) -> dict:
+    """What `benchmarks.speed_cases` says of a case (None: of the machine). Raises `UserError` where it fails."""
+    task = json.dumps([case, str(place), options.repeats, options.threads])
+    command = [sys.executable, "-m", "benchmarks.speed_cases", task]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        what = f"{KINDS[case.kind]}, {_size(case)}, {case.label}" if case else "the machine's ceiling"
+        raise UserError(f"{what} could not be measured: {last}; leave that size out, or free memory")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def markdown(results: Results, machine: dict) -> str:
+    """The table, with all that is needed to read it."""
+    heads = ["", "size", "", "seconds (median, range)", "against reference", "peak memory", "TFLOP/s", "of the ceiling"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|---|"]
+    for case, run in results.items():
+        speed, limit = run.flops / run.median, machine[case.precision]
+        cells = [KINDS[case.kind], _size(case), case.label]
+        cells += [f"{run.median:.3g} ({min(run.seconds):.3g}-{max(run.seconds):.3g})", _against(case, results)]
+        cells += [f"{run.memory / 2**20:,.0f} MiB", f"{speed / 1e12:.3g}", f"{speed / limit:.0%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    macs = {case.width: run.flops // 2 for case, run in results.items() if (case.kind, case.of) == ("forward", "ours")}
+    limits = ", ".join(f"{machine[kind] / 1e12:.3g} in {kind}" for kind in PRECISIONS if kind in machine)
+    notes = [
+        f"- {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}; batch 1.",
+        "- Peak memory is what is held beyond weights and optimisers.",
+        f"- The ceiling is the better of a large matrix product and a 5x5 convolution, in TFLOP/s: {limits}.",
+    ]
+    if macs:
+        notes.append("- " + ", ".join(f"{n / 1e9:.1f} GMACs at {side}" for side, n in macs.items()) + " (forward).")
+    quality = {case.precision: run.psnr for case, run in results.items() if run.psnr is not None}
+    notes += [f"- {kind} against float32 output: {value:.1f} dB PSNR." for kind, value in quality.items()]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def short(results: Results, machine: dict) -> str:
+    """Medians and ratios of the forward pass and the step at 256 pixels, or at the largest size that there is."""
+    lines = ["| | reference | float32 | bf16 |", "|---|---|---|---|"]
+    for kind in ("forward", "step"):
+        sides = {case.width for case in results if case.kind == kind}
+        if sides:
+            side = 256 if 256 in sides else max(sides)
+            found = {case.label: case for case in results if (case.kind, case.width) == (kind, side)}
+            of_interest = [found[label] for label in ("reference", "float32", "bf16")]
+            cells = [f"{results[case].median:.3g} s{_ratio(case, results)}" for case in of_interest]
+            lines.append(f"| {KINDS[kind]}, {side}x{side} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{machine['device']}, {machine['threads']} threads, batch 1."]) + "\n"
+
+
+def record(results: Results, machine: dict) -> dict:
+    """Everything that was measured, for speed.json."""
+    cases = [case._asdict() | run._asdict() | {"median": run.median} for case, run in results.items()]
+    return {"machine": machine, "cases": cases}
+
+
+def _reference(case: Case, results: Results) -> Run | None:
+    """What the reference took for the same; None where it was not asked."""
+    same = (case.kind, case.height, case.width, case.batch)
+    found = (run for each, run in results.items() if each.of == "reference" and (each.kind, *each[3:6]) == same)
+    return None if case.of == "reference" else next(found, None)
+
+
+def _against(case: Case, results: Results) -> str:
+    """Ratio of medians, and of peak memory."""
+    reference, run = _reference(case, results), results[case]
+    if reference is None:
+        return ""
+    return f"{reference.median / run.median:.2f}x, memory {run.memory / reference.memory:.0%}"
+
+
+def _ratio(case: Case, results: Results) -> str:
+    reference = _reference(case, results)
+    return f" ({reference.median / results[case].median:.1f}x)" if reference else ""
+
+
+def _size(case: Case) -> str:
+    return f"{case.width}x{case.height}"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from None
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,166 @@
+"""What benchmarks.speed measures, one case in a process of its own: so each has its own memory, and no other's heap.
+
+A case is NeDR's ``forward`` (whole picture, `Method.dehaze`), ``step`` (the unpaired game, all three optimisers) or
+``tiled`` (a large picture in tiles), by this code base or by the ``reference``, the released code written down step by
+step (tests/models/nedr_reference.py), which takes the same weights.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from tests.models.nedr_reference import Game
+from utils import config, cost, device
+from utils.compiling import compile_networks
+from utils.updater import Updater
+
+OVERRIDES = ("nedr.variant=released", "nedr.airlight=max", "nedr.encoder_weights=none", "train.ema=0")
+SECONDS = 20.0  # a case is repeated until it has taken so long, but at least thrice after the first pass
+
+
+class Case(NamedTuple):
+    """What is measured: of whom (``reference`` or ``ours``), in what precision, at what size in pixels."""
+
+    kind: str
+    of: str
+    precision: str
+    height: int
+    width: int
+    batch: int = 1
+    compiled: bool = False
+    checkpointing: bool = False
+
+    @property
+    def label(self) -> str:
+        further = [", compiled"] * self.compiled + [", checkpointing"] * self.checkpointing
+        return "reference" if self.of == "reference" else self.precision + "".join(further)
+
+
+class Run(NamedTuple):
+    """How often a case was run, and what it took: medians and extremes in seconds, memory in bytes."""
+
+    seconds: list[float]
+    memory: int
+    flops: int
+    psnr: float | None = None  # of reduced precision, against float32; dB
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure(case: Case, place: torch.device, repeats: int) -> Run:
+    """Run the case; memory is the peak beyond what the process held before, weights and optimisers not counted."""
+    torch.manual_seed(0)
+    if case.of == "ours":
+        device.keep_memory()
+    act, compare = _reference(case, place) if case.of == "reference" else _ours(case, place)
+    act()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter:
+        act()
+    device.release_memory()
+    cost.reset_peak(place)
+    before, seconds, began = cost.peak_memory(place), [], time.perf_counter()
+    while len(seconds) < 3 or (len(seconds) < repeats and time.perf_counter() - began < SECONDS):
+        seconds.append(_timed(act, place))
+    return Run(seconds, cost.peak_memory(place) - before, counter.get_total_flops(), compare and compare())
+
+
+def ceiling(place: torch.device, precision: str) -> float:
+    """The best of a large matrix product and a large convolution on this machine, in FLOP/s."""
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = 2048 if place.type == "cpu" else 8192
+    a = torch.randn(size, size, device=place, dtype=dtype)
+    x = torch.randn(1, 256, 128, 128, device=place, dtype=dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(64, 256, 5, 5, device=place, dtype=dtype).to(memory_format=torch.channels_last)
+    works = {lambda: a @ a: 2 * size**3, lambda: torch.conv2d(x, w, padding=2): 2 * 64 * 256 * 25 * 128**2}
+    with torch.no_grad():
+        return max(flops / min(_timed(work, place) for _ in range(6)) for work, flops in works.items())
+
+
+def _timed(act: Callable[[], Any], place: torch.device) -> float:
+    _wait(place)
+    start = time.perf_counter()
+    act()
+    _wait(place)
+    return time.perf_counter() - start
+
+
+def _wait(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+
+
+def _backward(grad: list[int], x: list[int], weight: list[int], *others: Any, **_: Any) -> int:
+    """FLOPs of aten.convolution_backward; PyTorch's formula takes a depthwise weight's gradient for a dense one's."""
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(others[-1][:2])  # the last one: which gradients
+
+
+def _reference(case: Case, place: torch.device) -> tuple[Callable, None]:
+    torch.set_default_device(place)
+    game = Game().to(place)
+    hazy, clear = _pictures(case, place)
+    if case.kind == "step":
+        game.train()
+        return lambda: game.step(hazy, clear, torch.rand(case.batch, 1, 1, 1) + 0.6), None
+    game.eval()
+    return torch.no_grad()(lambda: game.net_h2c(hazy)), None
+
+
+def _ours(case: Case, place: torch.device) -> tuple[Callable, Callable | None]:
+    values = config.load(
+        "nedr", models.settings_types(), overrides=(*OVERRIDES, f"precision={case.precision}", "train.steps=1000")
+    )
+    method = models.build(values)
+    method.start()
+    if case.checkpointing:
+        method.save_memory()
+    method.to(place)
+    hazy, clear = _pictures(case, place)
+    if case.compiled:
+        compile_networks(method.named_children(), place, lambda line: print(line, file=sys.stderr))
+    if case.kind == "step":
+        updater = Updater(method.train().optimisers("train", values), config.stages(values)[0], values, place)
+        return lambda: updater.step(lambda b: method.losses(b, "train"), [{"hazy": hazy, "clear": clear}]), None
+    method.eval()
+    tile = 512 if case.kind == "tiled" else None
+
+    def dehaze(precision: str = case.precision) -> Tensor:
+        with device.autocast(place, precision):
+            return method.dehaze(hazy, tile)
+
+    def compare() -> float:
+        error = (dehaze().float() - dehaze("float32")).square().mean().item()
+        return -10 * math.log10(error) if error else math.inf
+
+    return dehaze, compare if case.precision != "float32" else None
+
+
+def _pictures(case: Case, place: torch.device) -> tuple[Tensor, Tensor]:
+    """Smooth pictures with some grain, hazy and clear (N,3,H,W) in [0,1]."""
+    coarse = torch.rand(2, case.batch, 3, 8, 8, device=place)
+    smooth = torch.nn.functional.interpolate(coarse.flatten(0, 1), (case.height, case.width), mode="bicubic")
+    smooth = (smooth + 0.05 * torch.randn_like(smooth)).clamp(0, 1).unflatten(0, (2, case.batch))
+    return smooth[0] * 0.5 + 0.4, smooth[1]
+
+
+if __name__ == "__main__":  # started by benchmarks.speed, with the case as JSON
+    case, place, repeats, threads = json.loads(sys.argv[1])
+    if threads:
+        torch.set_num_threads(threads)
+    if case is None:
+        kinds = ("float32", "bf16") if torch.device(place).type == "cpu" else ("float32", "bf16", "fp16")
+        found = {kind: ceiling(torch.device(place), kind) for kind in kinds}
+        found |= {"device": device.describe(torch.device(place)), "threads": torch.get_num_threads()}
+        print(json.dumps(found | {"torch": torch.__version__}))
+    else:
+        print(json.dumps(measure(Case(*case), torch.device(place), repeats)._asdict()))

@@ -1,0 +1,68 @@
+"""The step-by-step copy of the released code meets the released outputs, and this code base meets the copy."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import picture
+
+import models
+from tests.models.nedr_reference import Game
+from utils import config
+from utils.updater import Updater
+
+
+@pytest.fixture(scope="module")
+def game(official_state) -> Game:
+    """The released networks with rule-made weights."""
+    live = {key: value for key, value in official_state["drem"].items() if not re.match(r"RDB_\d\.0\.conv1\.", key)}
+    game = Game(live)
+    for name, network in game.named_children():
+        assert not network.load_state_dict(official_state[name], strict=False).missing_keys  # others are dead weight
+    return game
+
+
+@torch.no_grad()
+def test_the_reference_meets_the_released_outputs(game, golden):
+    game.eval()
+    x = picture(7, 1, 3, 128, 160)
+    found = dict(zip(("J", "d", "beta"), game.net_h2c(x), strict=True))
+    for name, value in found.items():
+        torch.testing.assert_close(value, golden[f"h2c_{name}"].reshape(value.shape), rtol=0, atol=1e-5)
+    torch.testing.assert_close(game.net_depth(x), golden["depth"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(game.net_c2h(x, golden["depth"], found["beta"]), golden["c2h"], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_ours_meets_the_reference_at_another_size(game, official_file):
+    x = picture(3, 2, 3, 160, 128)
+    torch.testing.assert_close(models.load(official_file).dehaze(x), game.eval().net_h2c(x)[0], rtol=0, atol=1e-5)
+
+
+def test_a_training_step_meets_the_reference(game, official_file, monkeypatch):
+    """Losses, and what the step did to every network, as far as rounding lets these weights tell."""
+    game, method = copy.deepcopy(game).train(), models.load(official_file).train()
+    before = [p.detach().clone() for p in game.discriminator_h2c.parameters()]
+    hazy, clear = picture(5, 2, 3, 128, 128) * 0.5 + 0.4, picture(6, 2, 3, 128, 128)
+    beta = torch.tensor([0.9, 1.5]).view(2, 1, 1, 1)
+    monkeypatch.setattr(method, "_random_haze", lambda clear: (beta, None))
+    values = config.load("nedr", models.settings_types(), overrides=["nedr.variant=released", "nedr.airlight=max"])
+    updater = Updater(method.optimisers("train", values), config.stages(values)[0], values, torch.device("cpu"))
+    ours = updater.step(lambda batch: method.losses(batch, "train"), [{"hazy": hazy, "clear": clear}])
+    theirs = game.step(hazy, clear, beta)
+    for name, value in theirs.items():
+        assert ours[name].item() == pytest.approx(value.item(), rel=2e-3), name
+    assert any(not torch.equal(a, b) for a, b in zip(before, game.discriminator_h2c.parameters(), strict=True))
+    for name, network in {"discriminator_h2c": method.judge_clear, "discriminator_c2h": method.judge_hazy}.items():
+        for (key, p), q in zip(getattr(game, name).named_parameters(), network.parameters(), strict=True):
+            assert (p - q).abs().mean() < 1e-7, f"{name}.{key}"  # of a step of 1e-5
+
+
+@torch.no_grad()
+def test_bf16_costs_little_quality(official_file):
+    method, x = models.load(official_file), picture(7, 1, 3, 128, 160)
+    exact = method.dehaze(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        error = (method.dehaze(x) - exact).square().mean()
+    assert -10 * error.log10() > 45
