@@ -13,11 +13,16 @@ from utils.errors import UserError
 
 
 class Loss(NamedTuple):
-    """One loss of a training step: which optimiser it moves, the scalar, and its parts by name."""
+    """One loss of a training step: which optimiser it moves, the scalar, and its parts by name.
+
+    Gradients go to that optimiser's parameters alone. ``shared``: the next loss goes through the same computation, so
+    that is kept, and the optimiser moves after the next loss's backward pass.
+    """
 
     optimiser: str
     value: Tensor
     terms: dict[str, Tensor]
+    shared: bool = False
 
 
 class About(NamedTuple):

@@ -107,7 +107,7 @@ class Guard:
                 loss = next(pending, None)
             if loss is None:
                 return
-            loss.value.backward()
+            loss.value.backward(retain_graph=loss.shared)
 
     def refusal(self, fitting: int, free: float = math.nan, needs: Sequence[float] = ()) -> UserError:
         """What to tell the user, where batches of up to ``fitting`` pictures fit."""

@@ -58,14 +58,17 @@ class Updater:
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         for k, batch in enumerate(batches, 1):
-            stepping, pending = k == len(batches), losses(batch)
+            stepping, pending, due = k == len(batches), losses(batch), []
             while (loss := self._next(pending)) is not None:
                 reducer = self.reducers[loss.optimiser]
                 with contextlib.nullcontext() if stepping else reducer.no_sync():  # gradients are sent once, summed up
-                    reducer(self.scaler.scale(loss.value / len(batches))).backward()
+                    moved = _parameters(self.optimisers[loss.optimiser])  # no other gradient is computed
+                    value = reducer(self.scaler.scale(loss.value / len(batches)))
+                    value.backward(inputs=moved, retain_graph=loss.shared)
                 terms |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
-                if stepping:
-                    self._move(self.optimisers[loss.optimiser])
+                due.append(loss.optimiser)
+                while stepping and due and not loss.shared:
+                    self._move(self.optimisers[due.pop(0)])
         if stepping:
             self.scaler.update()
         for schedule in self.schedules.values():

@@ -1,5 +1,6 @@
 """NeDR's unpaired game (arXiv 2511.13110; the game is D4's, CVPR 2022), and its supervised warm start."""
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Play(NamedTuple):
     hazy: Tensor
     clear: Tensor
     found: Removal  # in hazy
+    depth: Tensor  # by the depth network, of the clear picture found
     rehazed: Tensor
     density: Tensor  # random, of the haze made on clear
     airlight: Tensor | None  # random too where it is learned; else production's own rule
@@ -275,22 +277,25 @@ class NeDR(Method):
         s, play = self.settings, self._play(batch["hazy"], batch["clear"])
         if s.gan_weight:
             yield self._judge(play)
+        if s.depth_weight:
+            pseudo = F.l1_loss(play.depth, play.found.depth.detach())
+            yield Loss("depth", s.depth_weight * pseudo, {"pseudo_depth": pseudo}, shared=True)
         weighted = self._generator_terms(play)
         total = sum(weight * term for weight, term in weighted.values())
         yield Loss("generators", total, {name: term for name, (_, term) in weighted.items()})
-        if s.depth_weight:
-            pseudo = F.l1_loss(self.depth(play.found.clear.detach()), play.found.depth.detach())
-            yield Loss("depth", s.depth_weight * pseudo, {"pseudo_depth": pseudo})
 
     def _play(self, hazy: Tensor, clear: Tensor) -> Play:
-        """Both cycles. Gradients pass through the depth network; its weights learn from pseudo-depth alone."""
-        kind = self.settings.airlight
-        with frozen(self.depth):
-            found = self.removal(hazy, kind)
-            rehazed = self.production(found.clear, self.depth(found.clear), found.density, self._own(found))
-            density, airlight = self._random_haze(clear)
-            made = self.production(clear, self.depth(clear), density, airlight)
-            return Play(hazy, clear, found, rehazed, density, airlight, made, self.removal(made, kind))
+        """Both cycles. The depth of the clear picture that was found serves the cycle and the depth network's own loss."""
+        kind, learns = self.settings.airlight, bool(self.settings.depth_weight)
+        found = self.removal(hazy, kind)
+        with contextlib.nullcontext() if learns else frozen(self.depth):
+            depth = self.depth(found.clear)
+        rehazed = self.production(found.clear, depth, found.density, self._own(found))
+        density, airlight = self._random_haze(clear)
+        with torch.no_grad():
+            of_clear = self.depth(clear)
+        made = self.production(clear, of_clear, density, airlight)
+        return Play(hazy, clear, found, depth, rehazed, density, airlight, made, self.removal(made, kind))
 
     def _judge(self, play: Play) -> Loss:
         """Spectral normalisation turns at each pass, so the order matters: real first."""

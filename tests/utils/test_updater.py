@@ -222,3 +222,33 @@ def test_what_is_not_finite_is_refused():
     for bad in ("nan", "inf", "-inf"):
         with pytest.raises(UserError, match="the loss 'b' has become"):
             finite({"a": torch.tensor(0.5), "b": torch.tensor(float(bad))})
+
+
+def test_losses_through_one_computation_move_only_what_they_name():
+    """As if each had computed it for itself; and the first optimiser waits, since the second loss needs its weights."""
+
+    def of(nets, apart: bool):
+        def losses(batch):
+            inner = nets["a"](batch["x"])
+            y = nets["b"](inner.detach() if apart else inner)
+            yield Loss("b", F.mse_loss(y, batch["y"]), {}, shared=not apart)
+            y = old["b"](inner) if apart else y
+            yield Loss("a", y.abs().mean(), {})
+
+        return losses
+
+    data, found = batches(1), []
+    for apart in (False, True):
+        nets = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 2)}
+        for net_ in nets.values():
+            for p in net_.parameters():
+                nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+        old = copy.deepcopy(nets)  # b before it moves
+        optimisers = {name: torch.optim.SGD(net_.parameters(), 0.1) for name, net_ in nets.items()}
+        Updater(optimisers, *told(), CPU).step(of(nets, apart), data)
+        found.append([p.detach() for net_ in nets.values() for p in net_.parameters()])
+        for name, module in nets.items():
+            pairs = zip(module.parameters(), old[name].parameters(), strict=True)
+            assert not any(torch.equal(p, q) for p, q in pairs)
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q)
