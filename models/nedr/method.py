@@ -285,7 +285,7 @@ class NeDR(Method):
         yield Loss("generators", total, {name: term for name, (_, term) in weighted.items()})
 
     def _play(self, hazy: Tensor, clear: Tensor) -> Play:
-        """Both cycles. The depth of the clear picture that was found serves the cycle and the depth network's own loss."""
+        """Both cycles. The depth of the clear picture found serves the cycle and the depth network's own loss."""
         kind, learns = self.settings.airlight, bool(self.settings.depth_weight)
         found = self.removal(hazy, kind)
         with contextlib.nullcontext() if learns else frozen(self.depth):

@@ -279,3 +279,17 @@ def test_refused_settings(override, message):
 def test_refused_crops(size):
     with pytest.raises(UserError, match=rf"data\.crop_size={size}"):
         models.check_training(tiny_settings(f"data.crop_size={size}"))
+
+
+def test_checkpointing_changes_no_number():
+    results = []
+    for saving in (False, True):
+        method, values = tiny(), tiny_settings()
+        if saving:
+            method.save_memory()
+        torch.manual_seed(1)
+        terms = step(method, values, "train", values.data.crop_size)
+        results.append((terms, parameters(method)))
+    (terms, plain), (again, recomputed) = results
+    assert terms == again
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)

@@ -1,0 +1,44 @@
+"""Precisions that a device can do, and memory that is kept."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from utils import device
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_a_processor_without_bf16_units_is_warned_about(monkeypatch):
+    monkeypatch.setattr(device, "_is_arm", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    (remark,) = device.remarks(CPU, "bf16")
+    assert "precision=float32 will be faster" in remark
+    assert device.remarks(CPU, "float32") == []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert device.remarks(CPU, "bf16") == []
+
+
+def test_a_gpu_without_bf16_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GeForce of 2016")
+    with pytest.raises(UserError, match="GeForce of 2016 has no bf16; set precision=fp16 or precision=float32"):
+        device.autocast(torch.device("cuda"), "bf16")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_kept_memory_is_not_fetched_anew():
+    """Page faults of a second buffer of 64 MiB: many, unless the first one's memory was kept."""
+    program = (
+        "import resource, torch; from utils import device; {}\n"
+        "torch.zeros(2**24).sum(); a = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.zeros(2**24).sum(); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - a)"
+    )
+    faults = []
+    for first in ("pass", "device.keep_memory()"):
+        command = [sys.executable, "-c", program.format(first)]
+        faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert faults[1] * 5 < faults[0]
