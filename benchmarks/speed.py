@@ -41,14 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     for file in options.into:
         if not MARKS.search(_read(file)):
             raise UserError(f"{file}: holds no '<!-- speed -->' and '<!-- /speed -->' to write between; put them there")
-    machine = worker(None, place, options)
-    results: Results = {}
-    cases = plan(place, options)
-    for number, case in enumerate(cases, 1):
-        print(f"{number} of {len(cases)}: {KINDS[case.kind]}, {_size(case)}, {case.label}", file=sys.stderr)
-        found = Run(**worker(case, place, options))
-        before = results.get(case)
-        results[case] = found._replace(seconds=before.seconds + found.seconds) if before else found
+    machine, results = recall(options.again) if options.again else run(place, options)
     report = markdown(results, machine)
     print(report)
     if options.output:
@@ -75,12 +68,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: all")
     parser.add_argument("--output", metavar="DIR", help="folder for speed.md and speed.json")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="measure nothing; tables of an earlier speed.json")
     parser.add_argument("--into", type=Path, nargs="+", default=[], metavar="FILE", help="to write the table into")
     options = parser.parse_args(arguments)
     for side in (*options.sizes, *options.steps):
         if side < 128 or side % 32:
             raise UserError(f"{side} pixels: sides are multiples of 32, at least 128, for the reference pads nothing")
     return options
+
+
+def run(place: torch.device, options: argparse.Namespace) -> tuple[dict, Results]:
+    """The machine's limits, and what every case took."""
+    machine, results, cases = worker(None, place, options), {}, plan(place, options)
+    for number, case in enumerate(cases, 1):
+        print(f"{number} of {len(cases)}: {KINDS[case.kind]}, {_size(case)}, {case.label}", file=sys.stderr)
+        found = Run(**worker(case, place, options))
+        before = results.get(case)
+        results[case] = found._replace(seconds=before.seconds + found.seconds) if before else found
+    return machine, results
 
 
 def plan(place: torch.device, options: argparse.Namespace) -> list[Case]:
@@ -154,6 +159,16 @@ def record(results: Results, machine: dict) -> dict:
     """Everything that was measured, for speed.json."""
     cases = [case._asdict() | run._asdict() | {"median": run.median} for case, run in results.items()]
     return {"machine": machine, "cases": cases}
+
+
+def recall(file: Path) -> tuple[dict, Results]:
+    """What `record` wrote. Raises `UserError` for another file."""
+    try:
+        told = json.loads(_read(file))
+        take = lambda kind, case: kind(**{name: case[name] for name in kind._fields})  # noqa: E731
+        return told["machine"], {take(Case, case): take(Run, case) for case in told["cases"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: is no speed.json of benchmarks.speed; name one that --output wrote") from None
 
 
 def _reference(case: Case, results: Results) -> Run | None:

@@ -24,7 +24,7 @@ from utils.compiling import compile_networks
 from utils.updater import Updater
 
 OVERRIDES = ("nedr.variant=released", "nedr.airlight=max", "nedr.encoder_weights=none", "train.ema=0")
-SECONDS = 20.0  # a case is repeated until it has taken so long, but at least thrice after the first pass
+SECONDS = 10.0  # a case is repeated until it has taken so long, but at least thrice after the first pass
 
 
 class Case(NamedTuple):

@@ -57,6 +57,13 @@ def test_files_get_what_stands_between_their_marks(measured, tmp_path, capsys):
     assert (tmp_path / "out" / "speed.md").read_text() == table
     assert len(json.loads((tmp_path / "out" / "speed.json").read_text())["cases"]) == 3
 
+    measured.clear()
+    assert speed.main(["--again", str(tmp_path / "out" / "speed.json"), "--into", str(long)]) == 0
+    assert long.read_text() == f"above\n<!-- speed -->\n{table}<!-- /speed -->\nbelow\n"
+    assert not measured
+    with pytest.raises(UserError, match=r"is no speed\.json"):
+        speed.main(["--again", str(long)])
+
 
 @pytest.mark.parametrize("side", ["100", "96"])
 def test_sizes_that_the_reference_cannot_take_are_refused(side):
