@@ -186,8 +186,9 @@ def test_when_no_picture_is_left_what_was_learnt_is_saved(experiment, tmp_path, 
         return step(*arguments)
 
     monkeypatch.setattr(train.Updater, "step", step_and_lose_the_pictures)
+    few = ["train.steps=4", "warm_start.steps=0", "log.save_every=100", "data.cache=0"]  # which would remember it
     with pytest.raises(UserError, match="none of the 1 clear pictures can be used"):
-        run(experiment, f"data.clear={tmp_path / 'clear'}", "train.steps=4", "warm_start.steps=0", "log.save_every=100")
+        run(experiment, f"data.clear={tmp_path / 'clear'}", *few)
     assert checkpoint.read(experiment / "last.pt")["step"] == 1
 
 
