@@ -16,7 +16,7 @@ demo: .venv/ready  ## train NeDR on the embedded sample set, score it, dehaze a 
 	@echo "curves:    $(BIN)/tensorboard --logdir $(DEMO)"
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check

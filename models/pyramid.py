@@ -64,6 +64,7 @@ class Pyramid(nn.Module):
 
     H and W are multiples of 32, at least 64. ``mixer`` makes the module that works on each encoder map at F, 2F,
     4F and 8F channels (NeDR's KAN-CID; None for none). The pooled maps carry gradients; detach where not wanted.
+    The encoder, 4 % of NeDR's operations, stays in float32 under autocast.
     ``tile`` computes the same, map by map, in tiles of that many pixels of the picture a side, in eval mode.
     """
 
@@ -81,7 +82,8 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, image: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        maps = self._encode(channels_last(image), tile)
+        with torch.autocast(image.device.type, enabled=False):  # in bf16 its 24 blocks alone cost 35 dB of the output
+            maps = self._encode(channels_last(image.float()), tile)
         pooled = torch.cat([m.mean((2, 3), dtype=torch.float32) for m in maps], 1)
         half, eighth = tiling.part(tile, 2), tiling.part(tile, 8)  # the mixers' spline bases are eight times as large
         mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]

@@ -66,11 +66,12 @@ class RemovalNet(nn.Module):
         is held whole, so density, airlight and positions are the whole picture's.
         """
         x, pooled = self.pyramid(hazy, tile)
-        beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
+        with torch.autocast(hazy.device.type, enabled=False):  # a few numbers, on which every pixel depends
+            beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
+            A = self.estimate_airlight(hazy, pooled, airlight)
         halo = 1 + tiling.reach(self.drem, self.head)  # IDRM sees one pixel
         transmission = recomputed(self._transmission) if self.recompute else self._transmission
         t = tiling.apply(transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
-        A = self.estimate_airlight(hazy, pooled, airlight)
         if guided:
             t = physics.guided_filter(hazy, t, tile=tile)
         clear = tiling.apply(lambda piece, window: physics.restore(piece, window.cut(t), A), hazy, tile=tile)
