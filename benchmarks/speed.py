@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(options.output)
         write_text(folder / "speed.md", report)
         write_text(folder / "speed.json", json.dumps(record(results, machine), indent=2))
+    parts = {None: report, " in short": short(results, machine)} if options.into else {}
     for file in options.into:
-        parts = {None: report, " in short": short(results, machine)}
-        write_text(file, MARKS.sub(lambda mark, parts=parts: mark[1] + parts[mark[2]] + mark[3], _read(file)))
+        write_text(file, MARKS.sub(lambda mark: mark[1] + parts[mark[2]] + mark[3], _read(file)))
     return 0
 
 

@@ -13,6 +13,8 @@ from timm.layers import BatchNormAct2d, pad_same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.averaging import track
+
 
 def channels_last(x: Tensor) -> Tensor:
     """The same numbers, (N,C,H,W), with the channels of a pixel next to each other in memory."""
@@ -120,12 +122,8 @@ class BatchNorm(nn.BatchNorm2d):
             return self.act(super().forward(x))
         bounded = isinstance(self.act, nn.ReLU6)
         y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps, bounded)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-            count = x.numel() // x.shape[1]
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(var * (count / max(1, count - 1)), share)
+        count = x.numel() // x.shape[1]
+        track(self, mean, var * (count / max(1, count - 1)))
         return y if bounded else self.act(y)
 
 

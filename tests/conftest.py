@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 import models
+from data import images
 from models.nedr.kan import knots
 from utils import config
 
@@ -96,6 +97,14 @@ def official_file(official_state, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("official") / "official.pth"
     torch.save(official_state, path)
     return path
+
+
+@pytest.fixture
+def pool(tmp_path) -> list[Path]:
+    """Seven flat pictures 24x20; number n has brightness 10 n."""
+    for n in range(7):
+        images.write(tmp_path / "pool" / f"{n}.png", torch.full((3, 20, 24), 10 * n / 255))
+    return images.find(tmp_path / "pool")
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,15 @@ class EMA:
                 a.copy_(p)
 
 
+@torch.no_grad()
+def track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    """Take a batch's ``mean`` and unbiased ``var`` (C,) into the running statistics of ``norm``, as batch norm does."""
+    norm.num_batches_tracked.add_(1)
+    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean, share)
+    norm.running_var.lerp_(var, share)
+
+
 def recalibrate(method: nn.Module, batches: Iterable[dict], device: torch.device) -> None:
     """Take the batch-norm statistics of ``method.inference`` anew, as plain means over the hazy ``batches``, in place.
 

@@ -23,7 +23,7 @@ from utils.config import Settings, Stage
 from utils.device import autocast, describe, exhausted, release_memory
 from utils.distributed import Ranks, SyncBatchNorm
 from utils.errors import UserError
-from utils.updater import Updater
+from utils.updater import Updater, parameters_of
 
 # Bytes a pixel of a batch above which a step is measured first, far more than methods take: NeDR, the largest, took 26
 # thousand at full width in float32 (AKNet 11, KA-Net 6).
@@ -238,8 +238,7 @@ def _fitting(needs: Sequence[float], free: float) -> int:
 def _moments(updater: Updater) -> int:
     """Bytes that optimisers which have not stepped yet will hold: two moments of each parameter, as of Adam."""
     fresh = [optimiser for optimiser in updater.optimisers.values() if not optimiser.state]
-    parameters = [p for optimiser in fresh for group in optimiser.param_groups for p in group["params"]]
-    return sum(2 * p.numel() * p.element_size() for p in parameters)
+    return sum(2 * p.numel() * p.element_size() for optimiser in fresh for p in parameters_of(optimiser))
 
 
 def _can_save(method: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from utils import checkpoint, device
+from utils.averaging import track
 from utils.errors import UserError
 
 # Longer than processes ever wait for one that is well (validation, a slow disk), for machines that vanish without a
@@ -247,17 +248,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps)
-            self._track(mean, var)
+            track(self, mean, var)
         else:
             y = super().forward(x)
         return self.act(y) if hasattr(self, "act") else y
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(var, share)
 
 
 class _Normalise(torch.autograd.Function):

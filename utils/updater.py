@@ -46,7 +46,7 @@ class Updater:
             name: schedule(optimiser, stage.schedule, stage.steps, epoch, **shape)
             for name, optimiser in optimisers.items()
         }
-        self.reducers = {name: ranks.reducer(_parameters(optimiser)) for name, optimiser in optimisers.items()}
+        self.reducers = {name: ranks.reducer(parameters_of(optimiser)) for name, optimiser in optimisers.items()}
         self.device, self.precision, self.clip = device, settings.precision, train.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         if saved is not None:
@@ -62,7 +62,7 @@ class Updater:
             while (loss := self._next(pending)) is not None:
                 reducer = self.reducers[loss.optimiser]
                 with contextlib.nullcontext() if stepping else reducer.no_sync():  # gradients are sent once, summed up
-                    moved = _parameters(self.optimisers[loss.optimiser])  # no other gradient is computed
+                    moved = parameters_of(self.optimisers[loss.optimiser])  # no other gradient is computed
                     value = reducer(self.scaler.scale(loss.value / len(batches)))
                     value.backward(inputs=moved, retain_graph=loss.shared)
                 terms |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
@@ -83,7 +83,7 @@ class Updater:
     def _move(self, optimiser: Optimizer) -> None:
         if self.clip:
             self.scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_(_parameters(optimiser), self.clip)
+            torch.nn.utils.clip_grad_norm_(parameters_of(optimiser), self.clip)
         self.scaler.step(optimiser)
 
     def rates(self) -> dict[str, float]:
@@ -105,7 +105,8 @@ class Updater:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def _parameters(optimiser: Optimizer) -> list[nn.Parameter]:
+def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
+    """What an optimiser moves."""
     return [p for group in optimiser.param_groups for p in group["params"]]
 
 

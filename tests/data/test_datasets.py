@@ -24,14 +24,6 @@ def whole(image, rng):
     return image[:]
 
 
-@pytest.fixture
-def pool(tmp_path):
-    """Seven flat pictures 24x20; number n has brightness 10 n."""
-    for n in range(7):
-        images.write(tmp_path / "pool" / f"{n}.png", torch.full((3, 20, 24), 10 * n / 255))
-    return images.find(tmp_path / "pool")
-
-
 def number(tensor):
     return round(tensor.flatten()[0].item() * 255 / 10)
 

@@ -9,14 +9,6 @@ from data.pictures import Folder, Paired
 from utils.errors import UserError
 
 
-@pytest.fixture
-def pool(tmp_path):
-    """Seven pictures 24x20."""
-    for n in range(7):
-        images.write(tmp_path / "pool" / f"{n}.png", torch.full((3, 20, 24), 10 * n / 255))
-    return images.find(tmp_path / "pool")
-
-
 def test_paired(tmp_path):
     truth = torch.rand(3, 50, 60).mul(255).round() / 255
     images.write(tmp_path / "hazy" / "1_1.png", truth[:, 10:-10, 10:-10])
