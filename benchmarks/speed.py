@@ -4,10 +4,11 @@
     python -m benchmarks.speed --sizes 256 --steps 128 --repeats 3 --output results/speed
     python -m benchmarks.speed --into docs/performance.md README.md
 
-Forward passes, training steps (one unpaired step of all five networks) and a large picture in tiles, each in a process
-of its own, by this code base in float32 and in reduced precision, and by a step-by-step copy of the released code
-(tests/models/nedr_reference.py) with the same networks. Cases of one size are taken in turn, in two rounds. The table
-goes to the screen, and with all figures as speed.json and speed.md to --output; --into writes it between the marks
+Forward passes, training steps (one unpaired step of all five networks), a large picture in tiles and the loading of
+pictures for such steps, each in a process of its own, by this code base in float32 and in reduced precision, and by a
+step-by-step copy of the released code (tests/models/nedr_reference.py) with the same networks. Cases of one size are
+taken in turn, in two rounds (large batches in one). On a GPU also steps of the largest batch that fits. The table goes
+to the screen, and with all figures as speed.json and speed.md to --output; --into writes it between the marks
 ``<!-- speed -->`` (or, in short, ``<!-- speed in short -->``) and ``<!-- /speed -->`` of files.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.speed_cases import Case, Run
+from benchmarks.speed_cases import CROP, WORKERS, Case, Run
 from utils import device, errors
 from utils.checkpoint import write_text
 from utils.errors import UserError
@@ -28,9 +29,12 @@ from utils.errors import UserError
 ROUNDS = 2
 PRECISIONS = ("float32", "bf16", "fp16")
 LARGE = (1536, 2048)  # of a photograph of three megapixels, in tiles
+USUAL = (460, 620)  # of the pictures of RESIDE
+FILES = (480, 640)  # of the files from which crops are loaded
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- speed( in short)? -->\n).*?(<!-- /speed -->)", re.DOTALL)
 KINDS = {"forward": "forward pass", "step": "training step", "tiled": "large picture, tiles of 512"}
+KINDS["loading"] = "loading"
 
 Results = dict[Case, Run]
 
@@ -60,8 +64,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sides = {"type": int, "nargs": "*", "metavar": "SIDE"}
     parser.add_argument("--sizes", **sides, default=[128, 256, 512, 1024], help="of pictures to dehaze, pixels a side")
-    parser.add_argument("--steps", **sides, default=[128, 256], help="of crops to train on, one a step")
-    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="a picture in tiles too")
+    parser.add_argument("--steps", **sides, default=[128, 256], help="of crops to train on")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 6],
+        metavar="N",
+        help="crops a step, the first for all --steps, others (the released is 6) for the largest",
+    )
+    parser.add_argument(
+        "--large", action=argparse.BooleanOptionalAction, default=True, help="pictures of 620x460, and in tiles, too"
+    )
     parser.add_argument("--compiled", action="store_true", help="steps by torch.compile too; minutes to begin with")
     parser.add_argument(
         "--repeats", type=int, default=5, help="at most, of each case in each of two rounds; at least 3"
@@ -74,6 +88,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for side in (*options.sizes, *options.steps):
         if side < 128 or side % 32:
             raise UserError(f"{side} pixels: sides are multiples of 32, at least 128, for the reference pads nothing")
+    if min(options.batches) < 1:
+        raise UserError(f"--batches {min(options.batches)}: a step takes at least one crop")
     return options
 
 
@@ -89,20 +105,38 @@ def run(place: torch.device, options: argparse.Namespace) -> tuple[dict, Results
 
 
 def plan(place: torch.device, options: argparse.Namespace) -> list[Case]:
-    """Every case in the order in which it is run: twice, those that are compared next to each other."""
-    reduced = ["bf16"] if place.type == "cpu" else ["bf16", "fp16"]
-    cases = []
-    for kind, sides in (("forward", options.sizes), ("step", options.steps)):
-        for side in sides:
-            group = [Case(kind, "reference", "float32", side, side)]
-            group += [Case(kind, "ours", precision, side, side) for precision in ("float32", *reduced)]
-            if kind == "step":
-                group += [Case(kind, "ours", p, side, side, checkpointing=True) for p in ("float32", "bf16")]
-                group += [Case(kind, "ours", p, side, side, compiled=True) for p in reduced if options.compiled]
-            cases += group * ROUNDS
+    """Every case in the order in which it is run: those that are compared next to each other, and twice.
+
+    Large batches once: a step of them is long.
+    """
+    kinds, cases = _precisions(place), []
+    for side in options.sizes:
+        cases += _compared(Case("forward", "reference", "float32", side, side), kinds) * ROUNDS
+    first, *batches = options.batches
+    for side in options.steps:
+        group = _compared(Case("step", "reference", "float32", side, side, first), kinds)
+        step = group[0]._replace(of="ours")
+        group += [step._replace(precision=kind, checkpointing=True) for kind in kinds[:2]]
+        group += [step._replace(precision=kind, compiled=True) for kind in kinds[1:] if options.compiled]
+        cases += group * ROUNDS
+    if options.steps:
+        side = max(options.steps)
+        for batch in batches:
+            cases += _compared(Case("step", "reference", "float32", side, side, batch), kinds)
+        if place.type == "cuda":
+            cases += [Case("step", "ours", kind, side, side, 0) for kind in kinds]
+        cases.append(Case("loading", "ours", "float32", *FILES, max(options.batches)))
     if options.large:
-        cases += [Case("tiled", "ours", precision, *LARGE) for precision in ("float32", *reduced)]
+        cases += [Case(kind, "ours", p, *size) for kind, size in (("forward", USUAL), ("tiled", LARGE)) for p in kinds]
     return cases
+
+
+def _precisions(place: torch.device) -> list[str]:
+    return list(PRECISIONS[: 2 if place.type == "cpu" else 3])
+
+
+def _compared(reference: Case, kinds: list[str]) -> list[Case]:
+    return [reference, *(reference._replace(of="ours", precision=kind) for kind in kinds)]
 
 
 def worker(case: Case | None, place: torch.device, options: argparse.Namespace) -> dict:
@@ -122,37 +156,54 @@ def markdown(results: Results, machine: dict) -> str:
     heads = ["", "size", "", "seconds (median, range)", "against reference", "peak memory", "TFLOP/s", "of the ceiling"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|---|"]
     for case, run in results.items():
+        if case.kind == "loading":
+            continue
         speed, limit = run.flops / run.median, machine[case.precision]
-        cells = [KINDS[case.kind], _size(case), case.label]
+        cells = [KINDS[case.kind], _size(case, run.batch), case.label]
         cells += [f"{run.median:.3g} ({min(run.seconds):.3g}-{max(run.seconds):.3g})", _against(case, results)]
         cells += [f"{run.memory / 2**20:,.0f} MiB", f"{speed / 1e12:.3g}", f"{speed / limit:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
-    macs = {case.width: run.flops // 2 for case, run in results.items() if (case.kind, case.of) == ("forward", "ours")}
     limits = ", ".join(f"{machine[kind] / 1e12:.3g} in {kind}" for kind in PRECISIONS if kind in machine)
     notes = [
-        f"- {machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}; batch 1.",
+        f"- {_machine(machine)}.",
         "- Peak memory is what is held beyond weights and optimisers.",
         f"- The ceiling is the better of a large matrix product and a 5x5 convolution, in TFLOP/s: {limits}.",
     ]
-    if macs:
-        notes.append("- " + ", ".join(f"{n / 1e9:.1f} GMACs at {side}" for side, n in macs.items()) + " (forward).")
+    return "\n".join([*lines, "", *notes, *_remarks(results)]) + "\n"
+
+
+def _remarks(results: Results) -> list[str]:
+    """Of the cases: operations, pictures a second, what reduced precision costs."""
+    forward = {case: run for case, run in results.items() if (case.kind, case.of) == ("forward", "ours")}
+    macs = [f"{run.flops / 2e9:.1f} GMACs at {_size(case)}" for case, run in forward.items() if case.label == "float32"]
+    notes = ["- " + ", ".join(macs) + " (forward)."] if macs else []
+    rates = [f"{1 / run.median:.3g} in {case.label}" for case, run in forward.items() if case[3:5] == USUAL]
+    if rates:
+        notes.append(f"- Pictures of {USUAL[1]}x{USUAL[0]} a second: {', '.join(rates)}.")
+    for case, run in results.items():
+        if case.kind == "loading":
+            made = f"{run.batch / run.median:.3g} pairs of hazy and clear crops of {CROP}x{CROP} a second"
+            notes.append(f"- Loading gives {made}, of {case.width}x{case.height} once decoded, by {WORKERS} processes.")
     quality = {case.precision: run.psnr for case, run in results.items() if run.psnr is not None}
-    notes += [f"- {kind} against float32 output: {value:.1f} dB PSNR." for kind, value in quality.items()]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return notes + [f"- {kind} against float32 output: {value:.1f} dB PSNR." for kind, value in quality.items()]
 
 
 def short(results: Results, machine: dict) -> str:
-    """Medians and ratios of the forward pass and the step at 256 pixels, or at the largest size that there is."""
+    """Medians and ratios of the forward pass and the steps at 256 pixels, or at the largest size that there is."""
     lines = ["| | reference | float32 | bf16 |", "|---|---|---|---|"]
+    asked = [case for case in results if case.of == "reference"]
     for kind in ("forward", "step"):
-        sides = {case.width for case in results if case.kind == kind}
-        if sides:
-            side = 256 if 256 in sides else max(sides)
-            found = {case.label: case for case in results if (case.kind, case.width) == (kind, side)}
-            of_interest = [found[label] for label in ("reference", "float32", "bf16")]
-            cells = [f"{results[case].median:.3g} s{_ratio(case, results)}" for case in of_interest]
-            lines.append(f"| {KINDS[kind]}, {side}x{side} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{machine['device']}, {machine['threads']} threads, batch 1."]) + "\n"
+        sides = {case.width for case in asked if case.kind == kind}
+        side = 256 if 256 in sides else max(sides, default=0)
+        for case in (case for case in asked if (case.kind, case.width) == (kind, side)):
+            of_interest = [case, *(case._replace(of="ours", precision=precision) for precision in PRECISIONS[:2])]
+            cells = [f"{results[each].median:.3g} s{_ratio(each, results)}" for each in of_interest]
+            lines.append(f"| {KINDS[kind]}, {_size(case)} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{_machine(machine)}."]) + "\n"
+
+
+def _machine(machine: dict) -> str:
+    return f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}"
 
 
 def record(results: Results, machine: dict) -> dict:
@@ -191,8 +242,9 @@ def _ratio(case: Case, results: Results) -> str:
     return f" ({reference.median / results[case].median:.1f}x)" if reference else ""
 
 
-def _size(case: Case) -> str:
-    return f"{case.width}x{case.height}"
+def _size(case: Case, batch: int = 0) -> str:
+    batch = batch or case.batch
+    return f"{batch} x " * (batch > 1) + f"{case.width}x{case.height}"
 
 
 def _read(file: Path) -> str:

@@ -2,28 +2,35 @@
 
 A case is NeDR's ``forward`` (whole picture, `Method.dehaze`), ``step`` (the unpaired game, all three optimisers) or
 ``tiled`` (a large picture in tiles), by this code base or by the ``reference``, the released code written down step by
-step (tests/models/nedr_reference.py), which takes the same weights.
+step (tests/models/nedr_reference.py), which takes the same weights; or ``loading``, the pictures for such steps.
 """
 
 import json
 import math
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from data import datasets, loading
+from data.cache import Cache
 from tests.models.nedr_reference import Game
-from utils import config, cost, device
+from utils import capacity, config, cost, device
 from utils.compiling import compile_networks
 from utils.updater import Updater
 
 OVERRIDES = ("nedr.variant=released", "nedr.airlight=max", "nedr.encoder_weights=none", "train.ema=0")
+CROP, WORKERS = 256, 2  # pixels of the pictures loaded for training, and processes that do it
 SECONDS = 10.0  # a case is repeated until it has taken so long, but at least thrice after the first pass
 
 
@@ -35,7 +42,7 @@ class Case(NamedTuple):
     precision: str
     height: int
     width: int
-    batch: int = 1
+    batch: int = 1  # 0: the largest that fits
     compiled: bool = False
     checkpointing: bool = False
 
@@ -52,6 +59,7 @@ class Run(NamedTuple):
     memory: int
     flops: int
     psnr: float | None = None  # of reduced precision, against float32; dB
+    batch: int = 1
 
     @property
     def median(self) -> float:
@@ -61,10 +69,15 @@ class Run(NamedTuple):
 def measure(case: Case, place: torch.device, repeats: int) -> Run:
     """Run the case; memory is the peak beyond what the process held before, weights and optimisers not counted."""
     torch.manual_seed(0)
+    if case.kind == "loading":
+        return _loading(case, repeats)
+    if not case.batch:
+        case = case._replace(batch=_largest(case, place))
     if case.of == "ours":
         device.keep_memory()
     act, compare = _reference(case, place) if case.of == "reference" else _ours(case, place)
-    act()
+    if case.compiled:
+        act()
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter:
         act()
     device.release_memory()
@@ -72,7 +85,8 @@ def measure(case: Case, place: torch.device, repeats: int) -> Run:
     before, seconds, began = cost.peak_memory(place), [], time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < repeats and time.perf_counter() - began < SECONDS):
         seconds.append(_timed(act, place))
-    return Run(seconds, cost.peak_memory(place) - before, counter.get_total_flops(), compare and compare())
+    memory, flops = cost.peak_memory(place) - before, counter.get_total_flops()
+    return Run(seconds, memory, flops, compare and compare(), case.batch)
 
 
 def ceiling(place: torch.device, precision: str) -> float:
@@ -143,6 +157,56 @@ def _ours(case: Case, place: torch.device) -> tuple[Callable, Callable | None]:
         return -10 * math.log10(error) if error else math.inf
 
     return dehaze, compare if case.precision != "float32" else None
+
+
+def _largest(case: Case, place: torch.device) -> int:
+    """The most crops that can be trained on at once: doubled until they do not fit, then by bisection."""
+
+    def fits(n: int) -> bool:
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            _ours(case._replace(batch=n), place)[0]()
+        except (MemoryError, RuntimeError) as error:
+            if not device.exhausted(error):
+                raise
+            return False
+        return True
+
+    n = 1
+    while fits(n):
+        n *= 2
+    if n == 1:
+        raise MemoryError("out of memory for a single crop")
+    return capacity.largest(n, fits)
+
+
+def _loading(case: Case, repeats: int) -> Run:
+    """Batches of hazy and clear crops, of pictures of the case's size that have been decoded before."""
+    with tempfile.TemporaryDirectory() as folder:
+        hazy, clear = _pictures(case._replace(batch=12), torch.device("cpu"))
+        _save(hazy, Path(folder, "hazy"))
+        _save(clear, Path(folder, "clear"))
+        pools = (f"data.hazy={folder}/hazy", f"data.clear={folder}/clear", f"data.crop_size={CROP}")
+        values = config.load("nedr", models.settings_types(), overrides=(*OVERRIDES, *pools))
+        stream = datasets.training(values, "train", "unpaired", Cache(values.data.cache))
+        with closing(iter(loading.loader(stream, 0, 10**6 * case.batch, case.batch, WORKERS))) as batches:
+            _several(batches)
+            return Run([_several(batches) for _ in range(max(3, repeats))], 0, 0, batch=case.batch)
+
+
+def _several(batches: Iterator[dict], count: int = 20) -> float:
+    """Seconds for one of so many batches."""
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return (time.perf_counter() - start) / count
+
+
+def _save(pictures: Tensor, folder: Path) -> None:
+    folder.mkdir()
+    for k, picture in enumerate((pictures * 255).byte().permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(picture).save(folder / f"{k}.jpg")
 
 
 def _pictures(case: Case, place: torch.device) -> tuple[Tensor, Tensor]:

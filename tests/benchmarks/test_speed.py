@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import speed
+from benchmarks import speed, speed_cases
 from benchmarks.speed_cases import Case, Run, _backward
 from utils.errors import UserError
 
@@ -37,8 +37,55 @@ def test_the_table_gives_medians_ratios_and_shares_of_the_ceiling():
     assert lines[2] == "| forward pass | 128x128 | reference | 0.5 (0.4-0.6) |  | 1,024 MiB | 0.4 | 40% |"
     assert lines[3] == "| forward pass | 128x128 | float32 | 0.2 (0.1-0.3) | 2.50x, memory 50% | 512 MiB | 0.5 | 50% |"
     assert lines[4] == "| forward pass | 128x128 | bf16 | 0.1 (0.1-0.1) | 5.00x, memory 25% | 256 MiB | 1 | 25% |"
-    assert "- 50.0 GMACs at 128 (forward)." in lines
+    assert "- 50.0 GMACs at 128x128 (forward)." in lines
     assert "- bf16 against float32 output: 51.2 dB PSNR." in lines
+
+
+def test_what_else_the_table_tells():
+    usual = OURS._replace(height=460, width=620)
+    loading = Case("loading", "ours", "float32", 480, 640, 6)
+    widest = Case("step", "ours", "bf16", 256, 256, 0)
+    results = {usual: RESULTS[OURS], loading: Run([0.5], 0, 0, batch=6), widest: Run([2.0], 2**30, 10**12, batch=37)}
+    table = speed.markdown(results, MACHINE)
+    assert "- Pictures of 620x460 a second: 5 in float32." in table
+    assert "- Loading gives 12 pairs of hazy and clear crops of 256x256 a second, of 640x480 once decoded" in table
+    assert "| training step | 37 x 256x256 | bf16 | 2 (2-2) |  | 1,024 MiB | 0.5 | 12% |" in table
+    assert "| loading" not in table
+
+
+def test_the_plan():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cases = speed.plan(cpu, speed.parse(["--sizes", "--steps", "128", "256", "--batches", "2", "6", "--compiled"]))
+    steps = [case for case in cases if case.kind == "step"]
+    assert {(case.width, case.batch) for case in steps} == {(128, 2), (256, 2), (256, 6)}
+    assert {case.label for case in steps} == {
+        "reference", "float32", "bf16", "float32, checkpointing", "bf16, checkpointing", "bf16, compiled"
+    }  # fmt: skip
+    assert [case.kind for case in cases[-5:]] == ["loading", "forward", "forward", "tiled", "tiled"]
+    widest = [case.precision for case in speed.plan(gpu, speed.parse(["--steps", "128"])) if not case.batch]
+    assert widest == ["float32", "bf16", "fp16"]
+    with pytest.raises(UserError, match="at least one crop"):
+        speed.parse(["--batches", "0"])
+
+
+@pytest.mark.parametrize("most", [1, 5, 8])
+def test_the_largest_batch_that_fits(monkeypatch, most):
+    def fake(case, place):
+        def act():
+            if case.batch > most:
+                raise RuntimeError("CUDA out of memory")
+
+        return act, None
+
+    monkeypatch.setattr(speed_cases, "_ours", fake)
+    assert speed_cases._largest(OURS._replace(kind="step", batch=0), torch.device("cpu")) == most
+
+
+def test_loading_is_measured():
+    options = speed.parse(["--repeats", "3"])
+    run = Run(**speed.worker(Case("loading", "ours", "float32", 96, 128, 2), torch.device("cpu"), options))
+    assert (len(run.seconds), run.batch) == (3, 2)
+    assert 0 < run.median < 10
 
 
 def test_files_get_what_stands_between_their_marks(measured, tmp_path, capsys):

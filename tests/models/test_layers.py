@@ -27,6 +27,16 @@ def test_reflection_padding_keeps_the_type(dtype):
     assert torch.equal(padded, F.pad(x.float(), (3,) * 4, mode="reflect").to(dtype))
 
 
+@pytest.mark.parametrize(("pad", "height", "width"), [(1, 2, 40), (1, 64, 65), (3, 4, 33), (3, 5, 64)])
+def test_the_gradient_of_reflection(monkeypatch, pad, height, width):
+    monkeypatch.setattr(layers, "WIDE", 0)  # below it PyTorch's own is taken
+    x = layers.channels_last(torch.randn(2, 3, height, width)).requires_grad_()
+    ours, theirs = layers.reflect(x, pad), F.pad(x, (pad,) * 4, mode="reflect")
+    assert torch.equal(ours, theirs)
+    assert ours.grad_fn.name().startswith("_Reflect")
+    torch.testing.assert_close(gradients(ours, x), gradients(theirs, x), **CLOSE)
+
+
 def test_pointwise_is_a_1x1_convolution():
     x, weight, bias = torch.randn(2, 5, 6, 7), torch.randn(4, 5, 1, 1), torch.randn(4)
     torch.testing.assert_close(layers.pointwise(x, weight, bias), F.conv2d(x, weight, bias))
@@ -35,11 +45,12 @@ def test_pointwise_is_a_1x1_convolution():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_depthwise_gradients(batch, size, stride):
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_depthwise_gradients(batch, size, stride, padding):
     x = layers.channels_last(torch.randn(batch, 6, 12, 15)).requires_grad_()
     weight, bias = torch.randn(6, 1, size, size, requires_grad=True), torch.randn(6, requires_grad=True)
-    ours = layers.depthwise(x, weight, bias, stride)
-    theirs = F.conv2d(x, weight, bias, stride, groups=6)
+    ours = layers.depthwise(x, weight, bias, stride, padding)
+    theirs = F.conv2d(x, weight, bias, stride, padding, groups=6)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     found = zip(gradients(ours, x, weight, bias), gradients(theirs, x, weight, bias), strict=True)
     for a, b in found:
