@@ -221,6 +221,10 @@ class Run:
         state |= {"updater": self.updater.state_dict()}
         if self.ranks.first:
             checkpoint.save(self.last, state)
+        self.remember()
+
+    def remember(self) -> None:
+        """What an error is to say of the state that is saved."""
         self.ranks.saved = f"{self.last} is from step {self.at.global_step}: go on with --resume"
 
     def load_state_dict(self, state: dict) -> None:
@@ -230,7 +234,7 @@ class Run:
         self.ema.load_state_dict(state["ema"])
         self.at.load_state_dict(state)
         self.ranks.restore(state, self.method, self.settings.seed, self.at.global_step)
-        self.ranks.saved = f"{self.last} is from step {self.at.global_step}: go on with --resume"
+        self.remember()
 
 
 if __name__ == "__main__":
