@@ -49,9 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = markdown(results, machine)
     print(report)
     if options.output:
-        folder = Path(options.output)
-        write_text(folder / "speed.md", report)
-        write_text(folder / "speed.json", json.dumps(record(results, machine), indent=2))
+        write_text(Path(options.output) / "speed.md", report)
     parts = {None: report, " in short": short(results, machine)} if options.into else {}
     for file in options.into:
         write_text(file, MARKS.sub(lambda mark: mark[1] + parts[mark[2]] + mark[3], _read(file)))
@@ -69,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--batches",
         type=int,
         nargs="+",
-        default=[1, 6],
+        default=[1, 4],
         metavar="N",
         help="crops a step, the first for all --steps, others (the released is 6) for the largest",
     )
@@ -101,6 +99,8 @@ def run(place: torch.device, options: argparse.Namespace) -> tuple[dict, Results
         found = Run(**worker(case, place, options))
         before = results.get(case)
         results[case] = found._replace(seconds=before.seconds + found.seconds) if before else found
+        if options.output:  # so that what is broken off is not lost
+            write_text(Path(options.output) / "speed.json", json.dumps(record(results, machine), indent=2))
     return machine, results
 
 

@@ -112,6 +112,13 @@ def test_files_get_what_stands_between_their_marks(measured, tmp_path, capsys):
         speed.main(["--again", str(long)])
 
 
+def test_what_was_measured_before_a_case_failed_is_kept(measured, monkeypatch, tmp_path):
+    monkeypatch.delitem(RESULTS, LOW)
+    with pytest.raises(KeyError):
+        speed.main(["--sizes", "128", "--steps", "--no-large", "--device", "cpu", "--output", str(tmp_path)])
+    assert speed.recall(tmp_path / "speed.json")[1] == {case: RESULTS[case] for case in (REFERENCE, OURS)}
+
+
 @pytest.mark.parametrize("side", ["100", "96"])
 def test_sizes_that_the_reference_cannot_take_are_refused(side):
     with pytest.raises(UserError, match="multiples of 32, at least 128"):
