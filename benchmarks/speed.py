@@ -33,8 +33,12 @@ USUAL = (460, 620)  # of the pictures of RESIDE
 FILES = (480, 640)  # of the files from which crops are loaded
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- speed( in short)? -->\n).*?(<!-- /speed -->)", re.DOTALL)
-KINDS = {"forward": "forward pass", "step": "training step", "tiled": "large picture, tiles of 512"}
-KINDS["loading"] = "loading"
+KINDS = {
+    "forward": "forward pass",
+    "step": "training step",
+    "tiled": "large picture, tiles of 512",
+    "loading": "loading",
+}
 
 Results = dict[Case, Run]
 
@@ -196,8 +200,9 @@ def short(results: Results, machine: dict) -> str:
         sides = {case.width for case in asked if case.kind == kind}
         side = 256 if 256 in sides else max(sides, default=0)
         for case in (case for case in asked if (case.kind, case.width) == (kind, side)):
-            of_interest = [case, *(case._replace(of="ours", precision=precision) for precision in PRECISIONS[:2])]
-            cells = [f"{results[each].median:.3g} s{_ratio(each, results)}" for each in of_interest]
+            found = [each for each in _compared(case, list(PRECISIONS[:2])) if each in results]
+            cells = [f"{results[each].median:.3g} s{_ratio(each, results)}" for each in found]
+            cells += [""] * (3 - len(found))  # of a run that was broken off
             lines.append(f"| {KINDS[kind]}, {_size(case)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{_machine(machine)}."]) + "\n"
 

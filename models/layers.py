@@ -29,9 +29,9 @@ def reflect(x: Tensor, pad: int) -> Tensor:
     Autocast would go by way of float32, which is twice the memory traffic and not one bit better: nothing is computed.
     What comes of it must be used once only: in the backward pass its gradient is folded in place.
     """
-    if x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled() and x.numel() >= WIDE:
-        return _Reflect.apply(x, pad)
     with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cpu" and x.numel() >= WIDE:
+            return _Reflect.apply(x, pad)
         return F.pad(x, (pad,) * 4, mode="reflect")
 
 
@@ -41,8 +41,7 @@ class _Reflect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, pad: int) -> Tensor:
         ctx.pad = pad
-        with torch.autocast("cpu", enabled=False):
-            return F.pad(x, (pad,) * 4, mode="reflect")
+        return F.pad(x, (pad,) * 4, mode="reflect")
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

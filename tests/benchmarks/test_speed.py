@@ -116,7 +116,9 @@ def test_what_was_measured_before_a_case_failed_is_kept(measured, monkeypatch, t
     monkeypatch.delitem(RESULTS, LOW)
     with pytest.raises(KeyError):
         speed.main(["--sizes", "128", "--steps", "--no-large", "--device", "cpu", "--output", str(tmp_path)])
-    assert speed.recall(tmp_path / "speed.json")[1] == {case: RESULTS[case] for case in (REFERENCE, OURS)}
+    kept = speed.recall(tmp_path / "speed.json")[1]
+    assert kept == {case: RESULTS[case] for case in (REFERENCE, OURS)}
+    assert "| forward pass, 128x128 | 0.5 s | 0.2 s (2.5x) |  |" in speed.short(kept, MACHINE)
 
 
 @pytest.mark.parametrize("side", ["100", "96"])
