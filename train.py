@@ -67,7 +67,7 @@ class Run:
         models.check_training(settings)
         self.at = Progress(config.stages(settings), ranks.world)
         kinds = models.METHODS[settings.model].stages
-        cache = Cache(settings.data.cache / ranks.local_world)
+        cache = Cache(settings.data.cache / ranks.local_world, settings.data.border, settings.data.short_side)
         self.datasets = {
             each.name: datasets.training(settings, each.name, kinds[each.name], cache) for each in self.at.stages
         }
@@ -208,7 +208,8 @@ class Run:
     def export(self, method: models.Method) -> None:
         if self.ranks.first:
             metadata = {"step": self.at.global_step} | self.identity()
-            checkpoint.save_weights(self.weights, method.inference_state(), metadata)
+            weights = checkpoint.halved(method.inference_state(), self.settings.train.export)
+            checkpoint.save_weights(self.weights, weights, metadata)
 
     def identity(self) -> dict:
         return {"model": self.settings.model, "settings": config.to_dict(self.settings)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import images
@@ -29,11 +30,15 @@ class Cache:
     epoch, in an order drawn anew. A picture just decoded is wanted again in the next epoch only, and no picture that is
     in already is likely to be wanted later than that: to put it in another's place gains nothing.
 
+    Of every picture and depth map ``border`` pixels are cut from all sides first, and what is larger is then shrunk to
+    a short side of ``short_side`` pixels (antialiased; 0: not), so that a small network's views of large photographs
+    are read once and kept small.
+
     Raises `UserError` where less memory than that is free: it would end the run, and only when it is nearly full.
     """
 
-    def __init__(self, gib: float = 0.0):
-        size = int(gib * 2**30)
+    def __init__(self, gib: float = 0.0, border: int = 0, short_side: int = 0):
+        size, self.border, self.short_side = int(gib * 2**30), border, short_side
         self._rows: dict[tuple, np.ndarray] = {}  # (how it is decoded, path) -> state, offset, height, width, channels
         self._memory: Tensor | None = None
         self._used = np.zeros(1, np.int64)
@@ -50,7 +55,7 @@ class Cache:
         self._memory = torch.frombuffer(_shared(size), dtype=torch.uint8)
 
     def __reduce__(self):  # what a spawned worker gets
-        return Cache, ()
+        return Cache, (0.0, self.border, self.short_side)
 
     @property
     def used(self) -> int:
@@ -78,15 +83,28 @@ class Cache:
     def _decoded(self, decode: Callable[[Path], Tensor], path: Path) -> Tensor:
         row = self._rows.get((decode, path))
         if row is None:
-            return decode(path)
+            return self._small(decode(path), path)
         with self._lock:
             state, offset, *shape = row.tolist()
         if state == READY:
             return self._place(offset, shape)
-        values = decode(path)
+        values = self._small(decode(path), path)
         if state == EMPTY and values.dtype == torch.uint8:
             self._keep(row, values)
         return values
+
+    def _small(self, values: Tensor, path: Path) -> Tensor:
+        """Without the border, and at the short side that is kept; 8-bit steps stay such."""
+        height, width = (side - 2 * self.border for side in values.shape[1:])
+        if min(height, width) < 1:
+            raise UserError(f"{path}: nothing is left without data.border={self.border} pixels; set a smaller one")
+        values = values[:, self.border : self.border + height, self.border : self.border + width]
+        scale = self.short_side / min(height, width)
+        if not 0 < scale < 1:
+            return values
+        size = [max(self.short_side, round(side * scale)) for side in (height, width)]
+        small = F.interpolate(values[None].float(), size, mode="bilinear", antialias=True)[0]
+        return small.round_().to(values.dtype) if values.dtype == torch.uint8 else small
 
     def _keep(self, row: np.ndarray, values: Tensor) -> None:
         """Copy (C,H,W) to where there is room, if there is and no other process was quicker."""

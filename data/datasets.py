@@ -21,32 +21,52 @@ from data.cache import Cache
 from data.pictures import SOTS_BORDER, Paired, read_pair
 from data.pixels import Pixels, Stack
 from utils.config import Settings
-from utils.errors import UserError, nearest
+from utils.errors import UserError
 
-RULES = ("short_side", "random")
+RULES = ("short_side", "random", "view")
 
 Transform = Callable[[Pixels | Stack, np.random.Generator], Tensor]
 
 
-def crop(image: Tensor | Pixels | Stack, rng: np.random.Generator, size: int, rule: str, flip: bool) -> Tensor:
-    """Cut a random square out of (C,H,W) in [0,1]: (C,size,size) in [0,1]. Stack what must be cut alike on C.
+def crop(
+    image: Tensor | Pixels | Stack,
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    rule: str,
+    flip: bool,
+    view: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """Cut a random piece of ``shape`` (h,w) out of (C,H,W): (C,h,w), all in [0,1]. Stack what must be cut alike on C.
 
-    ``short_side``, the released rule of NeDR and D4: a square of the full short side, resized (bicubic, antialiased).
-    ``random``: a square of ``size``; raises `UserError` if the picture is smaller. ``flip``: mirrored half the time.
+    ``random``: a plain crop; raises `UserError` if the picture is smaller. The other two cut a rectangle of that aspect
+    and resize it. ``short_side``: the largest there is (for squares the released rule of NeDR and D4; bicubic,
+    antialiased). ``view``: a share of the largest, uniform in ``view``, by antialiased bilinear interpolation, as a
+    network with a working size sees pictures. ``flip``: mirrored half the time.
     """
-    height, width = image.shape[1:]
-    side = min(height, width) if rule == "short_side" else size
-    if side > min(height, width):
+    height, width = shape
+    if rule != "random":
+        scale = min(image.shape[1] / height, image.shape[2] / width)
+        if rule == "view":
+            scale *= rng.uniform(*view)
+        height, width = max(1, round(scale * height)), max(1, round(scale * width))
+    if height > image.shape[1] or width > image.shape[2]:
         raise UserError(
-            f"{width}x{height} is smaller than the crop of {size}; set a smaller data.crop_size or data.crop=short_side"
+            f"{image.shape[2]}x{image.shape[1]} is smaller than the crop of {_size(shape)}; set a smaller "
+            f"data.crop_size or data.crop=short_side"
         )
-    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    image = image[:, top : top + side, left : left + side]
-    if side != size:
-        image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = rng.integers(image.shape[1] - height + 1), rng.integers(image.shape[2] - width + 1)
+    image = image[:, top : top + height, left : left + width]
+    if (height, width) != tuple(shape):
+        mode = "bilinear" if rule == "view" else "bicubic"
+        image = F.interpolate(image[None], shape, mode=mode, antialias=True)[0].clamp(0, 1)
     if rng.random() < 0.5 and flip:
         image = image.flip(2)
     return image.contiguous()
+
+
+def _size(shape: tuple[int, int]) -> str:
+    height, width = shape
+    return str(height) if height == width else f"{width}x{height}"
 
 
 class Stream(Dataset):
@@ -157,6 +177,24 @@ class Pairs(Stream):
         return {"hazy": both[:3], "clear": both[3:]}
 
 
+class Mixed(Dataset):
+    """Two streams as one: item k is item k of ``second`` with probability ``share``, else item k of ``first``.
+
+    The items of both have the same names. ``epoch_length`` is that of the larger.
+    """
+
+    remarks: Sequence[str] = ()
+
+    def __init__(self, first: Stream, second: Stream, share: float):
+        self.first, self.second, self.share = first, second, share
+        self.entropy = [*first.entropy, *second.entropy]
+        self.epoch_length = max(first.epoch_length, second.epoch_length)
+
+    def __getitem__(self, k: int) -> dict:
+        rng = np.random.default_rng([*self.entropy, k])
+        return (self.second if rng.random() < self.share else self.first)[k]
+
+
 class Unpaired(Dataset):
     """Hazy and clear pictures of different scenes: item k holds item k of each stream, {hazy, clear, skipped}.
 
@@ -174,20 +212,21 @@ class Unpaired(Dataset):
         return {"hazy": hazy["hazy"], "clear": clear["clear"], "skipped": hazy["skipped"] + clear["skipped"]}
 
 
-def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Unpaired | Stream:
+def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Unpaired | Mixed | Stream:
     """The pictures of a stage of training, as the settings have it; what is odd about them is in its ``remarks``.
 
     ``kind``: ``paired`` hazy and clear pictures of one scene; ``unpaired`` ones, independently shuffled; ``synthetic``
     haze or the ``degraded`` imaging model on clear pictures. Unpaired without data.hazy, the hazy pictures are clear
-    ones of another stream, with synthetic haze. The stage ``warm_start`` has clear pictures and depth of its own.
+    ones of another stream, with synthetic haze. The stage ``warm_start`` has clear pictures and depth of its own, and
+    may take a part of its pictures from a pool without depth, outdoors.
     ``cache``, of data.cache GiB, is one for all stages; None keeps nothing. Raises `UserError` if they are not to be
     found, or hazy pictures lack their ground truth.
     """
-    data, law = settings.data, settings.haze
+    data, warm = settings.data, settings.warm_start
     if data.pairs and kind != "paired":
         raise UserError(f"data.pairs={data.pairs}: {settings.model} does not train on pairs; empty it, set data.clear")
-    cut = _cropper(data.crop_size, data.crop, data.flip)
-    add_haze = partial(haze.random_haze, density=law.density, airlight=law.airlight, colour=law.colour)
+    cut = partial(crop, shape=data.crop_shape, rule=data.crop, flip=data.flip, view=data.view)
+    add_haze = partial(haze.random_haze, law=settings.haze)
 
     def stream(source: str, name: str) -> Stream:
         return Stream(images.find(source), cut, settings.seed, name, cache)
@@ -201,7 +240,12 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
             pairs, remarks = _pairs(settings, "")
             return Pairs(pairs, cut, settings.seed, stage, remarks, cache)
         case "synthetic":
-            return synthetic(stage, add_haze)
+            made = synthetic(stage, add_haze)
+            if stage != "warm_start" or warm.outdoor is None or not warm.outdoor_share:
+                return made
+            far = partial(add_haze, made_up="outdoor")
+            outdoor = Synthetic(images.find(warm.outdoor), None, cut, far, settings.seed, "outdoor", cache)
+            return Mixed(made, outdoor, warm.outdoor_share)
         case "degraded":
             return synthetic(stage, partial(haze.degrade, settings=settings.degradations))
         case "unpaired":
@@ -248,14 +292,6 @@ def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], li
     if hazy is None and clear is None:
         raise UserError(f"no pairs: set data.{prefix}pairs to sets by name, as data.{prefix}pairs=[ITS], or {pools}")
     return images.pair(_required(hazy, f"data.{prefix}hazy"), _required(clear, f"data.{prefix}clear")), []
-
-
-def _cropper(size: int, rule: str, flip: bool) -> Transform:
-    if rule not in RULES:
-        raise UserError(f"data.crop={rule}: no such rule{nearest(str(rule), RULES)}")
-    if size < 1:
-        raise UserError(f"data.crop_size={size}: wanted 1 or more")
-    return partial(crop, size=size, rule=rule, flip=flip)
 
 
 def _named(path: Path, transform: Transform, image: Pixels | Stack, rng: np.random.Generator) -> Tensor:

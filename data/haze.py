@@ -29,6 +29,7 @@ from utils.metrics import to_8bit
 
 DENSITY = (0.6, 1.8)
 AIRLIGHT = (0.7, 1.0)
+LEAST_DEPTH = 0.03  # of `outdoor_depth`: nothing stands at the lens itself
 
 
 def smooth_depth(height: int, width: int, rng: np.random.Generator) -> Tensor:
@@ -43,6 +44,28 @@ def smooth_depth(height: int, width: int, rng: np.random.Generator) -> Tensor:
     return (depth / depth.max()).float()
 
 
+def outdoor_depth(clear: Tensor, rng: np.random.Generator) -> Tensor:
+    """Make up the depth of an outdoor picture (3,H,W) in [0,1] that has none: (1,H,W), largest value 1.
+
+    A ground plane that recedes to a horizon, level or tilted, with all above it far away, times smooth noise; at times
+    the noise alone. A guided filter lays it along the edges of the picture. Believable, not true: what it teaches is
+    that far things have soft, even and bright haze, and near ones have none.
+    """
+    _, height, width = clear.shape
+    rows = torch.linspace(0, 1, height).view(height, 1)
+    rows = rows + rng.uniform(-0.25, 0.25) * torch.linspace(-0.5, 0.5, width)
+    horizon, near = rng.uniform(0.1, 0.6), rng.uniform(0.03, 0.4)
+    plane = (near / (rows - horizon).clamp(min=0).add(near))[None, None]  # 1 at the horizon and above it
+    coarse = torch.from_numpy(rng.standard_normal((1, 1, int(rng.integers(3, 8)), int(rng.integers(3, 9)))))
+    noise = F.interpolate(coarse.float(), (height, width), mode="bicubic", align_corners=False)
+    strength, plain = rng.uniform(0, 0.7), rng.random() < 0.15
+    depth = (1.5 * noise).sigmoid() if plain else plane * (strength * noise).exp()
+    short = min(height, width) / 160  # the radii are those of pictures of this short side
+    radius = max(1, round(short * rng.integers(6, 20)))
+    depth = physics.guided_filter(clear[None], depth, radius, float(10 ** rng.uniform(-3.5, -2)))[0]
+    return (depth / depth.max().clamp(min=1e-3)).clamp(LEAST_DEPTH, 1)
+
+
 def add_haze(clear: Tensor, depth: Tensor, beta: float, airlight: Tensor) -> tuple[Tensor, Tensor]:
     """Put haze on ``clear`` (3,H,W) in [0,1], with ``depth`` (1,H,W), density ``beta`` >= 0, ``airlight`` of 3.
 
@@ -53,24 +76,30 @@ def add_haze(clear: Tensor, depth: Tensor, beta: float, airlight: Tensor) -> tup
 
 
 def random_haze(
-    clear: Tensor,
-    depth: Tensor | None,
-    rng: np.random.Generator,
-    density: tuple[float, float] = DENSITY,
-    airlight: tuple[float, float] = AIRLIGHT,
-    colour: float = 0.0,
+    clear: Tensor, depth: Tensor | None, rng: np.random.Generator, law: config.Haze, made_up: str = ""
 ) -> dict[str, Tensor]:
-    """Put haze of random density and airlight on ``clear`` (3,H,W); without ``depth`` (1,H,W) that is made up too.
+    """Put haze of random density and airlight on ``clear`` (3,H,W), by ``law``.
 
-    The airlight is a grey from its range, each channel of which is then moved by up to ``colour`` and clamped.
+    First the clear picture may change its exposure and its white balance, so that it is another clear picture. The
+    airlight is a grey from its range, cut at 1; at times each channel of it is moved by up to ``law.colour``.
+    Without ``depth`` (1,H,W) that is made up as ``made_up`` has it (smooth | outdoor; by default ``law.depth``).
     -> hazy, clear (3,H,W), transmission (1,H,W), airlight (3,1,1), density (1,).
     """
+    gamma, gains = _sometimes(law.gamma, rng), _sometimes(law.gains, rng, 3)
+    if gamma is not None:
+        clear = clear.clamp(min=1e-3) ** float(gamma[0])
+    if gains is not None:
+        clear = (clear * torch.from_numpy(gains.astype(np.float32)).view(3, 1, 1)).clamp(0, 1)
     if depth is None:
-        depth = smooth_depth(*clear.shape[1:], rng)
-    beta, grey = rng.uniform(*density), rng.uniform(*airlight)
-    shifted = np.clip(grey + rng.uniform(-1, 1, 3) * colour, 0, 1)
-    light = torch.from_numpy(shifted.astype(np.float32))
+        outdoor = (made_up or law.depth) == "outdoor"
+        depth = outdoor_depth(clear, rng) if outdoor else smooth_depth(*clear.shape[1:], rng)
+    beta, grey = rng.uniform(*law.density), min(1.0, rng.uniform(*law.airlight))
+    shift = rng.uniform(-1, 1, 3) * (law.colour if rng.random() < law.colour_probability else 0.0)
+    light = torch.from_numpy(np.clip(grey + shift, 0, 1).astype(np.float32))
     hazy, t = add_haze(clear, depth, beta, light)
+    if law.noise:
+        noise = torch.from_numpy(rng.random(hazy.shape, np.float32)) - 0.5
+        hazy = (hazy + noise * (2 * law.noise / 255)).clamp(0, 1)
     return {
         "hazy": hazy,
         "clear": clear,
@@ -184,6 +213,12 @@ def compress(image: Tensor, quality: float) -> Tensor:
     Image.fromarray(to_8bit(image)).save(file, "JPEG", quality=round(quality))
     pixels = torch.from_numpy(np.array(Image.open(file)))
     return pixels.permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _sometimes(change: config.Sometimes, rng: np.random.Generator, count: int = 1) -> np.ndarray | None:
+    """``count`` values uniform in the range, or None where it does not happen. Always as many draws."""
+    happens, values = rng.random() < change.probability, rng.uniform(*change.range, count)
+    return values if happens else None
 
 
 def _draw(degradation: object, rng: np.random.Generator) -> dict[str, float] | None:

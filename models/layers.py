@@ -23,6 +23,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def single(x: Tensor) -> Tensor:
+    """``x`` in at least single precision: what is half becomes float32, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def reflect(x: Tensor, pad: int) -> Tensor:
     """Reflection padding by ``pad`` on all sides, in the type of ``x``: (N,C,H,W) -> (N,C,H+2pad,W+2pad).
 
@@ -122,7 +127,7 @@ class _Depthwise(torch.autograd.Function):
         large = weight.shape[-1] > 3
         wanted = (ctx.needs_input_grad[0], not large, False)
         shape = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight), wanted)
-        kind = torch.float32 if stride > 1 else grad.dtype  # of x with strides: oneDNN's bf16 is 50 times as slow
+        kind = grad.dtype if stride == 1 else single(grad[:0]).dtype  # with strides oneDNN's bf16 is 50 times as slow
         of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad.to(kind), x.to(kind), weight.to(kind), *shape)
         if large:
             of_weight = _of_weight(x, grad, weight.shape[-1], stride, padding)
@@ -136,7 +141,7 @@ def _of_weight(x: Tensor, grad: Tensor, size: int, stride: int, padding: int) ->
     """
     pictures = zip(x, grad, strict=True)
     found = (F.conv2d(a[None], g.unsqueeze(1), None, 1, padding, stride, len(g)) for a, g in pictures)
-    return sum(each.float() for each in found)[0, :, None, :size, :size]
+    return sum(single(each) for each in found)[0, :, None, :size, :size]
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -166,7 +171,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, bounded: bool) -> tuple[Tensor, ...]:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             mean = x.mean((0, 2, 3))
             var = (x - mean[:, None, None]).square_().mean((0, 2, 3))
             y, scale = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), (var + eps).rsqrt()

@@ -155,12 +155,17 @@ class Method(nn.Module):
         """
         _check(hazy)
         tiling.check(tile)
-        height, width = hazy.shape[-2:]
-        padded = reflect(reflect(hazy, 2, self._fit(height)), 3, self._fit(width))
-        return {name: found[..., :height, :width] for name, found in self.find(padded, tile).items()}
+        return self.look(hazy, tile)
 
-    def _fit(self, side: int) -> int:
-        return -(-max(side, self.minimum) // self.multiple) * self.multiple
+    def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        """What `find` gives for pictures of any size: padded for it, and cropped again."""
+        height, width = hazy.shape[-2:]
+        return {name: found[..., :height, :width] for name, found in self.find(self.padded(hazy), tile).items()}
+
+    def padded(self, hazy: Tensor) -> Tensor:
+        """``hazy`` with sides that suit the networks, grown by reflection to the right and below."""
+        height, width = (-(-max(side, self.minimum) // self.multiple) * self.multiple for side in hazy.shape[-2:])
+        return reflect(reflect(hazy, 2, height), 3, width)
 
 
 def _check(hazy: Tensor) -> None:

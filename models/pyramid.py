@@ -1,25 +1,19 @@
-"""EfficientNet-lite3 encoder (timm) and fusion decoder, shared by the removal and the depth network.
+"""Encoder (timm; as released EfficientNet-lite3) and fusion decoder, shared by the removal and the depth network.
 
 The decoder is MiDaS-small's (Ranftl et al., 1907.01341), as in D4 (Yang et al., CVPR 2022) and NeDR (2511.13110).
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ReflectConv, channels_last, pointwise, quicken, recomputed
+from models import encoder
+from models.layers import ReflectConv, channels_last, pointwise, recomputed, single
 from utils import tiling
-from utils.checkpoint import read_weights
-from utils.errors import UserError
 
-BACKBONE = "tf_efficientnet_lite3"
-ENCODER_CHANNELS = (32, 48, 136, 384)  # at strides 4, 8, 16, 32
 STRIDE = 32
-STAGES = (slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7))  # the encoder's blocks that end at those strides
 
 
 class ResidualUnit(nn.Module):
@@ -60,22 +54,27 @@ class Fusion(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Encoder, mixers and decoder: (N,3,H,W) in [0,1] -> features (N,F,H/2,W/2) and pooled maps (N,600).
+    """Encoder, mixers and decoder: (N,3,H,W) in [0,1] -> features (N,F,H/2,W/2) and pooled maps (N,``pooled``).
 
     H and W are multiples of 32, at least 64. ``mixer`` makes the module that works on each encoder map at F, 2F,
     4F and 8F channels (NeDR's KAN-CID; None for none). The pooled maps carry gradients; detach where not wanted.
     The encoder, 4 % of NeDR's operations, stays in float32 under autocast.
     ``tile`` computes the same, map by map, in tiles of that many pixels of the picture a side, in eval mode.
+    ``backbone`` is timm's name of the encoder.
     """
 
-    def __init__(self, features: int = 32, mixer: Callable[[int], nn.Module] | None = None):
+    def __init__(
+        self,
+        features: int = 32,
+        mixer: Callable[[int], nn.Module] | None = None,
+        backbone: str = encoder.RELEASED,
+    ):
         super().__init__()
         widths, self.recompute = [features * 2**k for k in range(4)], False
-        encoder = timm.create_model(BACKBONE, features_only=True, out_indices=(1, 2, 3, 4), pretrained=False)
-        self.encoder = quicken(encoder)
-        self.reduce = nn.ModuleList(
-            ReflectConv(a, b, 3, bias=False) for a, b in zip(ENCODER_CHANNELS, widths, strict=True)
-        )
+        self.encoder = encoder.create(backbone)
+        channels = encoder.channels(self.encoder)
+        self.pooled = sum(channels)
+        self.reduce = nn.ModuleList(ReflectConv(a, b, 3, bias=False) for a, b in zip(channels, widths, strict=True))
         self.mixers = nn.ModuleList(mixer(width) if mixer else nn.Identity() for width in widths)
         self.fusion = nn.ModuleList(
             Fusion(width, max(features, width // 2), skip=k < 3) for k, width in enumerate(widths)
@@ -83,8 +82,8 @@ class Pyramid(nn.Module):
 
     def forward(self, image: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(image.device.type, enabled=False):  # in bf16 its 24 blocks alone cost 35 dB of the output
-            maps = self._encode(channels_last(image.float()), tile)
-        pooled = torch.cat([m.mean((2, 3), dtype=torch.float32) for m in maps], 1)
+            maps = encoder.maps(self.encoder, channels_last(single(image)), tile)
+        pooled = torch.cat([single(m.mean((2, 3))) for m in maps], 1)
         half, eighth = tiling.part(tile, 2), tiling.part(tile, 8)  # the mixers' spline bases are eight times as large
         mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]
         skips = [tiling.through(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
@@ -93,21 +92,6 @@ class Pyramid(nn.Module):
             fuse = recomputed(fuse) if self.recompute else fuse
             x = fuse(skip, None, half) if x is None else fuse(x, skip, half)
         return x, pooled
-
-    def _encode(self, image: Tensor, tile: int | None) -> list[Tensor]:
-        """The encoder's maps, each made from the one before.
-
-        All but the first are cut into tiles of ``tile`` / 2 of their own pixels, not of the picture's: the coarser the
-        map, the wider its halo is, and the less memory it takes.
-        """
-        encoder = self.encoder
-        first, *others = (encoder.blocks[blocks] for blocks in STAGES)
-        x = tiling.through(nn.Sequential(encoder.conv_stem, encoder.bn1, first), image, tile=tile, down=4)
-        maps = [x]
-        for stage in others:
-            x = tiling.through(stage, x, tile=tiling.part(tile, 2), down=2)
-            maps.append(x)
-        return maps
 
 
 class Head(nn.Module):
@@ -121,12 +105,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=False)
-        return self.conv3(self.conv2(x).relu_()).float()
+        return single(self.conv3(self.conv2(x).relu_()))
 
 
 def squash(x: Tensor, low: float, high: float) -> Tensor:
     """Map any real number into [low, high] by tanh, as D4 and NeDR do for transmission, depth and density."""
-    return low + (high - low) * (x.float().tanh() + 1) / 2
+    return low + (high - low) * (single(x).tanh() + 1) / 2
 
 
 def initialise(network: nn.Module) -> None:
@@ -140,35 +124,3 @@ def initialise(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.02)
             nn.init.zeros_(module.bias)
-
-
-def load_encoder(pyramids: list[Pyramid], weights: str, key: str) -> None:
-    """Give every encoder its start: ``hub`` (ImageNet weights through timm), a file of them, or ``none``.
-
-    A file is timm's tf_efficientnet_lite3 as .safetensors or .pth. Raises `UserError` with the remedy,
-    the setting ``key``.
-    """
-    if weights == "none":
-        return
-    state = _hub_weights(key) if weights == "hub" else read_weights(Path(weights))
-    for pyramid in pyramids:
-        own = pyramid.encoder.state_dict()
-        missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-        wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-        if missing or wrong:
-            raise UserError(
-                f"{weights} does not hold the weights of timm's {BACKBONE}: {len(missing)} tensors missing, "
-                f"{len(wrong)} of another shape, first {(missing + wrong)[0]}; save them with "
-                f"timm.create_model('{BACKBONE}', pretrained=True).state_dict()"
-            )
-        pyramid.encoder.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
-
-
-def _hub_weights(key: str) -> dict[str, Tensor]:
-    try:
-        return timm.create_model(BACKBONE, pretrained=True).state_dict()
-    except Exception as error:  # whatever the hub client raises offline: many kinds, one remedy
-        raise UserError(
-            f"the ImageNet weights of {BACKBONE} cannot be had from the hub ({type(error).__name__}); put timm's "
-            f"file on this machine and set {key}=FILE, or train from scratch with {key}=none"
-        ) from None

@@ -86,6 +86,15 @@ def _check_version(path: Path, version: int) -> None:
         raise UserError(f"{path} was written by a newer version of this project; update it to read this file")
 
 
+def halved(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """``weights`` with its matrices in ``kind`` (float32 | float16), which halves a file; vectors stay as they are.
+
+    Biases, norms and running statistics are a hundredth of the size, and these have values that float16 does not hold.
+    """
+    dtype = getattr(torch, kind)
+    return {k: v.to(dtype) if v.dim() > 1 and v.is_floating_point() else v for k, v in weights.items()}
+
+
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write inference weights as safetensors; ``metadata`` (JSON-able) goes into the header."""
     header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(metadata)}

@@ -77,22 +77,44 @@ class Data:
     validation_pairs: list[str]
     validation_hazy: str | None
     validation_clear: str | None
-    crop: Literal["short_side", "random"]
-    crop_size: Annotated[int, Range(16)]
+    crop: Literal["short_side", "random", "view"]
+    crop_size: Annotated[int, Range(16)] | tuple[Annotated[int, Range(16)], Annotated[int, Range(16)]]
+    view: Annotated[Interval, Ends(0.05, 1)]
     flip: bool
+    border: CountOrZero
+    short_side: CountOrZero
     workers: CountOrZero
     cache: Annotated[float, Range(0)]
+
+    @property
+    def crop_shape(self) -> tuple[int, int]:
+        """(height, width) of the crops; one number is a square."""
+        return self.crop_size if isinstance(self.crop_size, tuple) else (self.crop_size, self.crop_size)
+
+
+@dataclass
+class Sometimes:
+    """A change that happens with a probability, by a value uniform in a range."""
+
+    probability: Fraction
+    range: Annotated[Interval, Ends(0.1, 10)]
 
 
 @dataclass
 class Haze:
+    """What `data.haze.random_haze` draws from."""
+
     density: Interval
-    airlight: Interval
+    airlight: Annotated[Interval, Ends(0, 2)]
     colour: Fraction
+    colour_probability: Fraction
+    gamma: Sometimes
+    gains: Sometimes
+    noise: Annotated[float, Range(0, 255)]
+    depth: Literal["smooth", "outdoor"]
 
     def __post_init__(self):
         check_interval("haze.density", self.density)
-        check_interval("haze.airlight", self.airlight, high=1)
 
 
 @dataclass
@@ -164,11 +186,14 @@ class Train:
     milestones: list[Annotated[float, Range(above=0)]]
     gamma: Rate
     floor: Fraction
+    warm_up: CountOrZero
+    cool_down: CountOrZero
     clip: Weight
     ema: Annotated[float, Range(0, 0.999999)]
     recalibrate: CountOrZero
     checkpointing: bool
     sync_batchnorm: bool
+    export: Literal["float32", "float16"]
 
 
 @dataclass
@@ -176,10 +201,16 @@ class WarmStart:
     steps: CountOrZero
     clear: str | None
     depth: str | None
+    outdoor: str | None
+    outdoor_share: Fraction
     batch: Count
     learning_rate: Rate
     weight_decay: Weight
     schedule: Literal["constant", "cosine"]
+    floor: Fraction
+    warm_up: CountOrZero
+    cool_down: CountOrZero
+    clip: Weight
 
 
 @dataclass
@@ -228,13 +259,20 @@ class Settings:
 
 
 class Stage(NamedTuple):
-    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` pictures."""
+    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` pictures.
+
+    ``schedule``, ``floor``, ``warm_up`` and ``cool_down`` as of `updater.schedule`; ``clip``: largest gradient norm.
+    """
 
     name: str
     steps: int
     batch: int
     accumulate: int
     schedule: str
+    floor: float = 0.0
+    warm_up: int = 0
+    cool_down: int = 0
+    clip: float = 0.0
 
     @property
     def per_step(self) -> int:
@@ -245,12 +283,16 @@ def stages(settings: Settings) -> list[Stage]:
     """The stages of a run that have steps, in order: the supervised warm start, then the method's own game."""
     warm, train = settings.warm_start, settings.train
     both = [
-        Stage("warm_start", warm.steps, warm.batch, 1, warm.schedule),
-        Stage("train", train.steps, train.batch, train.accumulate, train.schedule),
+        Stage("warm_start", warm.steps, warm.batch, 1, *_course(warm)),
+        Stage("train", train.steps, train.batch, train.accumulate, *_course(train)),
     ]
     if not any(stage.steps for stage in both):
         raise UserError("warm_start.steps and train.steps are both 0: there is nothing to train; set one of them")
     return [stage for stage in both if stage.steps]
+
+
+def _course(section: Train | WarmStart) -> tuple:
+    return section.schedule, section.floor, section.warm_up, section.cool_down, section.clip
 
 
 def load(
@@ -407,13 +449,18 @@ def convert(value: Any, kind: Any, path: str) -> Any:
 
 
 def _either(value: Any, kinds: tuple, path: str) -> Any:
-    """``value`` as None or as one of some words, where ``kinds`` has these, else as the kind that remains."""
+    """``value`` as None or as one of some words, where ``kinds`` has these, else as the kind that remains.
+
+    Of a number and several in brackets, the one that ``value`` looks like.
+    """
     if value is None and type(None) in kinds:
         return None
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if value in words:
         return value
-    rest = next(kind for kind in kinds if kind is not type(None) and get_origin(kind) is not Literal)
+    others = [kind for kind in kinds if kind is not type(None) and get_origin(kind) is not Literal]
+    several = [kind for kind in others if get_origin(kind) is tuple]
+    rest = several[0] if several and isinstance(value, list | tuple) else others[0]
     try:
         return convert(value, rest, path)
     except UserError as error:

@@ -31,7 +31,12 @@ def scatter(clear: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
 
 def restore(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
     """J = (I - A) / t + A, clamped to [0,1]: the scattering model turned round. ``t`` must be positive."""
-    return ((hazy - airlight) / t + airlight).clamp(0, 1)
+    return unbounded(hazy, t, airlight).clamp(0, 1)
+
+
+def unbounded(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
+    """J as of `restore`, not clamped: an error of t is seen in it, and learnt from, beyond black and white too."""
+    return (hazy - airlight) / t + airlight
 
 
 def dark_channel(image: Tensor, size: int = DARK_CHANNEL_SIZE) -> Tensor:
@@ -92,10 +97,29 @@ def guided_filter(
     return tiling.apply(smooth, guide, tile=tile, halo=2 * radius)  # a mean of means
 
 
+def fast_guided_filter(guide: Tensor, small: Tensor, x: Tensor, radius: int, eps: float = GUIDE_EPS) -> Tensor:
+    """The guided filter of a coarse map at full size: ``guide`` (N,3,H,W), ``small`` it and ``x`` (N,1,h,w) the map at
+    the coarse size -> (N,1,H,W).
+
+    He and Sun, "Fast Guided Filter" (arXiv 1505.00996): the local lines are fitted at the coarse size, where ``radius``
+    counts, and applied at the full one. By luminance, the mean of the channels.
+    """
+    small = small.mean(1, keepdim=True)
+    a, b = _lines(small, x, radius, eps)
+    a, b = (F.interpolate(line, guide.shape[-2:], mode="bilinear", align_corners=False) for line in (a, b))
+    return torch.addcmul(b, a, guide.mean(1, keepdim=True))
+
+
 def _smooth(guide: Tensor, x: Tensor, radius: int, eps: float) -> Tensor:
+    a, b = _lines(guide, x, radius, eps)
+    return (a * guide + b).mean(1, keepdim=True)
+
+
+def _lines(guide: Tensor, x: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Slope and intercept of the lines, one a pixel and channel of the guide, by which ``x`` follows it."""
     mean_g, mean_x = box_mean(guide, radius), box_mean(x, radius)
     covariance = box_mean(guide * x, radius) - mean_g * mean_x
     variance = box_mean(guide * guide, radius) - mean_g * mean_g
     a = covariance / (variance + eps)
     b = mean_x - a * mean_g
-    return (box_mean(a, radius) * guide + box_mean(b, radius)).mean(1, keepdim=True)
+    return box_mean(a, radius), box_mean(b, radius)

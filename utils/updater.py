@@ -39,7 +39,8 @@ class Updater:
         ahead: float = 0.0,
     ):
         train, ranks = settings.train, ranks or Ranks()
-        shape = {"milestones": train.milestones, "gamma": train.gamma, "floor": train.floor, "ahead": ahead}
+        shape = {"milestones": train.milestones, "gamma": train.gamma, "ahead": ahead, "floor": stage.floor}
+        shape |= {"warm_up": stage.warm_up, "cool_down": stage.cool_down}
         epoch = epoch_length / (stage.per_step * ranks.world)
         self.optimisers = optimisers
         self.schedules = {
@@ -47,7 +48,7 @@ class Updater:
             for name, optimiser in optimisers.items()
         }
         self.reducers = {name: ranks.reducer(parameters_of(optimiser)) for name, optimiser in optimisers.items()}
-        self.device, self.precision, self.clip = device, settings.precision, train.clip
+        self.device, self.precision, self.clip = device, settings.precision, stage.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         if saved is not None:
             self.load_state_dict(saved)
@@ -119,12 +120,16 @@ def schedule(
     gamma: float = 1.0,
     floor: float = 0.0,
     ahead: float = 0.0,
+    warm_up: int = 0,
+    cool_down: int = 0,
 ) -> LRScheduler:
     """A learning-rate schedule over ``steps`` steps, of which ``epoch`` are an epoch.
 
     ``constant``; ``multistep``: times ``gamma`` at each of ``milestones`` (in epochs); ``cosine``: step by step down to
     ``floor`` times the rate; ``epoch_cosine``: AKNet's, whose rate stands still within an epoch and begins to fall in
     the third (the warm-up of the first, as released, has no ramp).
+    Over all of these lie a linear rise over the first ``warm_up`` steps and a linear fall, to ``floor`` times the rate,
+    over the last ``cool_down``: with a constant rate between, a run of unknown length can be ended well from any point.
     The rate is a function of the step alone, so that a resumed run may be given more steps than it began with.
     ``ahead`` is added to a step's number before epochs are counted.
     """
@@ -140,7 +145,13 @@ def schedule(
         "cosine": lambda step: cosine(step / max(1, steps)),
         "epoch_cosine": lambda step: cosine(max(0, int((step + ahead) / epoch) - 1) / last),
     }
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, factors[kind])
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
+        left = min(1.0, max(0, steps - step) / cool_down) if cool_down else 1.0
+        return rise * (floor + (1 - floor) * left) * factors[kind](step)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 
 def finite(terms: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import channels_last
+from models.layers import channels_last, single
 
 
 class SpectralConv(nn.Module):
@@ -64,6 +64,6 @@ class Discriminator(nn.Module):
         x = channels_last(torch.cat(images))
         for conv in self.convs[:-1]:
             x = F.leaky_relu(conv(x), 0.2, inplace=True)
-        raw = self.convs[-1](x).float().chunk(len(images))
+        raw = single(self.convs[-1](x)).chunk(len(images))
         logits = tuple(part / scale for part, scale in zip(raw, scales, strict=True))
         return logits if len(images) > 1 else logits[0]

@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNorm, ReflectConv, channels_last, recomputed
+from models import encoder
+from models.layers import BatchNorm, ReflectConv, channels_last, recomputed, single
+from models.nedr.airlight import HEADS
 from models.nedr.implicit import IDRM
 from models.nedr.kan import KANCID
 from models.nedr.residual import DREM
-from models.pyramid import ENCODER_CHANNELS, Head, Pyramid, squash
+from models.pyramid import Head, Pyramid, squash
 from utils import physics, tiling
 
 TRANSMISSION_RANGE = (0.05, 0.95)
-LEARNED_AIRLIGHT_RANGE = (0.5, 1.0)
 
 
 class Removal(NamedTuple):
@@ -31,12 +32,20 @@ class Removal(NamedTuple):
         return -self.transmission.log() / self.density
 
 
+class Haze(NamedTuple):
+    """The haze that the removal network finds in the pictures that it sees (N,3,H,W)."""
+
+    density: Tensor  # beta (N,1,1,1)
+    transmission: Tensor  # t (N,1,H,W), or as much finer as it was asked for
+    airlight: Tensor  # A (N,3,1,1)
+
+
 class RemovalNet(nn.Module):
     """Haze removal (`net_h2c`): hazy -> transmission, density and airlight, and by them the clear picture.
 
     H and W are multiples of 32, at least 64, with KAN-CID at least 128 (it reflects by 3 at 1/32).
     ``kan_cid``, ``idrm`` and ``drem`` switch the published modules; with all three off this is D4's network.
-    ``learned_airlight`` adds the head that the paper draws: one airlight a channel from the pooled encoder maps.
+    ``airlight_head`` adds the head that the paper draws, one of `airlight.HEADS`.
     """
 
     def __init__(
@@ -47,17 +56,21 @@ class RemovalNet(nn.Module):
         idrm: bool = True,
         drem: bool = True,
         positional: bool = True,
-        learned_airlight: bool = False,
+        airlight_head: str | None = None,
+        backbone: str = encoder.RELEASED,
+        idrm_hidden: int = 256,
+        drem_growth: int = 64,
+        transmission_range: tuple[float, float] = TRANSMISSION_RANGE,
     ):
         super().__init__()
-        self.density_range, self.recompute = density_range, False
-        self.pyramid = Pyramid(features, KANCID if kan_cid else None)
-        self.idrm = IDRM(features, out_channels=features, positional=positional) if idrm else None
-        self.drem = DREM(features) if drem else nn.Identity()
+        self.density_range, self.transmission_range, self.recompute = density_range, transmission_range, False
+        self.pyramid = Pyramid(features, KANCID if kan_cid else None, backbone)
+        self.idrm = IDRM(features, idrm_hidden, features, positional) if idrm else None
+        self.drem = DREM(features, drem_growth) if drem else nn.Identity()
         self.head = Head(features)
-        pooled = sum(ENCODER_CHANNELS)
+        pooled = self.pyramid.pooled
         self.density = nn.Sequential(nn.Linear(pooled, 64), nn.Linear(64, 1))
-        self.airlight = nn.Sequential(nn.Linear(pooled, 64), nn.ReLU(), nn.Linear(64, 3)) if learned_airlight else None
+        self.airlight = HEADS[airlight_head](pooled) if airlight_head else None
 
     def forward(self, hazy: Tensor, airlight: str = "max", guided: bool = False, tile: int | None = None) -> Removal:
         """``airlight``: max | dark_channel | learned; ``guided`` refines t by the guided filter before its use.
@@ -65,40 +78,55 @@ class RemovalNet(nn.Module):
         ``tile`` computes the same in tiles of that many pixels a side, in eval mode: every map but the widest layers'
         is held whole, so density, airlight and positions are the whole picture's.
         """
-        x, pooled = self.pyramid(hazy, tile)
-        with torch.autocast(hazy.device.type, enabled=False):  # a few numbers, on which every pixel depends
-            beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
-            A = self.estimate_airlight(hazy, pooled, airlight)
-        halo = 1 + tiling.reach(self.drem, self.head)  # IDRM sees one pixel
-        transmission = recomputed(self._transmission) if self.recompute else self._transmission
-        t = tiling.apply(transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
+        beta, t, A = self.find(hazy, airlight, tile)
         if guided:
             t = physics.guided_filter(hazy, t, tile=tile)
         clear = tiling.apply(lambda piece, window: physics.restore(piece, window.cut(t), A), hazy, tile=tile)
         return Removal(clear, beta, t, A)
 
-    def _transmission(self, features: Tensor, window: tiling.Window) -> Tensor:
-        """t of a piece of the picture, from features at half its size."""
-        if self.idrm is not None:
-            features = self.idrm(features, window=window)
-        return squash(self.head(self.drem(features)), 0, 1).clamp(*TRANSMISSION_RANGE)
+    def find(self, hazy: Tensor, airlight: str = "max", tile: int | None = None, query: int = 1) -> Haze:
+        """The haze alone, as of `forward`. ``query``: t is found at so many times the size, by asking IDRM there."""
+        x, pooled = self.pyramid(hazy, tile)
+        with torch.autocast(hazy.device.type, enabled=False):  # a few numbers, on which every pixel depends
+            beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
+        if query > 1 and self.idrm is not None:
+            t = self._transmission(x, size=tuple(query * side for side in x.shape[2:]))
+        else:
+            halo = 1 + tiling.reach(self.drem, self.head)  # IDRM sees one pixel
+            transmission = recomputed(self._transmission) if self.recompute else self._transmission
+            t = tiling.apply(transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
+        with torch.autocast(hazy.device.type, enabled=False):
+            return Haze(beta, t, self.estimate_airlight(hazy, pooled, t, airlight))
 
-    def estimate_airlight(self, hazy: Tensor, pooled: Tensor, kind: str) -> Tensor:
+    def _transmission(
+        self, features: Tensor, window: tiling.Window | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """t of a piece of the picture, from features at half its size; ``size`` as of `IDRM`."""
+        if self.idrm is not None:
+            features = self.idrm(features, size, window)
+        return squash(self.head(self.drem(features)), 0, 1).clamp(*self.transmission_range)
+
+    def estimate_airlight(self, hazy: Tensor, pooled: Tensor, t: Tensor, kind: str) -> Tensor:
         """(N,3,1,1) by the per-channel maximum, the dark channel or the learned head."""
         if kind == "max":
             return physics.max_airlight(hazy)
         if kind == "dark_channel":
             return physics.dark_channel_airlight(hazy)
-        return squash(self.airlight(pooled), *LEARNED_AIRLIGHT_RANGE)[..., None, None]
+        return self.airlight(pooled, hazy, t)
 
 
 class DepthNet(nn.Module):
     """Depth of a clear picture (`net_depth`): (N,3,H,W) -> (N,1,H,W) in ``depth_range``; H, W multiples of 32."""
 
-    def __init__(self, features: int = 32, depth_range: tuple[float, float] = (0.2, 5.0)):
+    def __init__(
+        self,
+        features: int = 32,
+        depth_range: tuple[float, float] = (0.2, 5.0),
+        backbone: str = encoder.RELEASED,
+    ):
         super().__init__()
         self.depth_range = depth_range
-        self.pyramid = Pyramid(features)
+        self.pyramid = Pyramid(features, backbone=backbone)
         self.head = Head(features)
 
     def forward(self, clear: Tensor) -> Tensor:
@@ -151,7 +179,7 @@ class ProductionNet(nn.Module):
     def forward(self, clear: Tensor, depth: Tensor, density: Tensor, airlight: Tensor | None = None) -> Tensor:
         A = physics.max_airlight(clear) if airlight is None else airlight
         simple = channels_last(physics.scatter(clear, physics.transmission(depth, density), A))
-        residual = self._refine(simple).float().tanh()
+        residual = single(self._refine(simple)).tanh()
         return ((2 * simple - 1 + residual).clamp(-1, 1) + 1) / 2
 
     def _refine(self, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class IDRM(nn.Module):
             x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
         if self.positional:
             whole = (height, width) if window is None else window.size
-            x = x + pointwise(position_encoding(*whole, features.device, window), position)
+            x = x + pointwise(position_encoding(*whole, features.device, window).to(position.dtype), position)
         return x
 
     def _cell(self, features: Tensor, height: int, width: int) -> Tensor:

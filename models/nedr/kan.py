@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ReflectConv
+from models.layers import ReflectConv, single
 
 ORDER = 3  # cubic splines
 INTERVALS = 5  # of the grid on [-1, 1]
@@ -25,12 +25,12 @@ def knots() -> Tensor:
 
 
 def bspline_bases(x: Tensor) -> Tensor:
-    """The eight cubic B-spline bases of every value: (N,C,...) -> (N,8C,...), basis-major, float32.
+    """The eight cubic B-spline bases of every value: (N,C,...) -> (N,8C,...), basis-major, at least float32.
 
     On a uniform grid each basis is the cardinal cubic B-spline of u = (x - centre) / step, whose closed form
     (max(2-|u|,0)^3 - 4 max(1-|u|,0)^3) / 6 needs no recursion. They sum to 1 on [-1,1] and vanish outside [-2.2,2.2].
     """
-    x = x.float() / STEP
+    x = single(x) / STEP
     u = torch.stack([(x - centre / STEP).abs() for centre in CENTRES], 1)
     outer, inner = (2 - u).clamp(min=0), (1 - u).clamp(min=0)
     return ((outer.pow(3) - 4 * inner.pow(3)) / 6).flatten(1, 2)
@@ -46,7 +46,7 @@ class _Activations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x)
-        x = x.float()
+        x = single(x)
         out = x.new_empty(*x.shape[:-1], 1 + BASES, x.shape[-1], dtype=dtype)
         out[..., 0, :] = F.silu(x)
         for b, centre in enumerate(CENTRES, 1):
@@ -57,12 +57,12 @@ class _Activations(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        kind, x = x.dtype, x.float()
-        total = torch.ops.aten.silu_backward(grad[..., 0, :].float(), x)
+        kind, x = x.dtype, single(x)
+        total = torch.ops.aten.silu_backward(single(grad[..., 0, :]), x)
         for b, centre in enumerate(CENTRES, 1):
             u, outer, inner = _sides(x, centre)
             slope = torch.sub(inner.square_(), outer.square_(), alpha=0.25).mul_(u.sign_())
-            total.addcmul_(slope, grad[..., b, :].float(), value=12 / STEP)
+            total.addcmul_(slope, single(grad[..., b, :]), value=12 / STEP)
         return total.to(kind), None
 
 
@@ -97,7 +97,7 @@ class KANLinear(nn.Module):
         spline = (self.spline_weight * (self.spline_scaler / 6).unsqueeze(-1)).transpose(1, 2)
         weight = torch.cat([self.base_weight.unsqueeze(1), spline], 1).flatten(1)
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         active = _Activations.apply(x.permute(0, 2, 3, 1), dtype)
         return F.linear(active.flatten(3), weight).permute(0, 3, 1, 2)
 

@@ -14,15 +14,20 @@ from torch.optim import Adam, AdamW, Optimizer
 from losses.adversarial import discriminator_loss, generator_loss
 from losses.perceptual import PerceptualLoss
 from losses.priors import dark_channel_loss, total_variation
+from models import encoder
+from models.layers import single
 from models.method import About, Loss, Method, frozen
 from models.nedr import official
 from models.nedr.discriminator import Discriminator
-from models.nedr.generators import DepthNet, ProductionNet, Removal, RemovalNet
-from models.pyramid import STRIDE, initialise, load_encoder
-from utils import config, physics
+from models.nedr.generators import TRANSMISSION_RANGE, DepthNet, ProductionNet, Removal, RemovalNet
+from models.nedr.working_size import seen_size
+from models.pyramid import STRIDE, initialise
+from utils import config, physics, tiling
 from utils.checkpoint import load_strict
 from utils.config import Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
+
+PIECE = 1024  # pixels: sides of the pieces in which J is computed with a working size
 
 
 @dataclass
@@ -41,8 +46,17 @@ class NeDRSettings:
     idrm: bool
     drem: bool
     base_channels: Annotated[int, Range(8, 512)]
+    idrm_hidden: Annotated[int, Range(1, 4096)]
+    drem_growth: Annotated[int, Range(1, 1024)]
+    encoder: str
     encoder_weights: str
+    encoder_rate: Weight
+    working_size: Annotated[int, Range(0, 2048)]
+    query: Literal[1, 2, 4]
+    guided_radius: Annotated[int, Range(0, 100)]
+    transmission_range: Interval
     airlight: Literal["max", "dark_channel", "learned"]
+    airlight_head: Literal["pooled", "statistics"]
     guided_filter: bool
     density_range: Interval
     depth_range: Interval
@@ -56,6 +70,7 @@ class NeDRSettings:
     density_weight: Weight
     depth_weight: Weight
     airlight_weight: Weight
+    found_airlight_weight: Weight
     perceptual_weight: Weight
     perceptual: Perceptual
     dark_channel_weight: Weight
@@ -66,10 +81,16 @@ class NeDRSettings:
         check_interval(f"{self.block}.density_range", self.density_range, low=1e-3)
         check_interval(f"{self.block}.depth_range", self.depth_range)
         check_interval(f"{self.block}.airlight_range", self.airlight_range, high=1)
+        check_interval(f"{self.block}.transmission_range", self.transmission_range, low=1e-3, high=1)
         check_interval(f"{self.block}.betas", self.betas, high=0.999999)
         if self.base_channels % 4:
             raise UserError(
                 f"{self.block}.base_channels={self.base_channels}: must be a multiple of 4 (64 as published)"
+            )
+        if 0 < self.working_size < STRIDE:
+            raise UserError(
+                f"{self.block}.working_size={self.working_size}: so few pixels show nothing; set 0 (full size), or "
+                f"{STRIDE} or more (160 to 256 serve well)"
             )
         if not any((self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)):
             raise UserError(
@@ -108,7 +129,7 @@ class NeDR(Method):
     )
     Settings = NeDRSettings
     multiple = STRIDE
-    test_time = ("airlight", "guided_filter")
+    test_time = ("airlight", "guided_filter", "working_size", "query", "guided_radius")
     inference = ("removal",)
     averaged = ("removal", "production", "depth")
     stages: ClassVar[dict[str, str]] = {"warm_start": "synthetic", "train": "unpaired"}
@@ -125,10 +146,14 @@ class NeDR(Method):
                 s.idrm,
                 s.drem,
                 positional=s.variant == "published",
-                learned_airlight=s.airlight == "learned",
+                airlight_head=s.airlight_head if s.airlight == "learned" else None,
+                backbone=s.encoder,
+                idrm_hidden=s.idrm_hidden,
+                drem_growth=s.drem_growth,
+                transmission_range=s.transmission_range,
             ),
             "production": lambda: ProductionNet(features),
-            "depth": lambda: DepthNet(features, s.depth_range),
+            "depth": lambda: DepthNet(features, s.depth_range, s.encoder),
             "judge_clear": Discriminator,
             "judge_hazy": Discriminator,
         }
@@ -140,9 +165,12 @@ class NeDR(Method):
 
     @classmethod
     def check(cls, settings: config.Settings) -> None:
-        size, least = settings.data.crop_size, minimum_side(settings.method)
-        if size % STRIDE or size < least:
-            raise UserError(f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}")
+        least = minimum_side(settings.method)
+        for size in settings.data.crop_shape:
+            if size % STRIDE or size < least:
+                raise UserError(
+                    f"data.crop_size={size}: {settings.model} needs multiples of {STRIDE}, at least {least}"
+                )
 
     def save_memory(self) -> None:
         self.removal.recompute = self.removal.pyramid.recompute = True  # the largest; depth is frozen at times
@@ -153,9 +181,8 @@ class NeDR(Method):
         if official.recognise(state) != settings.block:
             return None
         found = official.translate(state)
-        for key, value in {"variant": "released", "airlight": "max", "base_channels": 2 * found.features}.items():
-            setattr(settings, key, value)
-        for key, value in found.modules.items():
+        released = {"variant": "released", "airlight": "max", "base_channels": 2 * found.features}
+        for key, value in (released | {"encoder": encoder.RELEASED} | found.modules).items():
             setattr(settings, key, value)
         method = cls(settings, tuple(found.networks))
         if settings.drem and not found.has_drem:
@@ -178,6 +205,11 @@ class NeDR(Method):
         networks that are neither the released NeDR's nor D4's.
         """
         s = self.settings
+        if s.encoder != encoder.RELEASED or s.transmission_range != TRANSMISSION_RANGE:
+            raise UserError(
+                f"{s.block}.encoder={s.encoder}, transmission_range={list(s.transmission_range)}: the released code "
+                f"has {encoder.RELEASED} and {list(TRANSMISSION_RANGE)}; train with these to export"
+            )
         if s.kan_cid != s.idrm or (s.drem and not s.idrm):
             told = ", ".join(f"{key}={getattr(s, key)}".lower() for key in ("kan_cid", "idrm", "drem"))
             raise UserError(
@@ -211,13 +243,13 @@ class NeDR(Method):
     def start(self) -> None:
         """Weights as training begins: the released initialisation, then the encoders' own weights."""
         for network in (self.removal, self.production, self.depth):
-            encoder = network.pyramid.encoder if hasattr(network, "pyramid") else None
-            kept = {k: v.clone() for k, v in encoder.state_dict().items()} if encoder else {}
+            inner = network.pyramid.encoder if hasattr(network, "pyramid") else None
+            kept = {k: v.clone() for k, v in inner.state_dict().items()} if inner else {}
             initialise(network)
-            if encoder:
-                encoder.load_state_dict(kept)
-        s = self.settings
-        load_encoder([self.removal.pyramid, self.depth.pyramid], s.encoder_weights, f"{s.block}.encoder_weights")
+            if inner:
+                inner.load_state_dict(kept)
+        s, encoders = self.settings, [network.pyramid.encoder for network in (self.removal, self.depth)]
+        encoder.load(encoders, s.encoder, s.encoder_weights, f"{s.block}.encoder_weights")
         if self.settings.perceptual_weight:
             self._perceptual()  # what cannot be had is refused now
 
@@ -225,8 +257,8 @@ class NeDR(Method):
         s, warm = self.settings, settings.warm_start
         if stage == "warm_start":
             how = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}
-            parts = {"generators": self.removal, "depth": self.depth}
-            return {name: AdamW(network.parameters(), **how) for name, network in parts.items()}
+            parts = {"generators": self.removal} | ({"depth": self.depth} if s.depth_weight else {})
+            return {name: AdamW(_groups(network, s.encoder_rate, **how), **how) for name, network in parts.items()}
         parts = {"generators": ([self.removal, self.production], 1.0)}
         if s.depth_weight:
             parts["depth"] = ([self.depth], 1.0)
@@ -249,6 +281,34 @@ class NeDR(Method):
         found = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
         return {"clear": found.clear, "transmission": found.transmission}
 
+    def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        """As `Method.look`; with a working size the haze is found in a small picture of the whole view.
+
+        The field t is taken to the full size, where J = (I - A) / t + A is computed in pieces: what it costs beside
+        that does not grow with the picture.
+        """
+        size = seen_size(*hazy.shape[2:], self.settings.working_size)
+        if size is None:
+            return super().look(hazy, tile)
+        s, small = self.settings, F.interpolate(hazy, size, mode="bilinear", antialias=True).clamp(0, 1)
+        found = self.removal.find(self.padded(small), s.airlight, tile, s.query)
+        t = single(found.transmission)[..., : s.query * size[0], : s.query * size[1]]
+        t = self.to_full_size(t, small, hazy).clamp(*s.transmission_range)
+        A = single(found.airlight)
+        piece = None if tile is None else max(tile, PIECE)
+        clear = tiling.apply(lambda part, window: physics.restore(part, window.cut(t), A), hazy, tile=piece)
+        return {"clear": clear, "transmission": t}
+
+    def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
+        """The field t of the small picture, (N,1,H,W) of the large one; along its edges if settings have it."""
+        s = self.settings
+        if s.guided_radius:
+            if t.shape[2:] != small.shape[2:]:
+                small = F.interpolate(hazy, t.shape[2:], mode="bilinear", antialias=True)
+            return physics.fast_guided_filter(hazy, small, t, s.query * s.guided_radius)
+        t = F.interpolate(t, hazy.shape[2:], mode="bilinear", align_corners=False)
+        return physics.guided_filter(hazy, t) if s.guided_filter else t
+
     # The supervised stage: haze made by the haze law, so everything is known.
 
     def _supervised(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
@@ -258,18 +318,25 @@ class NeDR(Method):
         into t. Haze production needs no warm start: without training it is all but the scattering model.
         """
         hazy, clear, t, airlight = (batch[key] for key in ("hazy", "clear", "transmission", "airlight"))
-        beta = batch["density"].view(-1, 1, 1, 1)
-        found = self.removal(hazy, self.settings.airlight)
+        s, beta = self.settings, batch["density"].view(-1, 1, 1, 1)
+        found = self.removal.find(hazy, s.airlight)
         terms = {
             "transmission": F.l1_loss(found.transmission, t),
-            "clear": F.l1_loss(physics.restore(hazy, found.transmission, airlight), clear),
+            "clear": F.l1_loss(physics.unbounded(hazy, found.transmission, airlight), clear),
             "density": F.mse_loss(found.density, beta),
         }
-        if self.settings.airlight == "learned":
+        total = terms["transmission"] + terms["clear"] + s.density_weight * terms["density"]
+        if s.airlight == "learned":
             terms["airlight"] = F.l1_loss(found.airlight, airlight)
-        yield Loss("generators", sum(terms.values()), terms)
-        depth = (-t.log() / beta).clamp(*self.settings.depth_range)
-        yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
+            total = total + terms["airlight"]
+        if s.airlight == "learned" and s.found_airlight_weight:
+            restored = physics.unbounded(hazy, found.transmission.detach(), found.airlight)
+            terms["restored"] = F.l1_loss(restored, clear)
+            total = total + s.found_airlight_weight * terms["restored"]
+        yield Loss("generators", total, terms)
+        if s.depth_weight:
+            depth = (-t.log() / beta).clamp(*s.depth_range)
+            yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
 
     # The unpaired game.
 
@@ -367,6 +434,13 @@ class NeDR(Method):
             "synthetic": self.production(clear, depth, beta, airlight),
             "depth": depth / depth.amax((1, 2, 3), keepdim=True),
         }
+
+
+def _groups(network: torch.nn.Module, share: float, lr: float, **_) -> list[dict]:
+    """The parameters of ``network`` for an optimiser: the encoder's with its share of the rate, then the others."""
+    inner = {id(p) for p in network.pyramid.encoder.parameters()}
+    parts = [[p for p in network.parameters() if (id(p) in inner) == within] for within in (True, False)]
+    return [{"params": part, "lr": rate} for part, rate in zip(parts, (share * lr, lr), strict=True)]
 
 
 def minimum_side(settings: NeDRSettings) -> int:

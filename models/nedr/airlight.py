@@ -1,0 +1,97 @@
+"""The learned airlight: heads that find A of a hazy picture, one value a channel.
+
+One part in a hundred of A is worth half a decibel in dense haze: J = (I - A) / t + A moves by (1 - 1/t) dA.
+docs/training.md has what each idea was worth.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import single
+from models.pyramid import squash
+from utils import physics
+
+POOLED_RANGE = (0.5, 1.0)
+RANGE = (0.5, 1.15)  # of the raw value, which is then cut at 1: a camera saturates, and so the value 1 can be found
+SHARPNESS = (4, 16, 64)
+FAR = 0.05  # the share of the pixels that are far: those of the lowest t
+EXTRAPOLATED = (0.3, 0.5)  # brightnesses that far things may have
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 1.0)
+
+
+class PooledAirlight(nn.Sequential):
+    """A from the pooled encoder maps (N,P) alone, as the paper draws it: (N,3,1,1) in [0.5, 1]."""
+
+    def __init__(self, pooled: int):
+        super().__init__(nn.Linear(pooled, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
+        return squash(super().forward(pooled), *POOLED_RANGE)[..., None, None]
+
+
+class StatisticsAirlight(nn.Module):
+    """A from the pooled encoder maps and from statistics of the picture and of its densest haze: (N,3,1,1) in [0.5, 1].
+
+    ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the transmission found, through which no gradient goes.
+    """
+
+    def __init__(self, pooled: int):
+        super().__init__()
+        seen = 3 * (4 + 2 * len(SHARPNESS) + 2 + 2 + len(EXTRAPOLATED)) + len(QUANTILES)
+        self.layers = nn.Sequential(nn.Linear(pooled + seen, 128), nn.ReLU(), nn.Linear(128, 3))
+
+    def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
+        size = [side // 2 for side in t.shape[2:]]
+        small, field = (F.interpolate(x, size, mode="bilinear", antialias=True) for x in (hazy, t.detach()))
+        seen = [single(pooled), of_picture(hazy), of_densest_haze(small, field)]
+        low, high = RANGE
+        raw = low + (high - low) * self.layers(torch.cat(seen, 1)).sigmoid()
+        return raw.clamp(max=1)[..., None, None]
+
+
+HEADS = {"pooled": PooledAirlight, "statistics": StatisticsAirlight}
+
+
+def of_picture(image: Tensor) -> Tensor:
+    """Maximum, mean, dark-channel airlight without a cap, and deviation of each channel: (N,3,H,W) -> (N,12)."""
+    dark = physics.dark_channel_airlight(image, cap=1.0)[..., 0, 0]
+    return torch.cat([image.amax((2, 3)), image.mean((2, 3)), dark, image.std((2, 3))], 1)
+
+
+def of_densest_haze(image: Tensor, t: Tensor) -> Tensor:
+    """What the pixels of the lowest transmission tell of the airlight. (N,3,H,W), (N,1,H,W) -> (N,43).
+
+    For each channel: mean and deviation with weights (min t / t)^k, k = 4, 16, 64; the largest and the smallest value
+    of the farthest twentieth of the pixels; where the regression line of I on t meets t = 0, over all pixels and with
+    weights (1 - t)^2 (by I = A + t (J - A) that is A, if J does not depend on t); and A by the scattering model from
+    the farthest twentieth, if J were 0.3 or 0.5 there. And quantiles of t.
+    """
+    x, t = image.flatten(2), t.flatten(2).clamp(min=1e-3)
+    told = []
+    for power in SHARPNESS:
+        mean, deviation = _weighted(x, (t.amin(2, keepdim=True) / t) ** power)
+        told += [mean, deviation]
+    far = (t <= t.quantile(FAR, 2, keepdim=True)).to(x.dtype)
+    told += [(x - 2 * (1 - far)).amax(2), (x + 2 * (1 - far)).amin(2)]
+    told += [_intercept(x, t, torch.ones_like(t)), _intercept(x, t, (1 - t) ** 2)]
+    far_t, far_x = _mean(t, far), _mean(x, far)
+    told += [(far_x - j * far_t) / (1 - far_t).clamp(min=0.05) for j in EXTRAPOLATED]
+    quantiles = t[:, 0].quantile(t.new_tensor(QUANTILES), 1).T
+    return torch.cat([*told, quantiles], 1)
+
+
+def _mean(x: Tensor, weight: Tensor) -> Tensor:
+    return (weight * x).sum(2) / weight.sum(2).clamp(min=1e-6)
+
+
+def _weighted(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    mean = _mean(x, weight)
+    return mean, (_mean((x - mean[..., None]) ** 2, weight) + 1e-8).sqrt()
+
+
+def _intercept(x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+    mean_x, mean_t = _mean(x, weight), _mean(t, weight)
+    apart = t - mean_t[..., None]
+    covariance, variance = _mean(apart * (x - mean_x[..., None]), weight), _mean(apart**2, weight)
+    return mean_x - covariance / (variance + 1e-3) * mean_t
