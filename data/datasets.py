@@ -23,8 +23,6 @@ from data.pixels import Pixels, Stack
 from utils.config import Settings
 from utils.errors import UserError
 
-RULES = ("short_side", "random", "view")
-
 Transform = Callable[[Pixels | Stack, np.random.Generator], Tensor]
 
 

@@ -1,13 +1,15 @@
-"""Perceptual loss on VGG features (Johnson et al., 1603.08155), by torchvision."""
+"""Perceptual loss (Johnson et al., 1603.08155) on features of VGG, by torchvision, or of EfficientNet, by timm."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from utils import imagenet
 from utils.checkpoint import read_weights
 from utils.errors import UserError, nearest
 
@@ -37,11 +39,7 @@ class VGGFeatures(nn.Module):
     def __init__(self, network: str, layers: Collection[str], weights: str, key: str):
         super().__init__()
         known = layer_names(network)
-        if not layers:
-            raise UserError(f"{key}.layers is empty; name some of {', '.join(known)}")
-        for name in layers:
-            if name not in known:
-                raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
+        _check_layers(network, layers, known, key)
         self.names = {known[name]: name for name in layers}
         self.features = _vgg(network, weights, key)[: max(self.names) + 1].eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
@@ -59,10 +57,40 @@ class VGGFeatures(nn.Module):
         return super().train(False)  # the features are a ruler: nothing in them may move
 
 
-class PerceptualLoss(nn.Module):
-    """Mean L1 distance of VGG feature maps, averaged over layers. Two (N,3,H,W) in [0,1] -> scalar.
+class EfficientNetFeatures(nn.Module):
+    """Maps of a frozen EfficientNet-lite0 by stride. (N,3,H,W) in [0,1] -> {name: (N,C,H/stride,W/stride)}.
 
-    Arguments and errors as of `VGGFeatures`.
+    ``layers``: stride2, stride4, stride8, stride16, stride32; the first three keep most of what a picture looks like.
+    Pictures are normalised here, by the mean and the deviation with which it was trained (0.5 and 0.5). ``weights``:
+    hub | package | a file, as of `imagenet.load`. Raises `UserError` as `VGGFeatures`.
+    """
+
+    def __init__(self, network: str, layers: Collection[str], weights: str, key: str):
+        super().__init__()
+        known = {f"stride{2**k}": k - 1 for k in range(1, 6)}
+        _check_layers(network, layers, known, key)
+        chosen = sorted(layers, key=known.get)
+        self.names, name = chosen, f"tf_{network}"
+        indices = tuple(known[layer] for layer in chosen)
+        features = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
+        state = imagenet.load(name, weights, f"{key}.weights")
+        features.load_state_dict(imagenet.fit(features.state_dict(), state, name, weights))
+        self.features = features.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.features(2 * image - 1), strict=True))
+
+    def train(self, mode: bool = True) -> "EfficientNetFeatures":
+        return super().train(False)
+
+
+FEATURES = {"vgg16": VGGFeatures, "vgg19": VGGFeatures, "efficientnet_lite0": EfficientNetFeatures}
+
+
+class PerceptualLoss(nn.Module):
+    """Mean L1 distance of feature maps, averaged over layers. Two (N,3,H,W) in [0,1] -> scalar.
+
+    ``network``: one of `FEATURES`. Arguments and errors as of `VGGFeatures` and `EfficientNetFeatures`.
     """
 
     def __init__(
@@ -73,12 +101,20 @@ class PerceptualLoss(nn.Module):
         key: str = "nedr.perceptual",
     ):
         super().__init__()
-        self.vgg = VGGFeatures(network, layers, weights, key)
+        self.features = FEATURES[network](network, layers, weights, key)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.vgg(target)
-        return torch.stack([F.l1_loss(found, wanted[name]) for name, found in self.vgg(x).items()]).mean()
+            wanted = self.features(target)
+        return torch.stack([F.l1_loss(found, wanted[name]) for name, found in self.features(x).items()]).mean()
+
+
+def _check_layers(network: str, layers: Collection[str], known: Collection[str], key: str) -> None:
+    if not layers:
+        raise UserError(f"{key}.layers is empty; name some of {', '.join(known)}")
+    for name in layers:
+        if name not in known:
+            raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
 
 
 def _vgg(network: str, weights: str, key: str) -> nn.Sequential:

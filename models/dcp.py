@@ -32,6 +32,5 @@ class DCP(Method):
         t = tiling.apply(transmission, hazy, tile=tile, halo=physics.DARK_CHANNEL_SIZE // 2)
         if self.settings.guided_filter:
             t = physics.guided_filter(hazy, t, tile=tile)
-        # D4's code does not clamp t, and the filter may carry it below 0; only a division by 0 is prevented here.
-        t = t.where(t.abs() > 1e-6, 1e-6)
+        t = t.clamp(min=physics.LEAST_TRANSMISSION)
         return {"clear": tiling.apply(restore, hazy, tile=tile), "transmission": t}

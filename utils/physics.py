@@ -15,6 +15,7 @@ from utils import tiling
 
 AIRLIGHT_CAP = 220 / 255  # D4's and NeDR's ceiling for the dark-channel airlight
 DARK_CHANNEL_SIZE = 15  # pixels
+LEAST_TRANSMISSION = 0.1  # DCP's t0 (section 4.4): in a sky t comes out near 0, or below, and J black
 GUIDE_RADIUS = 40  # pixels
 GUIDE_EPS = 1e-3
 

@@ -32,7 +32,7 @@ PIECE = 1024  # pixels: sides of the pieces in which J is computed with a workin
 
 @dataclass
 class Perceptual:
-    network: Literal["vgg16", "vgg19"]
+    network: Literal["vgg16", "vgg19", "efficientnet_lite0"]
     layers: list[str]
     weights: str
 

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,8 @@ from utils import config, tiling
 from utils.errors import UserError
 
 COUNT, SIZE = 7, 3 * 20 * 24
-CUTS = [functools.partial(crop, size=12, rule=rule, flip=True) for rule in ("random", "short_side")]
+ADD_HAZE = functools.partial(haze.random_haze, law=config.section("haze"))
+CUTS = [functools.partial(crop, shape=(12, 12), rule=rule, flip=True) for rule in ("random", "short_side")]
 
 
 @pytest.fixture
@@ -36,15 +38,15 @@ def pool(tmp_path):
 
 def room(pictures):
     """A cache for so many pictures of the pool."""
-    return Cache(pictures * SIZE / 2**30)
+    return Cache(room_of(pictures))
 
 
 def streams(pool, cut, kept):
     """One of every kind."""
     clear, hazy, depth = (images.find(pool / name) for name in ("clear", "hazy", "depth"))
-    made = Synthetic(clear, depth, cut, haze.random_haze, 1, "hazy", kept)
+    made = Synthetic(clear, depth, cut, ADD_HAZE, 1, "hazy", kept)
     yield made
-    yield Unpaired(Synthetic(clear, None, cut, haze.random_haze, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
+    yield Unpaired(Synthetic(clear, None, cut, ADD_HAZE, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
     yield Pairs(images.pair(pool / "hazy", pool / "clear"), cut, 1, "train", cache=kept)
     yield Unpaired(Stream(hazy, cut, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
 
@@ -236,3 +238,23 @@ def test_settings_that_cannot_be(value):
     with pytest.raises(UserError, match=r"data\.cache"):
         config.section("data", [f"cache={value}"])
     assert config.section("data").cache > 0
+
+
+def test_pictures_are_kept_without_border_and_small(pool):
+    """Cut first, then shrunk; read anew or from memory, in 8-bit steps both times. Small ones stay as they are."""
+    path = next((pool / "clear").iterdir())
+    whole = images.read(path)
+    for kept in (Cache(0, 2, 8), Cache(room_of(1), 2, 8)):
+        kept.add([path], [pool / "depth" / path.name])
+        wanted = F.interpolate(whole[None, :, 2:-2, 2:-2], (8, 10), mode="bilinear", antialias=True)[0]
+        for _ in range(2):
+            torch.testing.assert_close(kept.picture(path)[:], wanted, atol=0.51 / 255, rtol=0)
+            assert kept.depth(pool / "depth" / path.name).shape == (1, 8, 10)
+    assert torch.equal(Cache(0, 0, 100).picture(path)[:], whole)
+    assert torch.equal(Cache(0, 2).picture(path)[:], whole[:, 2:-2, 2:-2])
+    with pytest.raises(UserError, match=r"nothing is left without data\.border=10"):
+        Cache(0, 10).picture(path)
+
+
+def room_of(pictures):
+    return pictures * SIZE / 2**30

@@ -65,7 +65,8 @@ def test_no_haze_and_dense_haze():
 def test_random_haze_keeps_its_ranges(seed, colour, given_depth):
     clear = torch.rand(3, 8, 9)
     depth = torch.rand(1, 8, 9) if given_depth else None
-    item = haze.random_haze(clear, depth, np.random.default_rng(seed), (0.5, 1.0), (0.6, 0.9), colour)
+    law = config.section("haze", ["density=[0.5, 1.0]", "airlight=[0.6, 0.9]", f"colour={colour}"])
+    item = haze.random_haze(clear, depth, np.random.default_rng(seed), law)
     assert {key: tuple(value.shape) for key, value in item.items()} == {
         "hazy": (3, 8, 9),
         "clear": (3, 8, 9),
@@ -85,9 +86,69 @@ def test_random_haze_keeps_its_ranges(seed, colour, given_depth):
 
 def test_random_haze_without_colour_is_grey_and_repeats():
     clear = torch.rand(3, 8, 9)
-    first, second = (haze.random_haze(clear, None, np.random.default_rng(3)) for _ in range(2))
+    law = config.section("haze")
+    first, second = (haze.random_haze(clear, None, np.random.default_rng(3), law) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["airlight"].unique().numel() == 1
+
+
+def draws(count, *overrides, clear=None):
+    law, clear = config.section("haze", overrides), torch.rand(3, 6, 6) if clear is None else clear
+    return [haze.random_haze(clear, None, np.random.default_rng(seed), law) for seed in range(count)]
+
+
+def test_airlight_is_cut_at_one_and_coloured_at_times():
+    items = draws(400, "airlight=[0.7, 1.1]", "colour=0.05", "colour_probability=0.3")
+    grey = [item["airlight"].unique().numel() == 1 for item in items]
+    assert 0.62 < np.mean(grey) < 0.78
+    light = torch.stack([item["airlight"] for item, alike in zip(items, grey, strict=True) if alike])
+    assert light.max() == 1
+    assert 0.15 < (light[:, 0] == 1).float().mean() < 0.36  # a quarter of [0.7, 1.1] lies beyond 1
+
+
+def test_photometric_changes_are_of_the_clear_picture():
+    clear = torch.rand(3, 6, 6) * 0.8
+    plain = draws(1, clear=clear)[0]
+    assert torch.equal(plain["clear"], clear)
+    brighter = draws(40, "gamma.probability=1", "gamma.range=[0.5, 0.5]", clear=clear)
+    for item in brighter:
+        torch.testing.assert_close(item["clear"], clear.clamp(min=1e-3).sqrt())
+    gains = draws(40, "gains.probability=1", "gains.range=[0.8, 1.2]", clear=clear)
+    for item in gains:
+        gain = (item["clear"] / clear).flatten(1)
+        torch.testing.assert_close(gain, gain[:, :1].expand_as(gain), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            item["hazy"], item["clear"] * item["transmission"] + item["airlight"] * (1 - item["transmission"])
+        )
+    assert (
+        12 < sum(not torch.equal(item["clear"], clear) for item in draws(40, "gains.probability=0.5", clear=clear)) < 28
+    )
+
+
+def test_noise_is_as_large_as_rounding():
+    clear = torch.full((3, 40, 40), 0.5)
+    quiet, noisy = (draws(1, f"noise={noise}", clear=clear)[0] for noise in (0, 0.5))
+    difference = (noisy["hazy"] - quiet["hazy"]) * 255
+    assert difference.abs().max() <= 0.5 + 1e-3
+    assert difference.std() == pytest.approx((1 / 12) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(160, 224), (31, 17), (5, 90)])
+def test_outdoor_depth(size):
+    clear = torch.rand(3, *size)
+    for seed in range(5):
+        one, two = (haze.outdoor_depth(clear, np.random.default_rng(seed)) for _ in range(2))
+        assert one.shape == (1, *size)
+        assert torch.equal(one, two)
+        assert one.isfinite().all()
+        assert haze.LEAST_DEPTH <= one.min() <= one.max() == 1
+
+
+def test_outdoor_depth_grows_upwards():
+    """On the whole: the ground is near and the top of the picture far."""
+    clear = torch.full((3, 80, 100), 0.5)
+    maps = torch.stack([haze.outdoor_depth(clear, np.random.default_rng(seed)) for seed in range(40)]).mean((0, 1))
+    assert maps[:20].mean() > 2 * maps[-20:].mean()
 
 
 NAMES = [field.name for field in dataclasses.fields(config.Degradations) if field.name != "airlight"]

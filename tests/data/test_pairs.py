@@ -63,7 +63,7 @@ def same_window(item):
     torch.testing.assert_close(item["hazy"] - item["clear"], torch.full_like(item["clear"], 100 / 255))
 
 
-@pytest.mark.parametrize("rule", datasets.RULES)
+@pytest.mark.parametrize("rule", ["short_side", "random"])
 def test_both_are_cut_and_flipped_alike(pools, rule):
     stream = training(**pools, crop=rule)
     items = [stream[k] for k in range(40)]
@@ -80,7 +80,9 @@ def test_both_are_cut_and_flipped_alike(pools, rule):
 @given(st.integers(0, 2**32 - 1), st.integers(5, 40), st.integers(5, 40), st.booleans())
 def test_a_stack_is_cut_as_its_parts(seed, height, width, flip):
     hazy, clear = scene(1, height, width), scene(2, height, width)
-    cut = [crop(x, np.random.default_rng(seed), 5, "random", flip) for x in (torch.cat([hazy, clear]), hazy, clear)]
+    cut = [
+        crop(x, np.random.default_rng(seed), (5, 5), "random", flip) for x in (torch.cat([hazy, clear]), hazy, clear)
+    ]
     assert torch.equal(cut[0], torch.cat(cut[1:]))
 
 

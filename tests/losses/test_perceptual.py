@@ -57,7 +57,7 @@ def test_it_is_a_ruler(file):
     assert x.grad.any()
     assert target.grad is None
     assert not any(p.requires_grad for p in loss.parameters())
-    assert not any(module.training for module in loss.vgg.modules())
+    assert not any(module.training for module in loss.features.modules())
 
 
 def test_an_unknown_layer():

@@ -138,7 +138,7 @@ class IDRM(nn.Module):
         n, c, h, w = x.shape
         features = F.unfold(x, 3, padding=1).view(n, 9 * c, h, w)
         coord = torch.stack(torch.meshgrid(*((torch.arange(s) * 2 + 1) / s - 1 for s in (h, w)), indexing="ij"), -1)
-        coord = coord.view(1, -1, 2).expand(n, -1, 2)
+        coord = coord.view(1, -1, 2).expand(n, -1, 2).to(x.dtype)
         found, areas = [], []
         for _ in range(4):
             grid = coord.flip(-1).unsqueeze(1)
@@ -217,7 +217,7 @@ class RemovalNet(nn.Module):
         mixers = (self.cid_32, self.cid_64, self.cid_128, self.cid_256)
         reducers = (s.layer1_rn, s.layer2_rn, s.layer3_rn, s.layer4_rn)
         maps = [mix(reduce(m)) for m, reduce, mix in zip((m1, m2, m3, m4), reducers, mixers, strict=True)]
-        drem = DREM()
+        drem = DREM().to(x.dtype)
         if self.drem is not None:
             drem.load_state_dict(self.drem)
         t = squash(s.output_conv(drem(self.nrn(decode(s, maps)))), 0, 1).clamp(0.05, 0.95)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.method import frozen
+from models.nedr.airlight import POOLED_RANGE
 from models.nedr.discriminator import Discriminator
-from models.nedr.generators import LEARNED_AIRLIGHT_RANGE, TRANSMISSION_RANGE, ProductionNet, RemovalNet
+from models.nedr.generators import TRANSMISSION_RANGE, ProductionNet, RemovalNet
 from models.nedr.implicit import IDRM, pixel_centres, position_encoding
 from models.nedr.kan import KANCID, KANLinear, bspline_bases, knots
 from models.nedr.residual import DREM
@@ -220,7 +221,7 @@ def test_haze_production_stays_in_range_and_refines_the_scattering_model():
 @pytest.mark.parametrize("size", [(128, 128), (128, 160)])
 @torch.no_grad()
 def test_haze_removal_gives_sizes_and_ranges(size):
-    net, hazy = RemovalNet(4, learned_airlight=True).eval(), torch.rand(2, 3, *size)
+    net, hazy = RemovalNet(4, airlight_head="pooled").eval(), torch.rand(2, 3, *size)
     found = net(hazy, "learned")
     assert found.clear.shape == hazy.shape
     assert found.depth.shape == found.transmission.shape == (2, 1, *size)
@@ -230,7 +231,7 @@ def test_haze_removal_gives_sizes_and_ranges(size):
         (found.clear, (0, 1)),
         (found.transmission, TRANSMISSION_RANGE),
         (found.density, (0.6, 1.8)),
-        (found.airlight, LEARNED_AIRLIGHT_RANGE),
+        (found.airlight, POOLED_RANGE),
     ):
         assert value.min() >= low
         assert value.max() <= high
@@ -239,7 +240,7 @@ def test_haze_removal_gives_sizes_and_ranges(size):
 
 def test_density_learns_without_moving_the_encoder():
     """The released code detaches the pooled features from the density head; from the airlight head they are not."""
-    net, hazy = RemovalNet(4, kan_cid=False, learned_airlight=True), torch.rand(2, 3, 64, 64)
+    net, hazy = RemovalNet(4, kan_cid=False, airlight_head="pooled"), torch.rand(2, 3, 64, 64)
     encoder = next(net.pyramid.encoder.parameters())
     net(hazy, "learned").density.sum().backward()
     assert encoder.grad is None

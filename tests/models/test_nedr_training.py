@@ -8,7 +8,7 @@ import torchvision
 from conftest import D4, picture, tiny, tiny_settings
 
 import models
-from models.pyramid import BACKBONE
+from models.encoder import RELEASED
 from utils import config
 from utils.errors import UserError
 from utils.updater import Updater
@@ -230,7 +230,7 @@ def test_encoder_weights_that_do_not_fit(tmp_path, fault):
     else:
         weights["conv_stem.weight"] = torch.zeros(1)
     torch.save(weights, tmp_path / "encoder.pth")
-    with pytest.raises(UserError, match=rf"{BACKBONE}.*conv_stem\.weight"):
+    with pytest.raises(UserError, match=rf"{RELEASED}.*conv_stem\.weight"):
         tiny(*SMALLEST, f"nedr.encoder_weights={tmp_path / 'encoder.pth'}")
 
 
