@@ -6,8 +6,8 @@ What an experiment's config.yml names (test.hazy, test.clear, test.benchmarks):
     python test.py --model nedr --checkpoints checkpoints/test_example
 Several trained methods side by side:
     python test.py --weights a/weights.safetensors b/weights.safetensors --benchmarks SOTS --output results
-A folder, a .flist or one picture:
-    python test.py --checkpoints checkpoints/test_example --hazy photos --output dehazed
+A folder, a .flist or one picture, by the weights that ship with this project or by your own (--checkpoints, --weights):
+    python test.py --hazy photos --output dehazed
 A method without weights, on the embedded samples:
     python test.py --model dcp --hazy sample:test/hazy --clear sample:test/clear
 Finished runs side by side:
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {remark}", file=sys.stderr)
     run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
     sets = find(settings.test, output)
-    return score(run, sets, testing.prepare(args.model or [], folder, settings.test, files, overrides))
+    tested = testing.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
+    return score(run, sets, tested)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

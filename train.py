@@ -61,6 +61,11 @@ class Run:
         self.ranks = ranks
         if self.last.exists() and not resume:
             raise UserError(f"{folder} holds a run already: go on with --resume, or remove {self.last} to start anew")
+        if self.weights.exists() and not self.last.exists():
+            raise UserError(
+                f"{self.weights} is there and its run is not: training here would replace it; copy {folder}/config.yml "
+                f"into a new folder and name that"
+            )
         self.device = ranks.pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()

@@ -1,6 +1,7 @@
 """The registry of methods: build one from settings, or load one from a file."""
 
 import dataclasses
+import logging
 import textwrap
 from pathlib import Path
 from typing import get_type_hints
@@ -15,6 +16,7 @@ from models.nedr import D4, NeDR
 from utils import checkpoint, config, cost
 from utils.errors import UserError, nearest
 
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 METHODS: dict[str, type[Method]] = {"nedr": NeDR, "d4": D4, "aknet": AKNet, "kanet": KANet, "dcp": DCP}
 
 
@@ -58,14 +60,21 @@ def build(settings: config.Settings) -> Method:
     return METHODS[settings.model](settings.method)
 
 
-def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
+def shipped(name: str) -> Path | None:
+    """The weights of method ``name`` that come with this project (checkpoints/README.md), or None."""
+    path = SHIPPED / name / "weights.safetensors"
+    return path if path.is_file() else None
+
+
+def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
     """A trained method from a file, in eval mode: our .pt or .safetensors, or an official one of any method.
 
+    Without ``file`` the weights of NeDR that ship with this project, or those of a method that is named (``d4``).
     Keyword arguments change settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
     ``ema`` prefers the averaged weights where the file has them. The networks are those that the file holds.
     Raises `UserError` for a missing, damaged or foreign file, and for settings that the method cannot take.
     """
-    path = Path(file)
+    path = _path(file)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a checkpoint file in it, such as {path / 'weights.safetensors'}")
     if path.suffix == ".safetensors":
@@ -88,8 +97,8 @@ def load(file: str | Path, device: str | torch.device = "cpu", ema: bool = True,
 def start(method: Method, file: str | Path | None) -> None:
     """Give ``method`` the weights with which training begins: its own start, over that those in ``file``.
 
-    ``file`` may be ours or official; networks that it does not hold keep their own start. Raises `UserError` for
-    those that do not fit.
+    ``file`` may be ours or official; networks that it does not hold keep their own start, and so do the method's
+    ``replaceable`` parts where the file has others. Raises `UserError` for networks that do not fit.
     """
     method.start()
     if file is None:
@@ -99,7 +108,20 @@ def start(method: Method, file: str | Path | None) -> None:
         raise UserError(f"{file} holds a {name_of(source)} model, not {name_of(method)}; name another train.init")
     networks = [(name, child) for name, child in source.named_children() if next(child.parameters(), None) is not None]
     for name, network in networks:
-        checkpoint.load_strict(getattr(method, name), network.state_dict(), f"the {name} network of {file}")
+        own, state = getattr(method, name), network.state_dict()
+        for part in method.replaceable:
+            if part.startswith(f"{name}."):
+                _keep_own(own.state_dict(), state, part.removeprefix(f"{name}."))
+        checkpoint.load_strict(own, state, f"the {name} network of {file}")
+
+
+def _keep_own(own: dict, state: dict, prefix: str) -> None:
+    """Put what is ``own`` below ``prefix`` into ``state`` if that has nothing there, or something of another shape."""
+    shapes = [{k: v.shape for k, v in each.items() if k.startswith(prefix)} for each in (own, state)]
+    if shapes[0] != shapes[1]:
+        for key in shapes[1]:
+            del state[key]
+        state.update({key: own[key] for key in shapes[0]})
 
 
 def change(method: Method, test_time: dict) -> None:
@@ -115,6 +137,18 @@ def change(method: Method, test_time: dict) -> None:
 def name_of(method: Method) -> str:
     """The registry's name of a method."""
     return next(name for name, kind in METHODS.items() if type(method) is kind)
+
+
+def _path(file: str | Path | None) -> Path:
+    """The file that is named, or the weights that ship; which they are goes into the log."""
+    name = file or "nedr"
+    if name not in METHODS or Path(name).exists():
+        return Path(file)
+    path = shipped(name)
+    if path is None:
+        raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")
+    logging.getLogger(__name__).info("weights that ship: %s", path)
+    return path
 
 
 def _ours(model: str, saved: dict, weights: dict, path: Path) -> Method:

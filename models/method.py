@@ -47,6 +47,9 @@ class Method(nn.Module):
     minimum: int = 1  # ... and at least this; `dehaze` pads to it
     test_time: ClassVar[tuple[str, ...]] = ()  # settings that may change after training
     inference: ClassVar[tuple[str, ...]] = ()  # the children that `dehaze` needs
+    replaceable: ClassVar[
+        tuple[str, ...]
+    ] = ()  # parts of the children that a file to begin with may lack or have other
     averaged: ClassVar[tuple[str, ...]] = ()  # the children whose weights are averaged (EMA)
     stages: ClassVar[dict[str, str]] = {}  # by what it can be trained -> on what (`data.datasets.training`)
 

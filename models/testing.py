@@ -66,21 +66,26 @@ class Tested(NamedTuple):
 
 
 def prepare(
-    named: Sequence[str], folder: Path | None, test: config.Test, files: Sequence[Path], overrides: Sequence[str]
+    named: Sequence[str],
+    folder: Path | None,
+    test: config.Test,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Tested]:
     """The methods ``named``, in that order: those without weights, and those that are loaded from ``test.weights``.
 
-    Without weights named, they are looked for in ``folder``; with no name at all they tell the methods. ``files`` and
-    ``overrides`` may change test-time settings, and nothing else of a trained method. Raises `UserError`.
+    Without weights named, they are looked for in ``folder``, and without that the ones that ship with the project are
+    taken (``say`` hears of it); with no name at all the weights tell the methods. ``files`` and ``overrides`` may
+    change test-time settings, and nothing else of a trained method. Raises `UserError`.
     """
     names = list(dict.fromkeys(named))
     for name in names:
         if name not in models.METHODS:
             raise UserError(f"unknown model '{name}'{nearest(name, models.METHODS)}")
     trained = [name for name in names if models.METHODS[name].stages]
-    loaded = (
-        [_load(path, test.ema, files, overrides) for path in _weights(folder, test)] if trained or not names else []
-    )
+    paths = _weights(folder, test, trained, say) if trained or not names else []
+    loaded = [_load(path, test.ema, files, overrides) for path in paths]
     if names:
         _check_all_there(loaded, trained)
     found = loaded if not names else []
@@ -141,8 +146,8 @@ def _asked(name: str, files: Sequence[Path], overrides: Sequence[str]) -> dict[s
     return {key: getattr(values.method, key) for key in given if key in models.METHODS[name].test_time}
 
 
-def _weights(folder: Path | None, test: config.Test) -> list[Path]:
-    """The files that ``test`` names, or the best weights of an experiment's folder."""
+def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Callable[[str], None]) -> list[Path]:
+    """The files that ``test`` names, or the best weights of an experiment's folder, or those that ship."""
     if test.weights:
         paths = [Path(name).expanduser() for name in dict.fromkeys(test.weights)]
         for path in paths:
@@ -150,10 +155,20 @@ def _weights(folder: Path | None, test: config.Test) -> list[Path]:
                 raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
         return paths
     if folder is None:
-        free = ", ".join(name for name, kind in models.METHODS.items() if not kind.stages)
-        raise UserError(f"no weights named; give --checkpoints DIR, --weights FILE, or a --model without any ({free})")
+        return [_shipped(name, say) for name in trained or ["nedr"]]
     choice = WEIGHTS if test.ema else WEIGHTS[1:]
     for name in choice:
         if (folder / name).is_file():
             return [folder / name]
     raise UserError(f"{folder}: no {' or '.join(choice)}; train it, or give --weights FILE (official ones too)")
+
+
+def _shipped(name: str, say: Callable[[str], None]) -> Path:
+    path = models.shipped(name)
+    if path is None:
+        others = ", ".join(each for each, kind in models.METHODS.items() if models.shipped(each) or not kind.stages)
+        raise UserError(
+            f"no weights of {name} named, and none ship; give --checkpoints DIR, --weights FILE, or one of {others}"
+        )
+    say(f"{name}: the weights that ship with this project (checkpoints/README.md)")
+    return path

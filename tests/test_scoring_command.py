@@ -546,11 +546,31 @@ def test_lists_benchmarks(run):
         assert name in done.out
 
 
+def test_weights_that_ship_are_taken_where_none_are_named(run, tmp_path, experiment, monkeypatch):
+    """And it is said; --model nedr, no model at all and models.load() mean the same file."""
+    monkeypatch.setattr(models, "SHIPPED", tmp_path / "shipped")
+    trained = models.load(experiment / "last.pt")
+    saved = checkpoint.read(experiment / "last.pt")["settings"]
+    file = tmp_path / "shipped" / "nedr" / "weights.safetensors"
+    checkpoint.save_weights(file, trained.inference_state(), {"model": "nedr", "settings": saved})
+    images.write(tmp_path / "photos" / "a.png", torch.rand(3, 70, 80))
+    for number, named in enumerate([[], ["--model", "nedr"]]):
+        done = run(*named, "--hazy", "photos", "--output", f"out{number}")
+        assert done.status == 0
+        assert "nedr: the weights that ship with this project" in done.err
+        assert (tmp_path / f"out{number}" / "pictures" / "a.png").is_file()
+    named = trained.inference_state()
+    for ours in (models.load(), models.load("nedr")):
+        assert all(torch.equal(value, named[key]) for key, value in ours.state_dict().items())
+    with pytest.raises(UserError, match="no weights of d4 ship with this project"):
+        models.load("d4")
+
+
 MISTAKES = {  # name -> (arguments, what the one line must say)
     "missing folder": (["--model", "dcp", "--hazy", "nowhere"], "nowhere: no such file or folder"),
     "empty folder": (["--model", "dcp", "--hazy", "empty"], "empty: no pictures"),
     "no pictures named": (["--model", "dcp"], "or --hazy PATH"),
-    "no weights named": (["--model", "nedr", "--hazy", "photos"], "a --model without any (dcp)"),
+    "no weights named": (["--model", "aknet", "--hazy", "photos"], "no weights of aknet named, and none ship"),
     "folder without weights": (["--checkpoints", "empty", "--hazy", "photos"], "no weights.safetensors or last.pt"),
     "missing experiment": (["--checkpoints", "nowhere", "--hazy", "photos"], "nowhere: no such file or folder"),
     "file for an experiment": (["--checkpoints", "damaged/last.pt", "--hazy", "photos"], "--weights a file"),

@@ -109,7 +109,7 @@ class Ranks:
         """Replace the running statistics of batch norm in ``module`` by their means over all processes."""
         if self.world == 1:
             return
-        norms = [each for each in module.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+        norms = [each for each in module.modules() if getattr(each, "running_mean", None) is not None]
         running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
         if running:
             flat = torch.cat(running) / self.world

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import single
 from models.pyramid import squash
 from utils import physics
 
@@ -31,23 +30,49 @@ class PooledAirlight(nn.Sequential):
 
 
 class StatisticsAirlight(nn.Module):
-    """A from the pooled encoder maps and from statistics of the picture and of its densest haze: (N,3,1,1) in [0.5, 1].
+    """A from statistics of the picture and of its densest haze alone: (N,3,1,1) in [0.5, 1].
 
-    ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the transmission found, through which no gradient goes.
+    ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the transmission found, through which no gradient goes. Encoder maps
+    are not looked at: they tell training pictures apart, and cost 0.7 dB on others (docs/training.md).
     """
 
     def __init__(self, pooled: int):
         super().__init__()
-        seen = 3 * (4 + 2 * len(SHARPNESS) + 2 + 2 + len(EXTRAPOLATED)) + len(QUANTILES)
-        self.layers = nn.Sequential(nn.Linear(pooled + seen, 128), nn.ReLU(), nn.Linear(128, 3))
+        count = 3 * (4 + 2 * len(SHARPNESS) + 2 + 2 + len(EXTRAPOLATED)) + len(QUANTILES)
+        self.standardise = Standardise(count)
+        self.layers = nn.Sequential(nn.Linear(count, 128), nn.ReLU(), nn.Linear(128, 3))
 
     def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
         size = [side // 2 for side in t.shape[2:]]
         small, field = (F.interpolate(x, size, mode="bilinear", antialias=True) for x in (hazy, t.detach()))
-        seen = [single(pooled), of_picture(hazy), of_densest_haze(small, field)]
         low, high = RANGE
-        raw = low + (high - low) * self.layers(torch.cat(seen, 1)).sigmoid()
+        told = torch.cat([of_picture(hazy), of_densest_haze(small, field)], 1)
+        raw = low + (high - low) * self.layers(self.standardise(told)).sigmoid()
         return raw.clamp(max=1)[..., None, None]
+
+
+class Standardise(nn.Module):
+    """Numbers (N,C) by their running mean and deviation, in training too: those of a small batch would shake them."""
+
+    def __init__(self, count: int, momentum: float = 0.01):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(count))
+        self.register_buffer("running_var", torch.ones(count))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._track(x.detach())
+        return (x - self.running_mean) / (self.running_var + 1e-4).sqrt()
+
+    @torch.no_grad()
+    def _track(self, x: Tensor) -> None:
+        self.num_batches_tracked += 1
+        share = max(self.momentum, 1 / float(self.num_batches_tracked))  # at first a plain mean
+        apart = x - self.running_mean
+        self.running_mean.lerp_(x.mean(0), share)
+        self.running_var.lerp_((apart * (x - self.running_mean)).mean(0), share)
 
 
 HEADS = {"pooled": PooledAirlight, "statistics": StatisticsAirlight}

@@ -132,6 +132,7 @@ class NeDR(Method):
     test_time = ("airlight", "guided_filter", "working_size", "query", "guided_radius")
     inference = ("removal",)
     averaged = ("removal", "production", "depth")
+    replaceable = ("removal.airlight.",)
     stages: ClassVar[dict[str, str]] = {"warm_start": "synthetic", "train": "unpaired"}
     children_names = ("removal", "production", "depth", "judge_clear", "judge_hazy")
 

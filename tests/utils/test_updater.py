@@ -129,6 +129,14 @@ def rates(kind: str, steps: int, **options) -> list[float]:
     return seen
 
 
+def test_warm_up_and_cool_down():
+    """Rise to the rate and fall from it, linearly, whatever lies between; more steps move the fall alone."""
+    assert rates("constant", 8, warm_up=2, cool_down=4) == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates("constant", 12, warm_up=2, cool_down=4)[:9] == [0.5] + [1] * 8
+    assert rates("constant", 4, cool_down=2, floor=0.5) == [1, 1, 1, 0.75, 0.5]
+    assert rates("cosine", 4, warm_up=1) == rates("cosine", 4)
+
+
 def test_schedules():
     assert rates("constant", 5, milestones=[2], gamma=0.5) == [1] * 6
     assert rates("multistep", 6, milestones=[4.4, 2], gamma=0.5) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25]

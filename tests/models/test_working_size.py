@@ -1,0 +1,136 @@
+"""The working size: the haze is found in a small picture of the whole view, the clear picture computed at full size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import D4, tiny, tiny_settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tiles import smooth, vivid
+
+import models
+from models.nedr.working_size import seen_size
+from utils import physics
+from utils.errors import UserError
+
+sides = st.integers(1, 9000)
+
+
+@settings(max_examples=200)
+@given(sides, sides, st.sampled_from([32, 64, 160, 224, 256]))
+def test_seen_size(height, width, size):
+    seen = seen_size(height, width, size)
+    if min(height, width) <= size:
+        assert seen is None
+        return
+    for side, small in zip((height, width), seen, strict=True):
+        assert small % 32 == 0
+        assert small <= side  # never enlarged
+        wanted = side * size / min(height, width)
+        assert abs(small - wanted) <= 16 or small == max(32, side // 32 * 32)
+
+
+def test_of_full_size_by_default():
+    assert seen_size(460, 620, 0) is None
+    assert tiny_settings().method.working_size == 0
+
+
+def test_seen_size_of_known_pictures():
+    assert seen_size(460, 620, 160) == (160, 224)
+    assert seen_size(3000, 4000, 224) == (224, 288)
+
+
+@pytest.mark.parametrize("airlight", ["max", "dark_channel", "learned"])
+def test_against_the_formula(airlight):
+    """By hand: the small picture through the full-size method, its t interpolated, J = (I - A) / t + A."""
+    hazy = smooth(1, 333, 450)
+    method = vivid(*D4, f"nedr.airlight={airlight}", "nedr.working_size=128")
+    found = method.estimate(hazy)
+    small = F.interpolate(hazy, (128, 160), mode="bilinear", antialias=True)
+    seen = method.removal(small, airlight)
+    t = F.interpolate(seen.transmission, (333, 450), mode="bilinear")
+    torch.testing.assert_close(found["transmission"], t, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["clear"], physics.restore(hazy, t, seen.airlight), rtol=0, atol=1e-5)
+    assert found["transmission"].std() > 0.02
+
+
+@pytest.mark.parametrize("size", [128, 140, 4000])
+def test_pictures_that_are_small_enough_are_as_at_full_size(size):
+    """Bit for bit: they are never enlarged."""
+    hazy = smooth(2, 128, 160)
+    full, other = vivid(*D4), vivid(*D4, f"nedr.working_size={min(size, 2048)}")
+    for name, value in full.estimate(hazy).items():
+        assert torch.equal(other.estimate(hazy)[name], value)
+
+
+@pytest.mark.parametrize("modules", [(), D4])
+def test_tiles_change_nothing(modules):
+    method, hazy = vivid(*modules, "nedr.working_size=128").double(), smooth(3, 300, 500).double()
+    whole = method.estimate(hazy)
+    tiled = method.estimate(hazy, 128)
+    for name, value in whole.items():
+        torch.testing.assert_close(tiled[name], value, rtol=0, atol=1e-9)
+
+
+def test_the_network_sees_little_of_a_large_picture():
+    method, seen = tiny(*D4, "nedr.working_size=64").eval(), []
+    method.removal.pyramid.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    assert method.dehaze(torch.rand(1, 3, 1500, 2000), 1024).shape == (1, 3, 1500, 2000)
+    assert seen == [(1, 3, 64, 96)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (5, 250), (700, 14), (31, 64), (129, 131), (40, 2000)])
+@pytest.mark.parametrize("options", [(), ("nedr.guided_radius=4",), ("nedr.query=2",)])
+def test_any_shape(size, options):
+    hazy = torch.rand(1, 3, *size)
+    found = tiny("nedr.working_size=64", *options).eval().estimate(hazy)
+    assert found["clear"].shape == (1, 3, *size)
+    assert found["transmission"].shape == (1, 1, *size)
+    assert found["clear"].isfinite().all()
+
+
+def test_idrm_is_asked_between_its_features():
+    """Twice as finely is another t, near the interpolated one: the field is continuous."""
+    hazy = smooth(4, 300, 400)
+    coarse, fine = (vivid(*D4[:1], D4[2], "nedr.working_size=128", f"nedr.query={query}") for query in (1, 2))
+    a, b = (method.estimate(hazy)["transmission"] for method in (coarse, fine))
+    assert not torch.equal(a, b)
+    assert (a - b).abs().mean() < 0.3 * a.std()
+
+
+def test_guided_t_follows_edges():
+    """A step of t that lies beside the picture's own is drawn to it; far from edges nothing happens."""
+    hazy = torch.zeros(1, 3, 64, 128) + 0.2
+    hazy[..., 64:] = 0.8
+    t = torch.full((1, 1, 16, 32), 0.3)
+    t[..., 15:] = 0.9  # one coarse pixel, four pixels, too early
+    small = F.interpolate(hazy, (16, 32), mode="bilinear", antialias=True)
+    plain = F.interpolate(t, (64, 128), mode="bilinear")
+    refined = physics.fast_guided_filter(hazy, small, t, radius=3)
+    jump = (refined[..., 64:] - refined[..., :64].flip(3))[..., 0].abs().mean()
+    assert jump > 0.3 > (plain[..., 64] - plain[..., 63]).abs().mean()
+    torch.testing.assert_close(refined[..., :30], plain[..., :30], atol=0.01, rtol=0)
+    torch.testing.assert_close(refined[..., -30:], plain[..., -30:], atol=0.01, rtol=0)
+
+
+def test_the_fast_filter_at_full_size_is_the_filter():
+    guide, t = smooth(5, 40, 50).mean(1, keepdim=True).expand(-1, 3, -1, -1), torch.rand(1, 1, 40, 50)
+    low, high = guide.amin(), guide.amax()
+    guide = (guide - low) / (high - low)  # as the filter itself begins
+    torch.testing.assert_close(
+        physics.fast_guided_filter(guide, guide, t, 5), physics.guided_filter(guide, t, 5), atol=1e-5, rtol=0
+    )
+
+
+def test_it_may_change_after_training_and_what_cannot_be_is_refused():
+    method = tiny(*D4).eval()
+    models.change(method, {"working_size": 64})
+    assert method.estimate(torch.rand(1, 3, 200, 200))["clear"].shape == (1, 3, 200, 200)
+    for wrong, why in ((-1, "at least 0"), (16, "32 or more"), (100_000, "at most"), ("large", "whole number")):
+        with pytest.raises(UserError, match=why):
+            models.change(method, {"working_size": wrong})
+
+
+def test_official_files_take_it(official_file):
+    method = models.load(official_file, working_size=128)
+    assert method.dehaze(smooth(6, 256, 320)).shape == (1, 3, 256, 320)
