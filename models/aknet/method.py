@@ -60,9 +60,9 @@ class AKNet(Method):
 
     @classmethod
     def check(cls, settings: config.Settings) -> None:
-        size = settings.data.crop_size
-        if size % cls.multiple:
-            raise UserError(f"data.crop_size={size}: aknet needs a multiple of {cls.multiple}")
+        for size in settings.data.crop_shape:
+            if size % cls.multiple:
+                raise UserError(f"data.crop_size={size}: aknet needs a multiple of {cls.multiple}")
 
     @classmethod
     def from_official(cls, state: dict, settings: AKNetSettings) -> "AKNet | None":

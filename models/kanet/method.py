@@ -75,11 +75,11 @@ class KANet(Method):
 
     @classmethod
     def check(cls, settings: config.Settings) -> None:
-        size = settings.data.crop_size
-        if size % MULTIPLE or size < MINIMUM:
-            raise UserError(
-                f"data.crop_size={size}: kanet needs a multiple of {MULTIPLE}, at least {MINIMUM}; best one of 64"
-            )
+        for size in settings.data.crop_shape:
+            if size % MULTIPLE or size < MINIMUM:
+                raise UserError(
+                    f"data.crop_size={size}: kanet needs a multiple of {MULTIPLE}, at least {MINIMUM}; best one of 64"
+                )
 
     @classmethod
     def from_official(cls, state: dict, settings: KANetSettings) -> "KANet | None":

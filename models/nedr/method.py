@@ -170,7 +170,7 @@ class NeDR(Method):
         for size in settings.data.crop_shape:
             if size % STRIDE or size < least:
                 raise UserError(
-                    f"data.crop_size={size}: {settings.model} needs multiples of {STRIDE}, at least {least}"
+                    f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}"
                 )
 
     def save_memory(self) -> None:
