@@ -71,6 +71,7 @@ class NeDRSettings:
     depth_weight: Weight
     airlight_weight: Weight
     found_airlight_weight: Weight
+    scales: list[Annotated[float, Range(above=0, high=4)]]
     perceptual_weight: Weight
     perceptual: Perceptual
     dark_channel_weight: Weight
@@ -92,6 +93,8 @@ class NeDRSettings:
                 f"{self.block}.working_size={self.working_size}: so few pixels show nothing; set 0 (full size), or "
                 f"{STRIDE} or more (160 to 256 serve well)"
             )
+        if not self.scales:
+            raise UserError(f"{self.block}.scales=[]: name at least one, as [1.0]")
         if not any((self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)):
             raise UserError(
                 f"{self.block}.cycle_weight=0: the generators need gan, cycle, density or identity to have a weight"
@@ -318,8 +321,8 @@ class NeDR(Method):
         J is restored with the true airlight: an error of the estimate, which a crop makes large, must not be pushed
         into t. Haze production needs no warm start: without training it is all but the scattering model.
         """
-        hazy, clear, t, airlight = (batch[key] for key in ("hazy", "clear", "transmission", "airlight"))
-        s, beta = self.settings, batch["density"].view(-1, 1, 1, 1)
+        hazy, clear, t = self._rescaled([batch[key] for key in ("hazy", "clear", "transmission")])
+        s, airlight, beta = self.settings, batch["airlight"], batch["density"].view(-1, 1, 1, 1)
         found = self.removal.find(hazy, s.airlight)
         terms = {
             "transmission": F.l1_loss(found.transmission, t),
@@ -338,6 +341,15 @@ class NeDR(Method):
         if s.depth_weight:
             depth = (-t.log() / beta).clamp(*s.depth_range)
             yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
+
+    def _rescaled(self, maps: list[Tensor]) -> list[Tensor]:
+        """``maps`` at one of the scales, drawn anew in every step; sides are those that the networks can take."""
+        scales = self.settings.scales
+        scale = scales[int(torch.randint(len(scales), ()))] if len(scales) > 1 else scales[0]
+        if scale == 1:
+            return maps
+        size = [max(self.minimum, round(side * scale / STRIDE) * STRIDE) for side in maps[0].shape[2:]]
+        return [F.interpolate(each, size, mode="bilinear", antialias=True) for each in maps]
 
     # The unpaired game.
 

@@ -82,7 +82,7 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path):
     old = tiny(*D4).eval()
     saved = config.to_dict(tiny_settings(*D4))
     new = ("airlight_head", "encoder", "encoder_rate", "working_size", "query", "guided_radius", "idrm_hidden")
-    for key in (*new, "drem_growth", "transmission_range", "found_airlight_weight"):
+    for key in (*new, "drem_growth", "transmission_range", "found_airlight_weight", "scales"):
         del saved["nedr"][key]
     assert "removal.airlight.0.weight" in old.state_dict()
     whole = tiny(*D4, shallow=False).eval()

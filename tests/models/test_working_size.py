@@ -134,3 +134,16 @@ def test_it_may_change_after_training_and_what_cannot_be_is_refused():
 def test_official_files_take_it(official_file):
     method = models.load(official_file, working_size=128)
     assert method.dehaze(smooth(6, 256, 320)).shape == (1, 3, 256, 320)
+
+
+def test_steps_at_several_scales():
+    """Every step at one of them, in sides that the network can take; no scale twice as likely."""
+    method = tiny(*D4, "nedr.scales=[0.5, 1, 1.5]")
+    maps = [torch.rand(1, 3, 96, 160), torch.rand(1, 3, 96, 160), torch.rand(1, 1, 96, 160)]
+    torch.manual_seed(0)
+    sizes = [tuple(tuple(each.shape[2:]) for each in method._rescaled(maps)) for _ in range(60)]
+    assert {each[0] for each in sizes} == {(64, 96), (96, 160), (160, 256)}
+    assert all(len(set(each)) == 1 for each in sizes)
+    assert max(sizes.count(each) for each in set(sizes)) < 35
+    with pytest.raises(UserError, match=r"nedr\.scales=\[\]"):
+        tiny_settings("nedr.scales=[]")
