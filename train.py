@@ -61,10 +61,10 @@ class Run:
         self.ranks = ranks
         if self.last.exists() and not resume:
             raise UserError(f"{folder} holds a run already: go on with --resume, or remove {self.last} to start anew")
-        if self.weights.exists() and not self.last.exists():
+        if self.weights.resolve() == models.shipped(settings.model) and not self.last.exists():
             raise UserError(
-                f"{self.weights} is there and its run is not: training here would replace it; copy {folder}/config.yml "
-                f"into a new folder and name that"
+                f"{self.weights} ships with this project, and training in its folder would replace it: copy "
+                f"{folder / 'config.yml'} into a new folder and name that"
             )
         self.device = ranks.pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)

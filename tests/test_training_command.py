@@ -228,6 +228,17 @@ def test_training_can_begin_with_the_weights_of_a_file(experiment, tmp_path):
         run(other, *steps, given, "nedr.base_channels=12")
 
 
+def test_weights_that_ship_are_not_trained_over(experiment, monkeypatch):
+    """In their own folder a run would replace them; beside them, with their settings, it does not."""
+    monkeypatch.setattr(models, "SHIPPED", experiment.parent.resolve())
+    folder = experiment.parent / "nedr"
+    shutil.copytree(experiment, folder)
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"ships with this project.*copy .*nedr/config\.yml into a new folder"):
+        run(folder)
+    assert (folder / "weights.safetensors").read_bytes() == b"weights"
+
+
 REFUSED = {
     "no hazy folder": (["data.hazy=nowhere/hazy"], "nowhere/hazy: no such file or folder"),
     "empty folder": (["data.clear={empty}"], "no pictures in this folder"),

@@ -27,7 +27,7 @@ from utils.checkpoint import load_strict
 from utils.config import Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
 
-PIECE = 1024  # pixels: sides of the pieces in which J is computed with a working size
+PIECE = 512  # pixels: sides of the pieces in which J is computed with a working size; they lie in the cache
 
 
 @dataclass
@@ -299,8 +299,7 @@ class NeDR(Method):
         t = single(found.transmission)[..., : s.query * size[0], : s.query * size[1]]
         t = self.to_full_size(t, small, hazy).clamp(*s.transmission_range)
         A = single(found.airlight)
-        piece = None if tile is None else max(tile, PIECE)
-        clear = tiling.apply(lambda part, window: physics.restore(part, window.cut(t), A), hazy, tile=piece)
+        clear = tiling.apply(lambda part, window: physics.restore(part, window.cut(t), A), hazy, tile=PIECE)
         return {"clear": clear, "transmission": t}
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:

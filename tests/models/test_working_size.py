@@ -139,10 +139,10 @@ def test_official_files_take_it(official_file):
 def test_steps_at_several_scales():
     """Every step at one of them, in sides that the network can take; no scale twice as likely."""
     method = tiny(*D4, "nedr.scales=[0.5, 1, 1.5]")
-    maps = [torch.rand(1, 3, 96, 160), torch.rand(1, 3, 96, 160), torch.rand(1, 1, 96, 160)]
+    maps = [torch.rand(1, channels, 128, 192) for channels in (3, 3, 1)]
     torch.manual_seed(0)
     sizes = [tuple(tuple(each.shape[2:]) for each in method._rescaled(maps)) for _ in range(60)]
-    assert {each[0] for each in sizes} == {(64, 96), (96, 160), (160, 256)}
+    assert {each[0] for each in sizes} == {(64, 96), (128, 192), (192, 288)}
     assert all(len(set(each)) == 1 for each in sizes)
     assert max(sizes.count(each) for each in set(sizes)) < 35
     with pytest.raises(UserError, match=r"nedr\.scales=\[\]"):
