@@ -250,9 +250,9 @@ def test_better_weights_come_first(tmp_path):
     test = config.load("nedr", models.settings_types()).test
     for name in reversed(testing.WEIGHTS):
         (tmp_path / name).touch()
-        assert testing._weights(tmp_path, test) == [tmp_path / name]
+        assert testing._weights(tmp_path, test, [], print) == [tmp_path / name]
     test.ema = False  # weights.safetensors holds averaged ones alone
-    assert testing._weights(tmp_path, test) == [tmp_path / "last.pt"]
+    assert testing._weights(tmp_path, test, [], print) == [tmp_path / "last.pt"]
 
 
 def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, trained_aknet, tmp_path):
@@ -405,7 +405,8 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
     argv = ["--weights", "other.pt", "--benchmarks", "SOTS-indoor", "HSTS", *benchmarks]
 
     def in_force(name):
-        return tuple(row(tmp_path / "results", "nedr", name)["settings"].values())
+        told = row(tmp_path / "results", "nedr", name)["settings"]
+        return told["airlight"], told["guided_filter"]
 
     run(*argv)
     learned = airlight == "learned"

@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -6,6 +7,7 @@ from torch import nn
 
 from losses import perceptual
 from losses.perceptual import PerceptualLoss, layer_names
+from utils import imagenet
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("narrow_vgg")
@@ -83,3 +85,43 @@ def test_weights_that_are_absent_or_of_another_network(file, tmp_path):
         PerceptualLoss(weights=str(tmp_path / "absent.pth"))
     with pytest.raises(UserError, match="does not hold torchvision's vgg19"):
         PerceptualLoss("vgg19", weights=str(file))
+
+
+# EfficientNet-lite0, whose ImageNet weights are on the package index.
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+@pytest.fixture(scope="module")
+def lite0(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("lite0") / "lite0.pth"
+    torch.save(timm.create_model(LITE0).state_dict(), file)
+    return file
+
+
+def test_maps_of_efficientnet(lite0):
+    """timm's own maps of the normalised picture, by stride, in whatever order they are named."""
+    loss = PerceptualLoss("efficientnet_lite0", ["stride8", "stride2", "stride4"], str(lite0)).train()
+    x, y = torch.rand(2, 3, 64, 96), torch.rand(2, 3, 64, 96)
+    plain = timm.create_model(LITE0, features_only=True, out_indices=(0, 1, 2)).eval()
+    plain.load_state_dict({k: v for k, v in torch.load(lite0).items() if k in plain.state_dict()})
+    maps = loss.features(x)
+    assert {name: tuple(value.shape[2:]) for name, value in maps.items()} == {
+        "stride2": (32, 48),
+        "stride4": (16, 24),
+        "stride8": (8, 12),
+    }
+    wanted = [(a - b).abs().mean() for a, b in zip(plain(2 * x - 1), plain(2 * y - 1), strict=True)]
+    torch.testing.assert_close(loss(x, y), torch.stack(wanted).mean())
+    assert loss(x, x) == 0
+    assert not any(module.training for module in loss.features.modules())
+    assert not any(p.requires_grad for p in loss.parameters())
+
+
+def test_efficientnet_refusals(lite0, monkeypatch):
+    with pytest.raises(UserError, match="efficientnet_lite0 has no layer 'relu1_2'"):
+        PerceptualLoss("efficientnet_lite0", ["relu1_2"], str(lite0))
+    monkeypatch.setitem(imagenet.PACKAGES, LITE0, "no-such-package-of-weights")
+    with pytest.raises(UserError, match=r"nedr\.perceptual\.weights=package: .* is not installed"):
+        PerceptualLoss("efficientnet_lite0", ["stride2"], "package")
