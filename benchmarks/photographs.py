@@ -1,0 +1,99 @@
+"""Seconds and peak memory to dehaze one picture, method by method and size by size, each case in a process of its own.
+
+    python -m benchmarks.photographs nedr dcp FILE nedr@nedr.working_size=0 --sizes 256x256 620x460 4000x3000
+
+A method is a name (its weights that ship, or none needed) or a file of weights; after an @, settings that may change after
+training. Peak memory is that of the whole process, PyTorch included. One thread, unless --threads says otherwise.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+import models
+from models import testing
+from utils import config, cost, device, errors, tiling
+from utils.errors import UserError
+
+SECONDS = 8.0  # of repeats, of a case that takes less
+
+
+def main(arguments: list[str] | None = None) -> int:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks.photographs", description=__doc__, formatter_class=style)
+    parser.add_argument("methods", nargs="+", metavar="METHOD", help="name or file, with @key=value,... after it")
+    parser.add_argument("--sizes", nargs="+", default=["256x256", "620x460", "4000x3000"], metavar="WxH")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a case, in its process
+    options = parser.parse_args(arguments)
+    sizes = [_size(text) for text in options.sizes]
+    if options.one:
+        print(json.dumps(measure(options.methods[0], *sizes[0], options.threads)))
+        return 0
+    for method in options.methods:
+        _load(method)  # what cannot be had is said first
+    rows = [[run(method, size, options.threads) for size in options.sizes] for method in options.methods]
+    print(table(options.methods, options.sizes, rows, options.threads))
+    return 0
+
+
+def run(method: str, size: str, threads: int) -> dict:
+    """One case in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.photographs", method, "--sizes", size, "--threads", str(threads)]
+    done = subprocess.run([*command, "--one"], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{method} at {size}: {(done.stderr.strip() or 'ended without a word').splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(named: str, width: int, height: int, threads: int) -> dict[str, float]:
+    """Median seconds of dehazing a picture, after one to warm up, and the process's peak memory in bytes."""
+    torch.set_num_threads(threads)
+    device.keep_memory()
+    place, method = torch.device("cpu"), _load(named)
+    hazy = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    tile, taken = tiling.choose(height, width, place), []
+    cost.reset_peak(place)
+    method.dehaze(hazy, tile)
+    while not taken or (sum(taken) < SECONDS and len(taken) < 9):
+        start = time.perf_counter()
+        method.dehaze(hazy, tile)
+        taken.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(taken), "bytes": cost.peak_memory(place)}
+
+
+def table(methods: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[dict]], threads: int) -> str:
+    """Markdown: a line a method, seconds and MiB for every size."""
+    lines = ["| " + " | ".join(["method", *sizes]) + " |", "| " + " | ".join(["---"] * (len(sizes) + 1)) + " |"]
+    for method, row in zip(methods, rows, strict=True):
+        cells = [f"{case['seconds']:.3f} s, {case['bytes'] / 2**20:,.0f} MiB" for case in row]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join([*lines, "", f"{device.describe(torch.device('cpu'))}, of which {threads} used; float32."])
+
+
+def _load(named: str) -> models.Method:
+    source, _, settings = named.partition("@")
+    pairs = [text for text in settings.split(",") if text]
+    if source in models.METHODS and not models.METHODS[source].stages:
+        return models.build(config.load(source, models.settings_types(), overrides=pairs)).eval()
+    method = models.load(source)
+    name = models.name_of(method)
+    models.change(method, testing.asked(name, (), pairs))
+    return method
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, sign, height = text.partition("x")
+    if not (sign and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise UserError(f"--sizes {text}: write width x height, as 620x460")
+    return int(width), int(height)
+
+
+if __name__ == "__main__":
+    errors.run(main)
