@@ -2,8 +2,8 @@
 
     python -m benchmarks.photographs nedr dcp FILE nedr@nedr.working_size=0 --sizes 256x256 620x460 4000x3000
 
-A method is a name (its weights that ship, or none needed) or a file of weights; after an @, settings that may change after
-training. Peak memory is that of the whole process, PyTorch included. One thread, unless --threads says otherwise.
+A method is a name (its weights that ship, or none needed) or a file of weights; after an @, settings that may change
+after training. Peak memory is that of the whole process, PyTorch included. One thread, unless --threads says otherwise.
 """
 
 import argparse
