@@ -209,11 +209,11 @@ class NeDR(Method):
         networks that are neither the released NeDR's nor D4's.
         """
         s = self.settings
-        if s.encoder != encoder.RELEASED or s.transmission_range != TRANSMISSION_RANGE:
-            raise UserError(
-                f"{s.block}.encoder={s.encoder}, transmission_range={list(s.transmission_range)}: the released code "
-                f"has {encoder.RELEASED} and {list(TRANSMISSION_RANGE)}; train with these to export"
-            )
+        for key, value in self.released_sizes().items():
+            if getattr(s, key) != value:
+                raise UserError(
+                    f"{s.block}.{key}={getattr(s, key)}: the released code has {value} alone; train with it to export"
+                )
         if s.kan_cid != s.idrm or (s.drem and not s.idrm):
             told = ", ".join(f"{key}={getattr(s, key)}".lower() for key in ("kan_cid", "idrm", "drem"))
             raise UserError(
@@ -232,6 +232,12 @@ class NeDR(Method):
         if "drem" in exported:
             warnings.warn("the released code never reads DREM's weights: it draws new ones in every pass", stacklevel=2)
         return exported
+
+    def released_sizes(self) -> dict[str, Any]:
+        """What is a setting here, of these modules, and no setting in the released code."""
+        fixed = {"encoder": encoder.RELEASED, "transmission_range": TRANSMISSION_RANGE}
+        fixed |= {"idrm_hidden": 256} if self.settings.idrm else {}
+        return fixed | ({"drem_growth": 64} if self.settings.drem else {})
 
     def accept(self, settings: NeDRSettings) -> None:
         if settings.airlight == "learned" and self.removal.airlight is None:

@@ -127,6 +127,10 @@ REFUSED = {
     "positions": ((), r"nedr\.variant=published: .*train with nedr\.variant=released"),
     "kan_cid": ((*RELEASED, "nedr.kan_cid=false"), r"kan_cid=false, idrm=true, drem=true: the released code has NeDR"),
     "idrm": ((*RELEASED, "nedr.idrm=false"), "kan_cid=true, idrm=false"),
+    "encoder": ((*D4, "nedr.encoder=resnet18"), r"nedr\.encoder=resnet18: the released code has tf_efficientnet_lite3"),
+    "smaller IDRM": ((*RELEASED, "nedr.idrm_hidden=64"), r"nedr\.idrm_hidden=64: the released code has 256 alone"),
+    "smaller DREM": ((*RELEASED, "nedr.drem_growth=16"), r"nedr\.drem_growth=16: the released code has 64 alone"),
+    "transmission": ((*D4, "nedr.transmission_range=[0.05, 1]"), r"the released code has \(0\.05, 0\.95\) alone"),
     "drem alone": ((*RELEASED, *D4, "nedr.drem=true"), "kan_cid=false, idrm=false, drem=true"),
 }
 
@@ -135,7 +139,7 @@ REFUSED = {
 def test_what_the_released_networks_cannot_hold_is_refused(case):
     overrides, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
-        tiny(*overrides).to_official()
+        tiny(*overrides, shallow=False).to_official()
 
 
 def test_names_lead_to_one_place_each():
