@@ -345,7 +345,8 @@ def benchmarks(tmp_path):
     return ["--data-root", tmp_path / "data"]
 
 
-def test_benchmarks_by_name_with_a_method_beside_and_two_protocols(run, benchmarks, experiment, tmp_path):
+def test_benchmarks_by_name_with_a_method_beside_and_two_protocols(run, benchmarks, experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "installed", lambda name: False)
     argv = ["--model", "nedr", "dcp", "--checkpoints", experiment, "--output", "out", *benchmarks]
     done = run(*argv, "--benchmarks", "sots_indoor", "HSTS", "RTTS", "--protocols", "ours", "d4", "test.panels=false")
     assert done.status == 0
