@@ -33,7 +33,7 @@ class StatisticsAirlight(nn.Module):
     """A from statistics of the picture and of its densest haze alone: (N,3,1,1) in [0.5, 1].
 
     ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the transmission found, through which no gradient goes. Encoder maps
-    are not looked at: they tell training pictures apart, and cost 0.7 dB on others (docs/training.md).
+    are not looked at: learnt from a few thousand pictures they cost 0.7 dB on others (docs/training.md).
     """
 
     def __init__(self, pooled: int):
