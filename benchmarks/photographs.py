@@ -18,6 +18,7 @@ import torch
 
 import models
 from models import testing
+from models.method import Method
 from utils import config, cost, device, errors, tiling
 from utils.errors import UserError
 
@@ -77,15 +78,13 @@ def table(methods: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[
     return "\n".join([*lines, "", f"{device.describe(torch.device('cpu'))}, of which {threads} used; float32."])
 
 
-def _load(named: str) -> models.Method:
+def _load(named: str) -> Method:
+    """The method as test.py would have it, which refuses what cannot be had or cannot change."""
     source, _, settings = named.partition("@")
-    pairs = [text for text in settings.split(",") if text]
-    if source in models.METHODS and not models.METHODS[source].stages:
-        return models.build(config.load(source, models.settings_types(), overrides=pairs)).eval()
-    method = models.load(source)
-    name = models.name_of(method)
-    models.change(method, testing.asked(name, (), pairs))
-    return method
+    names = [source] if source in models.METHODS else []
+    test = config.section("test", [] if names else [f"weights=[{json.dumps(source)}]"])
+    [tested] = testing.prepare(names, None, test, (), [text for text in settings.split(",") if text])
+    return tested.method
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ def create(name: str) -> nn.Module:
         close = "" if timm.is_model(name) else f": timm has no such network{nearest(name, timm.list_models())}"
         raise UserError(f"encoder={name}{close or f': timm cannot make it ({_line(error)})'}") from None
     if name.startswith(FAMILY):
+        network.in_tiles = True
         return quicken(network)
     if network is None or not _serves(network):
         raise UserError(
@@ -50,7 +51,7 @@ def maps(network: nn.Module, image: Tensor, tile: int | None) -> list[Tensor]:
     pixels, not of the picture's: the coarser the map, the wider its halo is, and the less memory it takes. That is for
     EfficientNet-lite alone; other networks look at the whole picture, in memory that grows with it.
     """
-    if tile is None or not hasattr(network, "conv_stem") or len(getattr(network, "blocks", ())) != BLOCKS[-1].stop:
+    if tile is None or not getattr(network, "in_tiles", False):
         return network(image)
     first, *others = (network.blocks[blocks] for blocks in BLOCKS)
     x = tiling.through(nn.Sequential(network.conv_stem, network.bn1, first), image, tile=tile, down=4)

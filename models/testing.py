@@ -124,7 +124,7 @@ def _told_apart(found: list[Tested]) -> list[Tested]:
 
 def _build(name: str, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
     settings = config.load(name, models.settings_types(), files, overrides)
-    return Tested(name, models.build(settings).eval(), None, asked(name, files, overrides))
+    return Tested(name, models.build(settings).eval(), None, _asked(name, files, overrides))
 
 
 def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
@@ -134,12 +134,12 @@ def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]
     fixed = [key for key in given if key not in method.test_time]
     if fixed:
         raise UserError(f"{name}.{fixed[0]} was settled by training; only {', '.join(method.test_time)} can change now")
-    wanted = asked(name, files, overrides)
+    wanted = _asked(name, files, overrides)
     models.change(method, wanted)
     return Tested(name, method, path, wanted)
 
 
-def asked(name: str, files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+def _asked(name: str, files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
     """The test-time settings of ``name`` that ``files`` and ``overrides`` themselves give."""
     types = models.settings_types()
     given, values = config.given(types, files, overrides).get(name, {}), config.load(name, types, files, overrides)

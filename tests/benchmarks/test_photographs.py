@@ -23,6 +23,7 @@ def test_one_table_of_real_cases(capsys):
         (["dcp", "--sizes", "40"], "--sizes 40: write width x height"),
         (["dcp", "--sizes", "0x40"], "write width x height"),
         (["nowhere.pt"], "no checkpoint nowhere.pt"),
+        (["nedr@nedr.drem=false"], "nedr.drem was settled by training"),
         (["dcp@dcp.guided_filtre=true"], "did you mean 'guided_filter'"),
     ],
 )

@@ -23,6 +23,14 @@ def test_networks_with_the_four_strides_serve(name):
     assert tiled.shape == (2, 8, 96, 80)
 
 
+@torch.no_grad()
+def test_what_looks_at_the_whole_picture_is_not_cut_into_tiles():
+    """EfficientNet's blocks are those of its lite family, but each weighs its channels by a mean over the picture."""
+    network, image = encoder.create("efficientnet_b0").eval(), torch.rand(1, 3, 192, 160)
+    for whole, tiled in zip(network(image), encoder.maps(network, image, 64), strict=True):
+        assert torch.equal(whole, tiled)
+
+
 def test_a_method_with_another_encoder_dehazes_and_learns():
     method = tiny(*D4, "nedr.encoder=resnet18", "nedr.working_size=64", shallow=False)
     loss = next(method.train().losses(batch(), "warm_start"))
