@@ -81,7 +81,8 @@ def random_haze(
     """Put haze of random density and airlight on ``clear`` (3,H,W), by ``law``.
 
     First the clear picture may change its exposure and its white balance, so that it is another clear picture. The
-    airlight is a grey from its range, cut at 1; at times each channel of it is moved by up to ``law.colour``.
+    airlight is a grey from its range, cut at 1; at times each channel of it is moved by up to ``law.colour``. At times it
+    is dusk: ``law.light`` darkens the clear picture and the airlight alike, by a factor from its range.
     Without ``depth`` (1,H,W) that is made up as ``made_up`` has it (smooth | outdoor; by default ``law.depth``).
     -> hazy, clear (3,H,W), transmission (1,H,W), airlight (3,1,1), density (1,).
     """
@@ -96,6 +97,8 @@ def random_haze(
     beta, grey = rng.uniform(*law.density), min(1.0, rng.uniform(*law.airlight))
     shift = rng.uniform(-1, 1, 3) * (law.colour if rng.random() < law.colour_probability else 0.0)
     light = torch.from_numpy(np.clip(grey + shift, 0, 1).astype(np.float32))
+    if law.light.probability and (factor := _sometimes(law.light, rng)) is not None:
+        clear, light = clear * float(factor[0]), light * float(factor[0])
     hazy, t = add_haze(clear, depth, beta, light)
     if law.noise:
         noise = torch.from_numpy(rng.random(hazy.shape, np.float32)) - 0.5

@@ -110,6 +110,7 @@ class Haze:
     colour_probability: Fraction
     gamma: Sometimes
     gains: Sometimes
+    light: Sometimes
     noise: Annotated[float, Range(0, 255)]
     depth: Literal["smooth", "outdoor"]
 
