@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = config.load((args.model or models.names())[0], models.settings_types(), files, overrides)
     place = device.pick(settings.device)
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
+    device.prepare(place, settings.precision)
     output = Path(settings.test.output or (folder or Path()) / "results").expanduser()
     for remark in device.remarks(place, settings.precision):
         print(f"warning: {remark}", file=sys.stderr)

@@ -69,6 +69,7 @@ class Run:
         self.device = ranks.pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()
+        device.prepare(self.device, settings.precision)
         models.check_training(settings)
         self.at = Progress(config.stages(settings), ranks.world)
         kinds = models.METHODS[settings.model].stages
@@ -158,7 +159,7 @@ class Run:
                     )
                     self.log.figures(stage.name, at.global_step, loss=figures, rate=self.updater.rates(), speed=pace)
                 if at.due(log.pictures_every) and self.ranks.first:
-                    with self.ema.applied() as method, self.autocast():
+                    with self.ema.applied() as method, self.autocast(), device.varied_sizes():
                         self.log.pictures(at.global_step, method.pictures(chunk[-1]))
                 if at.due(log.validate_every) or at.stage_ends:
                     self.validate(stage)
@@ -192,7 +193,7 @@ class Run:
     def validate(self, stage: config.Stage) -> None:
         """Score the averaged weights on the validation pairs and keep them if they are the best so far."""
         count, ranks, pairs, step = self.settings.train.recalibrate, self.ranks, self.validation, self.at.global_step
-        with self.ema.applied() as method, self.autocast():
+        with self.ema.applied() as method, self.autocast(), device.varied_sizes():
             if count:
                 recalibrate(method, self.loader(stage, 0, count), self.device)
                 ranks.average_statistics(method)

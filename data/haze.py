@@ -81,8 +81,8 @@ def random_haze(
     """Put haze of random density and airlight on ``clear`` (3,H,W), by ``law``.
 
     First the clear picture may change its exposure and its white balance, so that it is another clear picture. The
-    airlight is a grey from its range, cut at 1; at times each channel of it is moved by up to ``law.colour``. At times it
-    is dusk: ``law.light`` darkens the clear picture and the airlight alike, by a factor from its range.
+    airlight is a grey from its range, cut at 1; at times each channel of it is moved by up to ``law.colour``. At times
+    it is dusk: ``law.light`` darkens the clear picture and the airlight alike, by a factor from its range.
     Without ``depth`` (1,H,W) that is made up as ``made_up`` has it (smooth | outdoor; by default ``law.depth``).
     -> hazy, clear (3,H,W), transmission (1,H,W), airlight (3,1,1), density (1,).
     """

@@ -7,6 +7,7 @@ earlier batches, since a batch alone is too small to tell what goes together by 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -82,6 +83,12 @@ class _Learned(SampleWeights):
         self.register_buffer("features", torch.zeros(saved, features))
         self.register_buffer("counts", torch.zeros(2, dtype=torch.long))  # steps, samples seen
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        counts = self.counts
+        super()._apply(fn, recurse)
+        self.counts = counts  # on the CPU always: read in every step, for which a GPU would be waited for
+        return self
+
     def forward(self, z: Tensor) -> Tensor:
         z = z.detach().float().nan_to_num(0, 0, 0)  # what overflows in fp16 must not be remembered
         step, seen = self.counts.tolist()
@@ -92,7 +99,7 @@ class _Learned(SampleWeights):
             kept = min(len(z), len(self.features))
             order = seen + torch.arange(kept, device=z.device)
             self._remember(z[:kept], score[:kept], order % len(self.features), order // len(self.features))
-            self.counts += torch.tensor([1, kept], device=z.device)
+            self.counts += torch.tensor([1, kept])
         return score.softmax(0)
 
     def _score(self, z: Tensor, filled: int, step: int, generator: torch.Generator) -> Tensor:

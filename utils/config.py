@@ -247,7 +247,7 @@ class Settings:
     model: str
     seed: CountOrZero
     device: str
-    precision: Literal["float32", "bf16", "fp16"]
+    precision: Literal["float32", "tf32", "bf16", "fp16"]
     compile: bool
     data: Data
     haze: Haze

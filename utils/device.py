@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -42,14 +43,39 @@ def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """A context in which networks compute in ``precision``: float32, bf16, or fp16 (GPU only, else `UserError`)."""
-    if precision == "float32":
+    """A context in which networks compute in ``precision``: float32, tf32 and fp16 (GPU only, else `UserError`), bf16.
+
+    tf32 is float32 but for the products, see `prepare`.
+    """
+    if precision in ("tf32", "fp16") and device.type == "cpu":
+        raise UserError(f"precision={precision} needs a GPU; set precision=bf16 or precision=float32 on the CPU")
+    if precision in ("float32", "tf32"):
         return contextlib.nullcontext()
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision=fp16 needs a GPU; set precision=bf16 or precision=float32 on the CPU")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"precision=bf16: {describe(device)} has no bf16; set precision=fp16 or precision=float32")
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def prepare(device: torch.device, precision: str) -> None:
+    """Make ``device`` the current one, and set how exact products in float32 are on a GPU.
+
+    With precision=float32 they are float32, of convolutions and matrices alike; with all others they are TF32 (10 bits
+    of mantissa), what a reduced precision leaves in float32 included. PyTorch's own default has TF32 for convolutions
+    alone.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
+
+
+@contextlib.contextmanager
+def varied_sizes() -> Iterator[None]:
+    """Inside, cuDNN does not try out its kernels anew for every size of picture (cudnn.benchmark)."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def remarks(device: torch.device, precision: str) -> list[str]:

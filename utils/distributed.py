@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
@@ -53,10 +54,7 @@ class Ranks:
 
     def pick(self, name: str) -> torch.device:
         """The device that the setting ``device`` names: where it is a GPU, each process of a machine has its own."""
-        picked = device.pick(name, self.local, self.local_world)
-        if self.world > 1 and picked.index is not None:
-            torch.cuda.set_device(picked)
-        return picked
+        return device.pick(name, self.local, self.local_world)
 
     def claim(self, text: str) -> bool:
         """Is this the first process to say ``text``? Where that cannot be known, it says it."""
@@ -233,8 +231,8 @@ class _Around(nn.Module):
 def synchronise(module: nn.Module) -> None:
     """Batch norm in ``module`` takes its statistics over the batches of all processes from now on, in place.
 
-    Names, weights, buffers and activations stay. PyTorch's own SyncBatchNorm refuses CPUs, and its conversion loses the
-    activation that timm's norms, and ours, carry.
+    Names, weights, buffers and activations stay. On GPUs PyTorch's own SyncBatchNorm computes; that refuses CPUs, and
+    its conversion loses the activation that timm's norms, and ours, carry.
     """
     for each in module.modules():
         if isinstance(each, nn.BatchNorm2d):
@@ -245,12 +243,24 @@ class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes while training, and the activation that a norm may have after it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and x.is_cuda:
+            y = self._by_pytorch(x)
+        elif self.training:
             y, mean, var = _Normalise.apply(x, self.weight, self.bias, self.eps)
             track(self, mean, var)
         else:
             y = super().forward(x)
         return self.act(y) if hasattr(self, "act") else y
+
+    def _by_pytorch(self, x: Tensor) -> Tensor:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        share = self.momentum
+        if share is None:  # a plain mean: of how many must be known, for which the GPU is waited for
+            share = 1 / float(self.num_batches_tracked)
+        running = self.running_mean, self.running_var
+        group = dist.group.WORLD
+        return _SyncBatchNorm.apply(x, self.weight, self.bias, *running, self.eps, share, group, dist.get_world_size())
 
 
 class _Normalise(torch.autograd.Function):

@@ -12,7 +12,6 @@ from models.pyramid import squash
 from utils import physics
 
 POOLED_RANGE = (0.5, 1.0)
-RANGE = (0.5, 1.15)  # of the raw value, which is then cut at 1: a camera saturates, and so the value 1 can be found
 SHARPNESS = (4, 16, 64)
 FAR = 0.05  # the share of the pixels that are far: those of the lowest t
 EXTRAPOLATED = (0.3, 0.5)  # brightnesses that far things may have
@@ -30,14 +29,17 @@ class PooledAirlight(nn.Sequential):
 
 
 class StatisticsAirlight(nn.Module):
-    """A from statistics of the picture and of its densest haze alone: (N,3,1,1) in [0.5, 1].
+    """A from statistics of the picture and of its densest haze alone: (N,3,1,1) within ``bounds``, cut at 1.
+
+    A camera saturates, so A is often 1 itself: with an upper bound above that it can be found.
 
     ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the transmission found, through which no gradient goes. Encoder maps
     are not looked at: learnt from a few thousand pictures they cost 0.7 dB on others (docs/training.md).
     """
 
-    def __init__(self, pooled: int):
+    def __init__(self, bounds: tuple[float, float]):
         super().__init__()
+        self.bounds = bounds
         count = 3 * (4 + 2 * len(SHARPNESS) + 2 + 2 + len(EXTRAPOLATED)) + len(QUANTILES)
         self.standardise = Standardise(count)
         self.layers = nn.Sequential(nn.Linear(count, 128), nn.ReLU(), nn.Linear(128, 3))
@@ -45,7 +47,7 @@ class StatisticsAirlight(nn.Module):
     def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
         size = [side // 2 for side in t.shape[2:]]
         small, field = (F.interpolate(x, size, mode="bilinear", antialias=True) for x in (hazy, t.detach()))
-        low, high = RANGE
+        low, high = self.bounds
         told = torch.cat([of_picture(hazy), of_densest_haze(small, field)], 1)
         raw = low + (high - low) * self.layers(self.standardise(told)).sigmoid()
         return raw.clamp(max=1)[..., None, None]
@@ -69,13 +71,15 @@ class Standardise(nn.Module):
     @torch.no_grad()
     def _track(self, x: Tensor) -> None:
         self.num_batches_tracked += 1
-        share = max(self.momentum, 1 / float(self.num_batches_tracked))  # at first a plain mean
+        share = (1 / self.num_batches_tracked.to(x.dtype)).clamp(min=self.momentum)  # at first a plain mean
         apart = x - self.running_mean
         self.running_mean.lerp_(x.mean(0), share)
         self.running_var.lerp_((apart * (x - self.running_mean)).mean(0), share)
 
 
-HEADS = {"pooled": PooledAirlight, "statistics": StatisticsAirlight}
+def create(kind: str, pooled: int, bounds: tuple[float, float]) -> nn.Module:
+    """The head ``pooled``, of so many pooled maps, or ``statistics``, whose A lies within ``bounds``."""
+    return StatisticsAirlight(bounds) if kind == "statistics" else PooledAirlight(pooled)
 
 
 def of_picture(image: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def of_densest_haze(image: Tensor, t: Tensor) -> Tensor:
     told += [_intercept(x, t, torch.ones_like(t)), _intercept(x, t, (1 - t) ** 2)]
     far_t, far_x = _mean(t, far), _mean(x, far)
     told += [(far_x - j * far_t) / (1 - far_t).clamp(min=0.05) for j in EXTRAPOLATED]
-    quantiles = t[:, 0].quantile(t.new_tensor(QUANTILES), 1).T
+    quantiles = torch.stack([t[:, 0].quantile(q, 1) for q in QUANTILES], 1)
     return torch.cat([*told, quantiles], 1)
 
 

@@ -37,17 +37,18 @@ class SpectralConv(nn.Module):
                     self.weight_v.copy_(v.view(4, 4, -1).permute(2, 0, 1).flatten())
             return u @ (weight @ v)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution with the weight as it is, not yet divided: see `Discriminator`."""
-        return F.conv2d(x, self.weight_orig, stride=self.stride, padding=1)
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The convolution with the weight divided by ``scale``."""
+        return F.conv2d(x, self.weight_orig / scale, stride=self.stride, padding=1)
 
 
 class Discriminator(nn.Module):
     """Is a patch real? (N,3,H,W) in [0,1] -> logits (N,1,H/8-2,W/8-2); H and W at least 24.
 
     Several batches of one shape are judged in one pass, with the numbers of one pass after the other: each turns the
-    power iteration once, in the order given. There is no bias, and LeakyReLU(s x) = s LeakyReLU(x) for s > 0; so all
-    spectral norms can be divided out of the logits, and what differs between the batches is one number.
+    power iteration once, in the order given. There is no bias, and LeakyReLU(s x) = s LeakyReLU(x) for s > 0; so the
+    pass can take the spectral norms of the first batch, and the others' are divided out of their logits: what differs
+    is one number. (All divided at the end, large weights would overflow in half precision on their way.)
 
     The released network ends in a sigmoid; here that belongs to the adversarial loss.
     """
@@ -60,10 +61,11 @@ class Discriminator(nn.Module):
 
     def forward(self, *images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The logits of one batch, or a tuple of those of several."""
-        scales = [math.prod(conv.sigma() for conv in self.convs) for _ in images]
+        sigmas = [[conv.sigma() for conv in self.convs] for _ in images]
         x = channels_last(torch.cat(images))
-        for conv in self.convs[:-1]:
-            x = F.leaky_relu(conv(x), 0.2, inplace=True)
-        raw = single(self.convs[-1](x)).chunk(len(images))
-        logits = tuple(part / scale for part, scale in zip(raw, scales, strict=True))
+        for conv, sigma in zip(self.convs[:-1], sigmas[0][:-1], strict=True):
+            x = F.leaky_relu(conv(x, sigma), 0.2, inplace=True)
+        raw = single(self.convs[-1](x, sigmas[0][-1])).chunk(len(images))
+        first = math.prod(sigmas[0])
+        logits = tuple(part * (first / math.prod(own)) for part, own in zip(raw, sigmas, strict=True))
         return logits if len(images) > 1 else logits[0]

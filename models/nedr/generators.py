@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import encoder
 from models.layers import BatchNorm, ReflectConv, channels_last, recomputed, single
-from models.nedr.airlight import HEADS
+from models.nedr import airlight as heads
 from models.nedr.implicit import IDRM
 from models.nedr.kan import KANCID
 from models.nedr.residual import DREM
@@ -45,7 +45,7 @@ class RemovalNet(nn.Module):
 
     H and W are multiples of 32, at least 64, with KAN-CID at least 128 (it reflects by 3 at 1/32).
     ``kan_cid``, ``idrm`` and ``drem`` switch the published modules; with all three off this is D4's network.
-    ``airlight_head`` adds the head that the paper draws, one of `airlight.HEADS`.
+    ``airlight_head`` adds the head that the paper draws, see `airlight.create`.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class RemovalNet(nn.Module):
         drem: bool = True,
         positional: bool = True,
         airlight_head: str | None = None,
+        airlight_bounds: tuple[float, float] = (0.5, 1.15),
         backbone: str = encoder.RELEASED,
         idrm_hidden: int = 256,
         drem_growth: int = 64,
@@ -70,7 +71,7 @@ class RemovalNet(nn.Module):
         self.head = Head(features)
         pooled = self.pyramid.pooled
         self.density = nn.Sequential(nn.Linear(pooled, 64), nn.Linear(64, 1))
-        self.airlight = HEADS[airlight_head](pooled) if airlight_head else None
+        self.airlight = heads.create(airlight_head, pooled, airlight_bounds) if airlight_head else None
 
     def forward(self, hazy: Tensor, airlight: str = "max", guided: bool = False, tile: int | None = None) -> Removal:
         """``airlight``: max | dark_channel | learned; ``guided`` refines t by the guided filter before its use.

@@ -63,7 +63,8 @@ class IDRM(nn.Module):
     def _first(self, features: Tensor, height: int, width: int, window: Window | None) -> Tensor:
         """The first layer, split by what it sees; bilinear between features, so the field is continuous."""
         local, position, cell = self.layers[0].weight.split([9 * self.channels, 2 + 4 * OCTAVES, 2], 1)
-        bias = self.layers[0].bias + cell @ self._cell(features, height, width)
+        rows, columns = self._cell(features, height, width)
+        bias = self.layers[0].bias + rows * cell[:, 0] + columns * cell[:, 1]
         x = F.conv2d(features, local.reshape(-1, self.channels, 3, 3), bias, padding=1)
         if (height, width) != tuple(features.shape[-2:]):
             x = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
@@ -72,6 +73,6 @@ class IDRM(nn.Module):
             x = x + pointwise(position_encoding(*whole, features.device, window).to(position.dtype), position)
         return x
 
-    def _cell(self, features: Tensor, height: int, width: int) -> Tensor:
+    def _cell(self, features: Tensor, height: int, width: int) -> tuple[float, float]:
         h, w = features.shape[-2:]
-        return features.new_tensor([2 * h / height, 2 * w / width] if self.positional else [2.0, 2.0])
+        return (2 * h / height, 2 * w / width) if self.positional else (2.0, 2.0)

@@ -24,7 +24,7 @@ from models.nedr.working_size import seen_size
 from models.pyramid import STRIDE, initialise
 from utils import config, physics, tiling
 from utils.checkpoint import load_strict
-from utils.config import Interval, Range, Rate, Weight, check_interval
+from utils.config import Ends, Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
 
 PIECE = 512  # pixels: sides of the pieces in which J is computed with a working size; they lie in the cache
@@ -57,6 +57,7 @@ class NeDRSettings:
     transmission_range: Interval
     airlight: Literal["max", "dark_channel", "learned"]
     airlight_head: Literal["pooled", "statistics"]
+    airlight_bounds: Annotated[Interval, Ends(0, 2)]
     guided_filter: bool
     density_range: Interval
     depth_range: Interval
@@ -151,6 +152,7 @@ class NeDR(Method):
                 s.drem,
                 positional=s.variant == "published",
                 airlight_head=s.airlight_head if s.airlight == "learned" else None,
+                airlight_bounds=s.airlight_bounds,
                 backbone=s.encoder,
                 idrm_hidden=s.idrm_hidden,
                 drem_growth=s.drem_growth,

@@ -34,7 +34,7 @@ def test_the_regression_line_meets_the_airlight_at_no_transmission(light, beta):
 
 def test_statistics_have_the_size_that_the_head_expects():
     hazy, t = (torch.cat([scene(beta, 0.9)[k] for beta in (0.5, 1.5, 3.0)]) for k in (0, 1))
-    head = airlight.StatisticsAirlight(7)
+    head = airlight.StatisticsAirlight((0.5, 1.15))
     found = head(torch.rand(3, 7), hazy, t.requires_grad_())
     assert found.shape == (3, 3, 1, 1)
     assert found.min() >= 0.5
@@ -53,7 +53,7 @@ def test_statistics_of_flat_pictures_are_numbers(picture, t):
 
 
 def test_the_value_one_can_be_found():
-    head = airlight.StatisticsAirlight(2)
+    head = airlight.StatisticsAirlight((0.5, 1.15))
     with torch.no_grad():
         head.layers[-1].weight.zero_()
         head.layers[-1].bias.fill_(4)
@@ -82,7 +82,7 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path):
     old = tiny(*D4).eval()
     saved = config.to_dict(tiny_settings(*D4))
     new = ("airlight_head", "encoder", "encoder_rate", "working_size", "query", "guided_radius", "idrm_hidden")
-    for key in (*new, "drem_growth", "transmission_range", "found_airlight_weight", "scales"):
+    for key in (*new, "airlight_bounds", "drem_growth", "transmission_range", "found_airlight_weight", "scales"):
         del saved["nedr"][key]
     assert "removal.airlight.0.weight" in old.state_dict()
     whole = tiny(*D4, shallow=False).eval()
@@ -113,5 +113,13 @@ def test_training_may_begin_with_weights_of_another_head(tmp_path, before):
 
 def test_heads_are_named():
     assert RemovalNet(4, kan_cid=False, idrm=False, drem=False).airlight is None
-    for name, kind in airlight.HEADS.items():
+    for name, kind in (("pooled", airlight.PooledAirlight), ("statistics", airlight.StatisticsAirlight)):
         assert isinstance(RemovalNet(4, kan_cid=False, idrm=False, drem=False, airlight_head=name).airlight, kind)
+
+
+def test_dim_airlights_can_be_found():
+    head = airlight.StatisticsAirlight((0.25, 1.15))
+    with torch.no_grad():
+        head.layers[-1].weight.zero_()
+        head.layers[-1].bias.fill_(-20)
+    torch.testing.assert_close(head(torch.rand(1, 2), *scene(1, 0.9)), torch.full((1, 3, 1, 1), 0.25))
