@@ -421,18 +421,18 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
 def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path, monkeypatch):
     written, write = [], images.write
 
-    def interrupted(path, picture):
+    def interrupted(path, picture, **like):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path.name)
-        write(path, picture)
+        write(path, picture, **like)
 
     argv = ["--model", "dcp", *pairs, "--output", "out", "data.workers=0", "test.panels=false"]
     run(*argv, "--output", "whole")
     monkeypatch.setattr(images, "write", interrupted)
     assert run(*argv).status == 130
     assert not (tmp_path / "out/results.json").exists()
-    monkeypatch.setattr(images, "write", lambda path, picture: (written.append(path.name), write(path, picture)))
+    monkeypatch.setattr(images, "write", lambda path, *args, **like: (written.append(path.name), write(path, *args)))
     done = run(*argv)
     assert done.status == 0
     assert "going on where an interrupted run stopped: 5 pictures are done" in done.err  # three are the hazy input's
