@@ -194,7 +194,7 @@ def test_released_weights_as_people_keep_them(released, tmp_path, case):
     assert models.name_of(loaded) == name
     own = method.state_dict()
     for key, value in loaded.state_dict().items():
-        if key in own and not key.endswith("removal.remove.random.weight"):
+        if key in own and ".random." not in key:  # which official files do not hold
             torch.testing.assert_close(value, own[key].half().to(value.dtype) if case == "half" else own[key])
 
 

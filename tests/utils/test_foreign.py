@@ -1,7 +1,9 @@
 import argparse
 import collections
 import datetime
+import os
 import pathlib
+import subprocess
 import types
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint, foreign
+from utils.errors import UserError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2), "n.num_batches_tracked": torch.tensor(5)}
 OTHER = {"b.weight": torch.zeros(2)}
@@ -118,3 +121,24 @@ def test_windows_paths_are_read_anywhere(tmp_path):
     (tmp_path / "a.pth").write_bytes(data)
     assert "pathlib.WindowsPath" in foreign.OBJECTS
     assert same(foreign.find(checkpoint.read(tmp_path / "a.pth"), fits))
+
+
+class Call:
+    """Unpickled as a call of ``function``."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function", [eval, exec, os.system, subprocess.call, getattr, __import__])
+def test_calls_beside_the_weights_are_refused_and_not_made(tmp_path, function):
+    trace = tmp_path / "trace"
+    told = {os.system: f"touch {trace}", subprocess.call: ["touch", str(trace)]}
+    args = (trace, "name") if function is getattr else (told.get(function, f"open({str(trace)!r}, 'w')"),)
+    torch.save({"state_dict": WEIGHTS, "x": Call(function, *args)}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="code in checkpoints is never run"):
+        checkpoint.read(tmp_path / "evil.pth")
+    assert not trace.exists()
