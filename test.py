@@ -131,7 +131,7 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
         if measured:
             run.row(pictures, Candidate(HAZY, lambda hazy: hazy))
         for each in tested:
-            folder = each.name if len(tested) > 1 else ""
+            folder = each.name.replace(":", "-") if len(tested) > 1 else ""  # Windows takes no colon
             run.row(pictures, each.candidate(run.settings, run.device, pictures, folder))
 
     def methods() -> dict[str, dict]:

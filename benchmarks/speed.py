@@ -239,7 +239,8 @@ def _against(case: Case, results: Results) -> str:
     reference, run = _reference(case, results), results[case]
     if reference is None:
         return ""
-    return f"{reference.median / run.median:.2f}x, memory {run.memory / reference.memory:.0%}"
+    memory = f", memory {run.memory / reference.memory:.0%}" if reference.memory else ""  # no system but Unix tells it
+    return f"{reference.median / run.median:.2f}x{memory}"
 
 
 def _ratio(case: Case, results: Results) -> str:

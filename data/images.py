@@ -17,6 +17,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data import depth as depth_files
+from data import keepsakes
 from data.pixels import Pixels
 from utils.errors import UserError
 from utils.metrics import to_8bit
@@ -25,9 +27,10 @@ EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"}
     | {".webp", ".gif", ".ppm", ".pgm", ".pnm", ".jp2", ".tga", ".avif"}
 )
-DEPTH_EXTENSIONS = EXTENSIONS | {".npy"}
+DEPTH_EXTENSIONS = EXTENSIONS | depth_files.EXTENSIONS
 MAX_PIXELS = 500_000_000
 JPEG_QUALITY = 95
+JPEG_EXIF = 65533  # bytes that a JPEG has room for
 
 
 def read(path: str | Path) -> Tensor:
@@ -52,8 +55,8 @@ def decode(path: str | Path) -> Tensor:
 def read_depth(path: str | Path) -> Tensor:
     """Read a depth map, far is large, divided by its own maximum: (1,H,W), float32 in [0,1].
 
-    8- and 16-bit pictures hold depth in steps, v standing for v + 0.5, as the haze law of RESIDE wants it:
-    (v + 0.5) / (max + 0.5). So do .npy arrays of whole numbers; of fractions they hold the depth itself.
+    Whole numbers are depth in steps, v standing for v + 0.5, as the haze law of RESIDE wants it:
+    (v + 0.5) / (max + 0.5). Fractions are the depth itself: of .npy, .mat, .exr, .pfm and float TIFF (`data.depth`).
     Raises `UserError` for what is not a single channel, not finite, negative, or zero everywhere.
     """
     return depth_pixels(decode_depth(path))[:]
@@ -62,13 +65,13 @@ def read_depth(path: str | Path) -> Tensor:
 def decode_depth(path: str | Path) -> Tensor:
     """A depth map before it is divided by its maximum, (1,H,W) uint8, if it has 8 bits; else what `read_depth` says."""
     path = Path(path)
-    depth = _load_array(path) if path.suffix.lower() == ".npy" else _single_channel(path)
+    depth = depth_files.load(path)
+    depth = _single_channel(path) if depth is None else depth
     if depth.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(depth))[None]
     half = 0.5 if depth.dtype.kind in "iub" else 0.0
     depth = depth.astype(np.float64)
-    if not np.isfinite(depth).all() or depth.min() < 0 or depth.max() + half == 0:
-        raise UserError(f"{path}: depth must be finite, not negative and not zero everywhere; mend or remove it")
+    depth_files.check(path, depth + half)
     return torch.from_numpy(((depth + half) / (depth.max() + half)).astype(np.float32))[None]
 
 
@@ -79,14 +82,16 @@ def depth_pixels(values: Tensor) -> Pixels:
     return Pixels(values, ((np.arange(256) + 0.5) / (int(values.max()) + 0.5)).astype(np.float32))
 
 
-def write(path: str | Path, image: Tensor, compress_level: int = 6) -> None:
+def write(path: str | Path, image: Tensor, compress_level: int = 6, like: str | Path | None = None) -> None:
     """Write (3,H,W) or (1,H,W), float in [0,1], as 8 bit by rounding: PNG, or JPEG if ``path`` ends in .jpg.
 
-    Folders are made, and the file appears whole or not at all. Values outside [0,1] are clamped.
+    ``like`` is the picture that it was made from, whose colours and EXIF it keeps (`data.keepsakes`). Folders are made,
+    and the file appears whole or not at all. Values outside [0,1] are clamped.
     """
     pixels = to_8bit(image)
     pixels = pixels[..., 0] if len(image) == 1 else pixels
-    _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level)
+    kept = {} if like is None or len(image) == 1 else keepsakes.of(like, image.shape[-2:])
+    _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level, **kept)
 
 
 def write_depth(path: str | Path, depth: Tensor) -> None:
@@ -213,35 +218,25 @@ def _whole_numbers(path: str | Path, image: Image.Image) -> np.ndarray:
 
 
 def _single_channel(path: Path) -> np.ndarray:
+    """(H,W) of a depth map that is a picture, in the numbers of the file: 8, 16 or 32 bit, or float."""
     image = _decode(path)
-    if image.mode.startswith("I"):
-        return _whole_numbers(path, image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return np.array(image)
     pixels = np.array(image if image.mode == "L" else _rgb(path, image))
     if pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
-            raise UserError(f"{path}: a coloured picture cannot be a depth map; save depth as 8- or 16-bit grey")
+            raise UserError(f"{path}: a coloured picture cannot be a depth map; save depth as grey, of any bit depth")
         pixels = pixels[..., 0]
     return pixels
 
 
-def _load_array(path: Path) -> np.ndarray:
-    try:
-        depth = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as a .npy array ({error}); save it again with numpy.save") from error
-    if depth.ndim == 3 and 1 in (depth.shape[0], depth.shape[2]):  # (1,H,W) or (H,W,1)
-        depth = depth[0] if depth.shape[0] == 1 else depth[..., 0]
-    if depth.ndim != 2 or depth.size == 0 or depth.dtype.kind not in "iuf":
-        raise UserError(f"{path}: {depth.dtype} of shape {depth.shape} is no depth map; save numbers of shape (H, W)")
-    return depth
-
-
-def _save(path: Path, image: Image.Image, compress_level: int = 6) -> None:
+def _save(path: Path, image: Image.Image, compress_level: int = 6, **kept: bytes) -> None:
     formats = {".png": ("PNG", {"compress_level": compress_level})}
     formats[".jpg"] = formats[".jpeg"] = ("JPEG", {"quality": JPEG_QUALITY})
     if path.suffix.lower() not in formats:
         raise UserError(f"{path}: pictures are written as .png or .jpg; give it such a name")
     format, options = formats[path.suffix.lower()]
+    options |= {k: v for k, v in kept.items() if format == "PNG" or k != "exif" or len(v) <= JPEG_EXIF}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

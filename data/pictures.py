@@ -15,7 +15,7 @@ SOTS_BORDER = 10  # pixels by which SOTS-indoor's official ground truth is large
 
 
 class Paired(Dataset):
-    """Whole pictures with their ground truth, to score on: {hazy, clear, name}; see `images.pair`.
+    """Whole pictures with their ground truth, to score on: {hazy, clear, name, path}; see `images.pair`.
 
     A ground truth that is ``border`` pixels larger on every side is cut at the centre: SOTS-indoor as RESIDE ships
     it, 640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
@@ -42,11 +42,11 @@ class Paired(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         hazy, clear = read_pair(*self.pairs[index], self.border, Cache())
-        return {"hazy": hazy[:], "clear": clear[:], "name": self.names[index]}
+        return {"hazy": hazy[:], "clear": clear[:], "name": self.names[index], "path": self.pairs[index][0]}
 
 
 class Folder(Dataset):
-    """Whole hazy pictures to dehaze: {hazy, name}, the name being the path below ``root`` (or what they share)."""
+    """Whole pictures to dehaze: {hazy, name, path}, the name being the path below ``root`` (or what they share)."""
 
     def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
         self.paths = list(paths)
@@ -61,7 +61,8 @@ class Folder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        return {"hazy": images.read(self.paths[index]), "name": self.names[index]}
+        path = self.paths[index]
+        return {"hazy": images.read(path), "name": self.names[index], "path": path}
 
 
 def doubts(paired: Paired) -> list[str]:

@@ -130,7 +130,9 @@ def _vgg(network: str, weights: str, key: str) -> nn.Sequential:
             ) from None
     else:
         features = make(weights=None).features
-        state = {k.removeprefix("features."): v for k, v in read_weights(Path(weights)).items() if "features." in k}
+        names = [f"features.{name}" for name in features.state_dict()]
+        held = read_weights(Path(weights).expanduser(), names)
+        state = {k.removeprefix("features."): v for k, v in held.items() if k.startswith("features.")}
         try:
             features.load_state_dict(state)
         except RuntimeError:

@@ -13,7 +13,7 @@ from models.dcp import DCP
 from models.kanet import KANet
 from models.method import Method
 from models.nedr import D4, NeDR
-from utils import checkpoint, config, cost
+from utils import checkpoint, config, cost, foreign
 from utils.errors import UserError, nearest
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -71,7 +71,8 @@ def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema
 
     Without ``file`` the weights of NeDR that ship with this project, or those of a method that is named (``d4``).
     Keyword arguments change settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
-    ``ema`` prefers the averaged weights where the file has them. The networks are those that the file holds.
+    ``ema`` prefers the averaged weights where the file has them, ours or official. The networks are those that the
+    file holds.
     Raises `UserError` for a missing, damaged or foreign file, and for settings that the method cannot take.
     """
     path = _path(file)
@@ -80,7 +81,7 @@ def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
-            method = _official(weights, path)
+            method = _official(weights, path, ema)
         else:
             method = _ours(metadata["model"], metadata["settings"], weights, path)
     else:
@@ -89,7 +90,7 @@ def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema
             averaged = state.get("ema", {}).get("weights", {}) if ema else {}
             method = _ours(state["model"], state["settings"], state["networks"] | averaged, path)
         else:
-            method = _official(state, path)
+            method = _official(state, path, ema)
     change(method, test_time)
     return method.to(device).eval()
 
@@ -160,11 +161,14 @@ def _ours(model: str, saved: dict, weights: dict, path: Path) -> Method:
     return method
 
 
-def _official(state: dict, path: Path) -> Method:
-    state = checkpoint.unwrap(state)
-    for name, kind in METHODS.items():
-        method = kind.from_official(state, config.load(name, settings_types()).method)
+def _official(state: dict, path: Path, ema: bool) -> Method:
+    kinds = METHODS.values()
+    weights = foreign.find(state, lambda each: any(kind.recognises(each) for kind in kinds), ema)
+    for name, kind in METHODS.items() if weights else ():
+        method = kind.from_official(weights, config.load(name, settings_types()).method)
         if method is not None:
             return method
     known = ", ".join(name for name, kind in METHODS.items() if kind.stages)
-    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}")
+    names = list(foreign.sets(state).get("", {}))
+    told = f"its {len(names)} tensors are {', '.join([*names[:3], '...'])}" if names else "it holds no weights"
+    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}: {told}")

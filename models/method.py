@@ -75,10 +75,15 @@ class Method(nn.Module):
         raise UserError(f"train.checkpointing=true: {type(self).__name__} cannot; set it to false")
 
     @classmethod
+    def recognises(cls, state: dict) -> bool:
+        """Do the names in ``state`` look like those of the authors' released file? Told from a few of them."""
+        return False
+
+    @classmethod
     def from_official(cls, state: dict, settings: Any) -> "Method | None":
         """The method that the authors' released file holds, or None if it is not one of this method's.
 
-        ``state`` is free of wrappers (`utils.checkpoint.unwrap`); ``settings`` give what the file does not say. Raises
+        ``state`` is free of wrappers (`utils.foreign.find`); ``settings`` give what the file does not say. Raises
         `UserError` for a file of this method that is not whole.
         """
         return None

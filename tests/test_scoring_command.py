@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import models
@@ -77,7 +77,7 @@ def paint(path, mode, size, options):
         image = Image.fromarray(rng.integers(90, 255, (height, width, 3), dtype=np.uint8)).convert(mode)
     exif = Image.Exif()
     exif.update(options.get("exif", {}))
-    image.save(path, exif=exif) if options else image.save(path)
+    image.save(path, exif=exif, icc_profile=options.get("icc_profile")) if options else image.save(path)
 
 
 @pytest.fixture
@@ -274,6 +274,8 @@ def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, t
     run("--weights", "other/weights.safetensors", *files, *pairs, "--output", "all")
     folder = trained_aknet.parent.name
     assert list(results(tmp_path / "all")["methods"]) == ["other:aknet", "nedr", f"{folder}:aknet"]
+    folders = {"other-aknet", "nedr", f"{folder}-aknet"}  # without the colon, which Windows does not take
+    assert {path.name for path in (tmp_path / "all" / "pictures").iterdir()} == folders
     done = run("--weights", trained_aknet, trained_aknet.parent / ".." / folder / trained_aknet.name, *pairs)
     assert done.status == 2
     assert f"2 files would be called {folder}:aknet" in done.err
@@ -421,18 +423,18 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
 def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path, monkeypatch):
     written, write = [], images.write
 
-    def interrupted(path, picture):
+    def interrupted(path, picture, **like):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path.name)
-        write(path, picture)
+        write(path, picture, **like)
 
     argv = ["--model", "dcp", *pairs, "--output", "out", "data.workers=0", "test.panels=false"]
     run(*argv, "--output", "whole")
     monkeypatch.setattr(images, "write", interrupted)
     assert run(*argv).status == 130
     assert not (tmp_path / "out/results.json").exists()
-    monkeypatch.setattr(images, "write", lambda path, picture: (written.append(path.name), write(path, picture)))
+    monkeypatch.setattr(images, "write", lambda path, *args, **like: (written.append(path.name), write(path, *args)))
     done = run(*argv)
     assert done.status == 0
     assert "going on where an interrupted run stopped: 5 pictures are done" in done.err  # three are the hazy input's
@@ -443,6 +445,20 @@ def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path,
     assert not (tmp_path / "out" / journal.NAME).exists()
     run(*argv)
     assert len(written) == 6  # a finished run is not continued
+
+
+@pytest.mark.parametrize("truth", [False, True])
+def test_dehazed_pictures_keep_profile_and_exif(run, tmp_path, truth):
+    profile, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "Maker"
+    for folder in ("hazy", "clear"):
+        paint(tmp_path / folder / "a.jpg", "RGB", (24, 36), {"icc_profile": profile, "exif": exif})
+    argv = ["--clear", "clear", "test.panels=false"] if truth else []
+    assert run("--model", "dcp", "--hazy", "hazy", "--output", "out", *argv).status == 0
+    with Image.open(tmp_path / "out/pictures/a.png") as dehazed:
+        assert dehazed.size == (36, 24)
+        assert dehazed.info["icc_profile"] == profile
+        assert dict(dehazed.getexif()) == {ExifTags.Base.Make: "Maker"}
 
 
 @pytest.mark.parametrize("change", ["settings", "files", "picture"])

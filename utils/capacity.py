@@ -8,8 +8,8 @@ import contextlib
 import copy
 import gc
 import math
+import mmap
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -220,7 +220,7 @@ class _AtMost(TorchDispatchMode):
 
 def _resident() -> int:
     """Bytes of memory that this process has in use; on Linux."""
-    return int(cost.PROCESS.joinpath("statm").read_text().split()[1]) * resource.getpagesize()
+    return int(cost.PROCESS.joinpath("statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def _measurable() -> bool:

@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from utils import foreign
 from utils.errors import UserError
 
 FORMAT = "nedr-dehaze"
 VERSION = 1
-WRAPPERS = ("model", "state_dict", "params", "params_ema", "net", "network", "generator")  # of others' files
-# Plain numbers that authors save beside their weights (a best PSNR) are NumPy's; they hold no code.
-NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "bool"))]
-NUMBERS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# Saves the weights of a file alone, where its classes are at hand: of a network, or of a dict with networks in it.
+ALONE = (
+    "import torch; w = lambda x: x.state_dict() if hasattr(x, 'state_dict') else {k: w(v) for k, v in x.items() if "
+    "isinstance(v, (dict, torch.Tensor)) or hasattr(v, 'state_dict')} if isinstance(x, dict) else x; "
+    "torch.save(w(torch.load(%r, 'cpu', weights_only=False)), 'weights.pth')"
+)
+TORCHSCRIPT = "import torch; torch.save(torch.jit.load(%r, 'cpu').state_dict(), 'weights.pth')"
 
 
 @contextlib.contextmanager
@@ -62,23 +68,40 @@ def read(path: Path) -> dict[str, Any]:
             if not file.read(1):
                 raise UserError(f"{path} is empty; the download or copy was cut short, fetch it again")
         ignored = warnings.catch_warnings(action="ignore")  # about odd pickle protocols, in files that then fail
-        with ignored, torch.serialization.safe_globals(NUMBERS):
+        with ignored, torch.serialization.safe_globals(foreign.HARMLESS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # a damaged file makes torch fail in a dozen ways, AssertionError among them
         if isinstance(error, OSError) and not path.is_file():
             raise UserError(f"no checkpoint {path}; train one with train.py or name another file") from None
-        if "unsupported global" in str(error).lower():
-            why = "it holds more than weights, and code in checkpoints is never run"
-        else:
-            why = "it is damaged, cut short or not a PyTorch file"
-        raise UserError(f"cannot read {path}: {why}; fetch it again or name another file") from None
+        raise UserError(f"cannot read {path}: {_why(path, str(error))}") from None
+    if isinstance(state, list | tuple) and any(isinstance(each, dict) for each in state):
+        return dict(enumerate(state))
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint; name another file")
     if state.get("format") == FORMAT:
         _check_version(path, state.get("version", 0))
     return state
+
+
+def _why(path: Path, told: str) -> str:
+    """Why torch could not read a file, of which it ``told`` this, and the remedy."""
+    if "torchscript" in told.lower():
+        return f"it is a program (TorchScript), {_remedy(TORCHSCRIPT, path)}"
+    if re.search("unsupported global|can only|trying to call", told, re.IGNORECASE):
+        name = re.search(r"GLOBAL ([\w.]+)", told)
+        return f"it holds objects{f' ({name[1]})' if name else ''}, {_remedy(ALONE, path)}"
+    if "Unsupported operand" in told and zipfile.is_zipfile(path):
+        return f"it was saved with another pickle_protocol than torch.save's own, {_remedy(ALONE, path)}"
+    return "it is damaged, cut short or not a PyTorch file; name another file, or get it once more"
+
+
+def _remedy(code: str, path: Path) -> str:
+    return (
+        "and code in checkpoints is never run; if you trust it, save the weights alone where its code is installed, "
+        f'and name that file: python -c "{code % str(path)}"'
+    )
 
 
 def _check_version(path: Path, version: int) -> None:
@@ -118,25 +141,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
     return weights, metadata
 
 
-def unwrap(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict within a file of others: what stands under a wrapper's name, without DataParallel's ``module.``.
-
-    State dicts of several networks by name stay apart. Whatever else a file holds beside a wrapped state dict (epoch,
-    optimiser, scores) is left behind.
-    """
-    while inner := next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), None):
-        state = inner
-    return {
-        str(key).removeprefix("module."): unwrap(value) if isinstance(value, Mapping) else value
-        for key, value in state.items()
-    }
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A flat state dict from .safetensors, or from a torch file (also one that wraps it as ``state_dict``)."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
-    return unwrap(read(path))
+def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """The set of weights in a file, .safetensors or torch's, that has most of ``names``, whatever is around it."""
+    return foreign.most(read_safetensors(path)[0] if path.suffix == ".safetensors" else read(path), names)
 
 
 def random_states() -> dict[str, Any]:

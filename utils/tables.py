@@ -93,7 +93,7 @@ def _cost_table(rows: Sequence[Row], methods: Mapping[str, dict]) -> str:
         cost = methods[row.method]
         settings = ", ".join(f"{key} {_word(value)}" for key, value in row.settings.items())
         speed = [f"{scoring.median_seconds(row.outcome.scores):.3f}", f"{row.per_second:.2f}"]
-        memory = f"{row.peak_memory / MEBIBYTE:,.0f} MiB"
+        memory = f"{row.peak_memory / MEBIBYTE:,.0f} MiB" if row.peak_memory else "-"
         size = (
             [f"{cost['parameters'] / 1e6:.2f} M", f"{cost['macs_256'] / 1e9:.2f} G"]
             if cost["parameters"]

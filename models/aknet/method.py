@@ -65,9 +65,13 @@ class AKNet(Method):
                 raise UserError(f"data.crop_size={size}: aknet needs a multiple of {cls.multiple}")
 
     @classmethod
+    def recognises(cls, state: dict) -> bool:
+        return official.recognise(state)
+
+    @classmethod
     def from_official(cls, state: dict, settings: AKNetSettings) -> "AKNet | None":
         """A released AKNet file; ``settings`` gives the border rule, which such files do not say."""
-        if not official.recognise(state):
+        if not cls.recognises(state):
             return None
         settings.width = official.WIDTH
         method = cls(settings)

@@ -82,9 +82,13 @@ class KANet(Method):
                 )
 
     @classmethod
+    def recognises(cls, state: dict) -> bool:
+        return official.recognise(state)
+
+    @classmethod
     def from_official(cls, state: dict, settings: KANetSettings) -> "KANet | None":
         """A released KA-Net file. Its random features are not in it: they are those of our fixed seed."""
-        if not official.recognise(state):
+        if not cls.recognises(state):
             return None
         settings.width = official.width(state)
         method = cls(settings)

@@ -182,9 +182,13 @@ class NeDR(Method):
         self.removal.recompute = self.removal.pyramid.recompute = True  # the largest; depth is frozen at times
 
     @classmethod
+    def recognises(cls, state: dict) -> bool:
+        return official.recognise(state) == cls.Settings.block
+
+    @classmethod
     def from_official(cls, state: dict, settings: NeDRSettings) -> "NeDR | None":
         """An official file of NeDR (or D4, as `D4`). ``settings`` gives what it does not say (ranges, airlight)."""
-        if official.recognise(state) != settings.block:
+        if not cls.recognises(state):
             return None
         found = official.translate(state)
         released = {"variant": "released", "airlight": "max", "base_channels": 2 * found.features}

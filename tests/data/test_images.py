@@ -1,9 +1,14 @@
+import contextlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.io
+import tifffile
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 
 from data import images
 from utils.errors import UserError
@@ -195,6 +200,93 @@ def test_depth_in_fractions(tmp_path):
     torch.testing.assert_close(images.read_depth(tmp_path / "a.npy")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
 
 
+DEPTH = np.array([[0, 1.0], [2, 4]])
+FLOATS = {
+    "float32": lambda path: tifffile.imwrite(path, DEPTH.astype(np.float32)),
+    "float64": lambda path: tifffile.imwrite(path, DEPTH),
+    "float16": lambda path: tifffile.imwrite(path, DEPTH.astype(np.float16)),
+    "LZW": lambda path: Image.fromarray(DEPTH.astype(np.float32)).save(path, compression="tiff_lzw"),
+    "RGB": lambda path: tifffile.imwrite(path, np.stack([DEPTH.astype(np.float32)] * 3, -1), photometric="rgb"),
+}
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_float_tiff_is_depth_in_fractions(tmp_path, case):
+    FLOATS[case](tmp_path / "a.tif")
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.tif")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.int32, 10**6), (np.uint32, 10**9), (np.int64, 10**12)])
+def test_whole_numbers_of_any_size_are_depth(tmp_path, dtype, scale):
+    values = DEPTH.astype(dtype) * scale
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.tif")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+
+
+def test_pfm_depth(tmp_path):
+    saved(tmp_path / "a.pfm", Image.fromarray(DEPTH.astype(np.float32)), format="PPM")
+    assert tmp_path / "a.pfm" in images.find(tmp_path, images.DEPTH_EXTENSIONS)
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.pfm")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+
+
+@pytest.mark.parametrize("names", [["depth"], ["x"], ["depth", "mask", "K"]])
+def test_mat_depth(tmp_path, names):
+    scipy.io.savemat(tmp_path / "a.mat", {name: DEPTH if k == 0 else np.eye(3) for k, name in enumerate(names)})
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.mat")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+
+
+def test_mat_refusals(tmp_path, monkeypatch):
+    path = tmp_path / "a.mat"
+    for content, message in (({"x": DEPTH, "y": DEPTH}, r"several matrices \(x, y\)"), ({"x": "text"}, "no matrix")):
+        scipy.io.savemat(path, content)
+        with pytest.raises(UserError, match=message):
+            images.read_depth(path)
+    path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + bytes(99))
+    with pytest.raises(UserError, match="-v7"):
+        images.read_depth(path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match=r"SciPy is not installed; pip install -r requirements-extras\.txt"):
+        images.read_depth(path)
+
+
+def test_exr_depth(tmp_path, monkeypatch):
+    """With a reader in the package's place; where it is installed, also with itself."""
+    path = tmp_path / "a.exr"
+    path.write_bytes(b"EXR")
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    with pytest.raises(UserError, match="OpenEXR is not installed"):
+        images.read_depth(path)
+    channels = {"Z": SimpleNamespace(pixels=DEPTH.astype(np.float32)), "A": SimpleNamespace(pixels=np.ones((2, 2)))}
+    file = contextlib.nullcontext(SimpleNamespace(channels=lambda: channels))
+    monkeypatch.setitem(sys.modules, "OpenEXR", SimpleNamespace(File=lambda *_, **__: file))
+    torch.testing.assert_close(images.read_depth(path)[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+    channels["Y"] = channels.pop("Z")
+    assert images.read_depth(path).max() == 1
+    channels |= {"R": channels.pop("Y"), "G": channels["A"], "B": channels["A"]}
+    with pytest.raises(UserError, match="no one channel"):
+        images.read_depth(path)
+
+
+def test_exr_depth_by_the_package(tmp_path):
+    openexr = pytest.importorskip("OpenEXR")
+    header = {"type": openexr.scanlineimage}
+    openexr.File(header, {"Z": DEPTH.astype(np.float32)}).write(str(tmp_path / "a.exr"))
+    torch.testing.assert_close(images.read_depth(tmp_path / "a.exr")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
+
+
+def test_what_is_no_distance_is_counted(tmp_path):
+    values = np.array([[np.nan, np.nan, np.inf], [-1, 2, 3]], np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    with pytest.raises(UserError, match=r"2 NaN and 1 infinite and 1 negative of 6 values"):
+        images.read_depth(tmp_path / "a.tif")
+
+
+def test_float_pictures_are_still_refused_as_pictures(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", DEPTH.astype(np.float32))
+    with pytest.raises(UserError, match="no agreed white"):
+        images.read(tmp_path / "a.tif")
+
+
 def test_grey_depth_saved_as_rgb_is_taken(tmp_path):
     path = saved(tmp_path / "a.png", Image.fromarray(GREY).convert("RGB"))
     assert torch.equal(images.read_depth(path), images.read_depth(saved(tmp_path / "b.png", Image.fromarray(GREY))))
@@ -231,6 +323,74 @@ def test_write_jpeg_and_refusals(tmp_path):
         images.write(tmp_path / "a.bmp", torch.zeros(3, 2, 2))
     with pytest.raises(UserError, match="cannot be written"):
         images.write(tmp_path / "a.jpg" / "b.png", torch.zeros(3, 2, 2))
+
+
+RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def profile(space: bytes) -> bytes:
+    """A profile of another colour space, as its header tells."""
+    return RGB_PROFILE[:16] + space + RGB_PROFILE[20:]
+
+
+def photograph(path: Path, mode: str = "RGB", icc: bytes = RGB_PROFILE, **options) -> Path:
+    """A picture 17x13 that lies on its side, with a profile and EXIF of a camera."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "Maker"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExifImageWidth] = 17
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] = 200
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[1] = "N"
+    for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        exif[part] = exif.get_ifd(part)  # Pillow writes them into TIFF only so
+    return saved(path, Image.fromarray(RGB).convert(mode), icc_profile=icc, exif=exif, **options)
+
+
+@pytest.mark.parametrize("output", ["out.png", "out.jpg"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+def test_profile_and_exif_are_kept_and_the_orientation_is_not(tmp_path, name, output):
+    source = photograph(tmp_path / name)
+    image = images.read(source)
+    images.write(tmp_path / output, image, like=source)
+    with Image.open(tmp_path / output) as written:
+        assert written.info["icc_profile"] == RGB_PROFILE
+        exif = written.getexif()
+        assert written.size == (image.shape[2], image.shape[1]) == (13, 17)
+    assert dict(exif) | {ExifTags.IFD.Exif: 0, ExifTags.IFD.GPSInfo: 0} == {
+        ExifTags.Base.Make: "Maker",
+        ExifTags.IFD.Exif: 0,
+        ExifTags.IFD.GPSInfo: 0,
+    }
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    assert details == {ExifTags.Base.ExifImageWidth: 13, ExifTags.Base.ISOSpeedRatings: 200}
+    assert exif.get_ifd(ExifTags.IFD.GPSInfo) == {1: "N"}
+    assert images.read(tmp_path / output).shape == image.shape  # turned once, not twice
+
+
+@pytest.mark.parametrize(
+    ("mode", "icc", "kept"),
+    [
+        ("L", profile(b"GRAY"), False),
+        ("CMYK", profile(b"CMYK"), False),
+        ("CMYK", RGB_PROFILE, False),
+        ("P", RGB_PROFILE, True),
+    ],
+)
+def test_only_profiles_of_rgb_are_kept(tmp_path, mode, icc, kept):
+    source = photograph(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode, icc)
+    images.write(tmp_path / "out.png", images.read(source), like=source)
+    assert ("icc_profile" in Image.open(tmp_path / "out.png").info) == kept
+
+
+def test_what_cannot_be_kept_is_left_out(tmp_path):
+    plain = saved(tmp_path / "plain.png", Image.fromarray(RGB))
+    broken = saved(tmp_path / "broken.jpg", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12junk")
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "x" * 70_000
+    long = saved(tmp_path / "long.png", Image.fromarray(RGB), exif=exif)
+    for source in (plain, broken, long, tmp_path / "gone.png"):
+        images.write(tmp_path / "out.jpg", torch.rand(3, 4, 5), like=source)
+        assert not Image.open(tmp_path / "out.jpg").getexif().get(ExifTags.Base.ImageDescription)
 
 
 def test_write_depth_reads_back(tmp_path):

@@ -11,8 +11,7 @@ from conftest import GOLDEN, _fill, picture
 import models
 from models.aknet import AKNet
 from models.aknet.fusion import hamming
-from utils import config, cost
-from utils.checkpoint import unwrap
+from utils import config, cost, foreign
 from utils.errors import UserError
 
 KEYS = json.loads((GOLDEN / "aknet_keys.json").read_text())
@@ -214,7 +213,7 @@ def test_the_border_may_change_after_training(method):
 
 
 def test_there_and_back(state, method):
-    again = unwrap(method.to_official())
+    again = foreign.find(method.to_official(), AKNet.recognises)
     assert {key: list(value.shape) for key, value in again.items()} == KEYS
     for key, value in again.items():
         assert torch.equal(value, torch.zeros_like(value) if DEAD.match(key) else state[key]), key

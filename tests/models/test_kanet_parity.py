@@ -10,8 +10,7 @@ from conftest import GOLDEN, fill
 
 import models
 from models.kanet import KANet, official
-from utils import config
-from utils.checkpoint import unwrap
+from utils import config, foreign
 
 # kanet_s: larger weights, and queries that are not nearly zero; rounding is larger with them.
 SCALES, TOLERANCES = {"kanet": 0.5, "kanet_s": 0.75}, {"kanet": 1e-5, "kanet_s": 1e-4}
@@ -45,7 +44,7 @@ def released(request, keys):
     state = official_state(keys, request.param)
     settings = config.load("kanet", models.settings_types(), overrides=["kanet.width=8"]).method
     file = {"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3, "losses": [0.1]}
-    method = KANet.from_official(unwrap(file), settings).eval()
+    method = KANet.from_official(foreign.find(file, KANet.recognises), settings).eval()
     random = method.network.removal.remove.random
     torch.testing.assert_close((random.weight, random.bias), (golden["rff_weight"], golden["rff_bias"]))
     random.weight.copy_(golden["rff_weight"])

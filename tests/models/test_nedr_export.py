@@ -9,8 +9,7 @@ from conftest import D4, picture, tiny
 
 import models
 from models.nedr import official
-from utils import config
-from utils.checkpoint import unwrap
+from utils import config, foreign
 from utils.errors import UserError
 
 RELEASED = ("nedr.variant=released", "nedr.airlight=max")
@@ -28,7 +27,8 @@ def exported(method: models.Method) -> dict:
 
 def imported(state: dict) -> models.Method:
     """The method that an official file of this content gives."""
-    methods = (models.METHODS[name].from_official(unwrap(state), settings(name)) for name in ("nedr", "d4"))
+    weights = foreign.find(state, official.recognise)
+    methods = (models.METHODS[name].from_official(weights, settings(name)) for name in ("nedr", "d4"))
     with warnings.catch_warnings(action="ignore"):
         return next(filter(None, methods)).eval()
 

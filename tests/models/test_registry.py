@@ -1,5 +1,7 @@
 """What holds for every method that the registry names, whichever they are."""
 
+import argparse
+import datetime
 import warnings
 from pathlib import Path
 
@@ -9,8 +11,7 @@ from conftest import picture
 
 import models
 from models import official
-from utils import checkpoint, config
-from utils.checkpoint import unwrap
+from utils import checkpoint, config, foreign
 from utils.errors import UserError
 from utils.updater import Updater, finite
 
@@ -172,11 +173,33 @@ def test_released_files_come_back(released, tmp_path, capsys):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+KEPT = {
+    "model_state_dict, beside options": lambda w: {
+        "model_state_dict": w,
+        "args": argparse.Namespace(path=Path("data"), when=datetime.date(2024, 1, 1)),
+    },
+    "net_g, nested": lambda w: {"checkpoint": {"net_g": w, "epoch": 3}},
+    "Lightning": lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()} | {"loss.0.weight": torch.ones(2)}},
+    "compiled, parallel": lambda w: {f"_orig_mod.module.{k}": v for k, v in w.items()},
+    "half": lambda w: {"params": {k: v.half() if v.is_floating_point() else v for k, v in w.items()}},
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_released_weights_as_people_keep_them(released, tmp_path, case):
+    name, method, file = released
+    torch.save(KEPT[case](flat(torch.load(file))), tmp_path / "kept.ckpt")
+    with warnings.catch_warnings(action="ignore"):
+        loaded = models.load(tmp_path / "kept.ckpt")
+    assert models.name_of(loaded) == name
+    own = method.state_dict()
+    for key, value in loaded.state_dict().items():
+        if key in own and ".random." not in key:  # which official files do not hold
+            torch.testing.assert_close(value, own[key].half().to(value.dtype) if case == "half" else own[key])
+
+
 def flat(state: dict) -> dict[str, torch.Tensor]:
-    found = {}
-    for key, value in unwrap(state).items():
-        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return found
+    return foreign.find(state, lambda each: any(kind.recognises(each) for kind in models.METHODS.values()))
 
 
 def test_files_with_missing_or_unknown_keys_are_refused(released):
@@ -202,4 +225,4 @@ def test_damaged_and_foreign_files_are_refused(released, tmp_path):
         official.main(["import", str(cut), "--output", str(tmp_path / "out.safetensors")])
     assert not (tmp_path / "out.safetensors").exists()
     for other in set(TRAINED) - {name}:
-        assert models.METHODS[other].from_official(unwrap(torch.load(file)), settings(other).method) is None
+        assert models.METHODS[other].from_official(flat(torch.load(file)), settings(other).method) is None

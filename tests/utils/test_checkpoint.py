@@ -1,7 +1,6 @@
 import os
 import pickle
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +76,7 @@ for write in (
 """
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit on file sizes")
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on file sizes")
 def test_a_full_disk(tmp_path):
     """A real write that the system refuses half-way, in another process, whose files may not grow beyond 100 kB."""
     root = Path(checkpoint.__file__).parent.parent
@@ -128,13 +127,17 @@ def test_garbage(tmp_path_factory, body, head):
         checkpoint.read_safetensors(path)
 
 
+def read(path: Path) -> None:
+    (checkpoint.read_safetensors if path.suffix == ".safetensors" else checkpoint.read)(path)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.sampled_from(["zip.pt", "legacy.pt", "a.safetensors"]), st.floats(0, 0.999))
 def test_truncated(tmp_path_factory, whole, name, share):
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(whole[name][: int(share * len(whole[name]))])
     with pytest.raises(UserError, match=name):
-        checkpoint.read_weights(path)
+        read(path)
 
 
 @settings(max_examples=80, deadline=None)
@@ -145,7 +148,7 @@ def test_a_flipped_bit_is_no_traceback(tmp_path_factory, whole, name, place, bit
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(damaged)
     try:  # a bit of a number may be lost unseen, anything else is refused in one line
-        checkpoint.read_weights(path)
+        read(path)
     except UserError as error:
         assert name in str(error)  # noqa: PT017
 
@@ -172,6 +175,45 @@ def test_code_in_a_file_is_never_run(tmp_path, how):
     assert not trace.exists()
 
 
+class Author(nn.Module):
+    """A network whose class only its authors have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+
+OBJECTS = {"the network": lambda net: net, "a network in a dict": lambda net: {"epoch": 1, "net": net}}
+
+
+@pytest.mark.parametrize("case", OBJECTS)
+def test_whole_networks_are_refused_and_the_remedy_works(tmp_path, monkeypatch, case):
+    network, path = Author(), tmp_path / "whole.pt"
+    torch.save(OBJECTS[case](network), path)
+    with pytest.raises(UserError, match=r"holds objects.*code in checkpoints is never run") as refusal:
+        checkpoint.read(path)
+    assert "\n" not in str(refusal.value)
+    monkeypatch.chdir(tmp_path)
+    exec(str(refusal.value).split('python -c "')[1].removesuffix('"'), {})
+    assert equal(checkpoint.read_weights(tmp_path / "weights.pth", ["layer.weight"]), dict(network.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_programs_are_refused_and_the_remedy_works(tmp_path, monkeypatch):
+    torch.jit.trace(nn.Linear(2, 3), torch.ones(1, 2)).save(tmp_path / "program.pt")
+    with pytest.raises(UserError, match="TorchScript") as refusal:
+        checkpoint.read(tmp_path / "program.pt")
+    monkeypatch.chdir(tmp_path)
+    exec(str(refusal.value).split('python -c "')[1].removesuffix('"'), {})
+    assert checkpoint.read(tmp_path / "weights.pth").keys() == {"weight", "bias"}
+
+
+def test_another_pickle_protocol_is_told(tmp_path):
+    torch.save({"a.weight": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="pickle_protocol"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
 def test_what_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds a list"):
@@ -188,7 +230,7 @@ def test_files_of_a_newer_version(tmp_path, monkeypatch):
     monkeypatch.undo()
     for read in (
         lambda: checkpoint.read(tmp_path / "last.pt"),
-        lambda: checkpoint.read_weights(tmp_path / "w.safetensors"),
+        lambda: checkpoint.read_safetensors(tmp_path / "w.safetensors"),
     ):
         with pytest.raises(UserError, match="newer version"):
             read()
@@ -202,7 +244,6 @@ def test_safetensors_round_trip(tmp_path):
     read, found = checkpoint.read_safetensors(path)
     assert equal(read, weights)
     assert found == metadata
-    assert equal(checkpoint.read_weights(path), weights)
 
 
 def test_safetensors_of_others(tmp_path):
@@ -213,11 +254,14 @@ def test_safetensors_of_others(tmp_path):
     assert metadata is None
 
 
-def test_read_weights_unwraps_a_state_dict(tmp_path):
-    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "a.pth")
-    torch.save({"a": torch.ones(2)}, tmp_path / "b.pth")
+def test_read_weights_takes_the_set_with_most_of_the_names(tmp_path):
+    weights, other = {"a.weight": torch.ones(2), "b.weight": torch.ones(1)}, {"a.weight": torch.zeros(2)}
+    torch.save({"teacher": other, "state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "a.pth")
+    torch.save(weights, tmp_path / "b.pth")
     for name in ("a.pth", "b.pth"):
-        assert equal(checkpoint.read_weights(tmp_path / name), {"a": torch.ones(2)})
+        assert equal(checkpoint.read_weights(tmp_path / name, weights), weights)
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    assert checkpoint.read_weights(tmp_path / "none.pth", weights) == {}
 
 
 def draw() -> list:
