@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data import images
+from data import images, pairing
 from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, Benchmark, unroll
 from data.pictures import Folder, Paired, doubts
 from utils.errors import UserError, nearest
@@ -233,11 +233,12 @@ def _folders(root: Path, training: bool) -> list[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     """Sorted; hidden folders and links that lead back up are left out."""
     subfolders, pictures, real = [], 0, Path(os.path.realpath(folder))
+    made = images.results(folder)
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed holds no benchmark
         for entry in entries:
             if entry.is_dir():
                 back = entry.is_symlink() and real.is_relative_to(os.path.realpath(entry))
-                if not back and not entry.name.startswith("."):
+                if not back and not entry.name.startswith(".") and entry.name not in made:
                     subfolders.append(folder / entry.name)
             elif _is_picture(entry.name):
                 pictures += 1
@@ -310,12 +311,12 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
     """Every hazy picture with its ground truth, by the set's rule; repackaged sets give both the same stem."""
-    stems, rule = images.by_stem(truths), RULES[benchmark.rule]
+    stems, rule = pairing.by_stem(truths), RULES[benchmark.rule]
     names = {path: path.stem.casefold() for path in hazy}
     if benchmark.rule == ORDER and not stems.keys() & names.values():
         return _in_order(benchmark, hazy, truths, folder)
     choices = {path: stems.get(name) or stems.get(rule(name), []) for path, name in names.items()}
-    double = [paths for paths in images.by_stem(hazy).values() if len(paths) > 1]
+    double = [paths for paths in pairing.by_stem(hazy).values() if len(paths) > 1]
     _refuse([f"{a} and {b} are hazy pictures of one name" for a, b, *_ in double], "keep one")
     lone = [f"{path}: no ground truth {rule(names[path])}.* in {folder}" for path in hazy if not choices[path]]
     _refuse(lone, f"add it; {benchmark.name} is paired as {benchmark.rule}, or by the same name")
