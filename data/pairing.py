@@ -241,7 +241,7 @@ class Search:
             return f"{alone[0]}: no depth map {alone[0].stem}.* in {source}; add it, or leave depth out"
         return (
             f"{alone[0]}: no ground truth in {source} ({len(alone)} of {len(self.own.paths)} pictures have none); add "
-            f"it, or name the pictures alike: the same, or as 01_hazy and 01_GT (hazy_01, clear_01), or 1400_1 and 1400; "
+            f"it, or name the pictures alike: the same, as 01_hazy and 01_GT (hazy_01, clear_01) or 1400_1 and 1400; "
             f"or give both as .flist files of one length, which pair line by line, or one picture and its ground truth"
         )
 

@@ -324,5 +324,5 @@ def test_results_are_passed_over(tmp_path):
     assert images.find(tmp_path / "out/pictures") == [tmp_path / "out/pictures/1.png"]  # by its own name it is taken
     for path in own:
         path.unlink()
-    with pytest.raises(UserError, match="no pictures in this folder or below; .*results of an earlier run"):
+    with pytest.raises(UserError, match=r"no pictures in this folder or below; .*results of an earlier run"):
         images.find(tmp_path / "out")
