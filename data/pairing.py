@@ -269,6 +269,9 @@ def _check_rules(matches: dict[Path, Match]) -> None:
         for rest, other in match.index.longer.get(match.base, []):
             if other != truth and _is_number(rest) == first and (other, match.rule) not in used:
                 raise UserError(_doubt(path, truth, f"there is {other} too"))
+        shorter = [start for start, _ in _starts(match.base) if start in match.index.stems]
+        if len(rules) > 1 and shorter:  # a_1_0.9 may be of a_1, or the first one of a
+            raise UserError(_doubt(path, truth, f"there is {match.index.stems[shorter[-1]][0]} too"))
         if len(rules) > 1 and (truth in strict or not all(map(_is_number, match.dropped))):
             raise UserError(_doubt(path, truth, f"{example} is named otherwise"))
 
@@ -283,7 +286,9 @@ def _doubt(path: Path, truth: Path, why: str) -> str:
 def _different(pairs: Sequence[Pair]) -> list[Pair]:
     for hazy, truth in pairs:
         if truth == hazy or truth.resolve() == hazy.resolve():
-            raise UserError(f"{hazy}: hazy picture and ground truth are one file; name two different sources")
+            raise UserError(
+                f"{hazy}: hazy picture and ground truth are one file; name two sources, as .flist if in one folder"
+            )
     return list(pairs)
 
 
