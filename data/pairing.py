@@ -145,8 +145,8 @@ class Index:
 
     def _whole(self, stem: str, letters: bool) -> Iterator[tuple[tuple[int, Hashable], list[Path]]]:
         yield (SAME, ""), self.stems.get(stem, [])
-        yield (WORD, ""), [path for key in _keys(stem, self.kind.own) for path in self.keys.get(key, [])]
-        tokens = _tokens(stem, self.kind.own)
+        tokens, *shorter = _keys(stem, self.kind.own)
+        yield (WORD, ""), [path for key in (tokens, *shorter) for path in self.keys.get(key, [])]
         for one, other in (("a", "b"), ("b", "a")) if letters and len(tokens) > 1 else ():
             if tokens[-1] == one:
                 yield (LETTER, f"_{one}"), self.keys.get((*tokens[:-1], other), [])
@@ -284,8 +284,9 @@ def _doubt(path: Path, truth: Path, why: str) -> str:
 
 
 def _different(pairs: Sequence[Pair]) -> list[Pair]:
+    real = {truth: os.path.realpath(truth) for truth in dict.fromkeys(truth for _, truth in pairs)}
     for hazy, truth in pairs:
-        if truth == hazy or truth.resolve() == hazy.resolve():
+        if os.path.realpath(hazy) == real[truth]:
             raise UserError(
                 f"{hazy}: hazy picture and ground truth are one file; name two sources, as .flist if in one folder"
             )
