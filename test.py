@@ -25,13 +25,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 import models
-from data import benchmarks, images, locate
+from data import benchmarks, images, locate, pairing
 from data.pictures import Folder, Paired, doubts
 from models import testing
 from utils import comparison, config, device, errors, tables
 from utils.errors import UserError
 from utils.evaluation import Candidate, Evaluation, Pictures
 from utils.results import HAZY
+
+RESULTS = ("pictures", "panels")  # sub-folders of the output
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,20 +112,24 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
     if not test.clear and not test.pictures and not test.metrics:
         raise UserError("test.pictures=false and no ground truth leave nothing to do; give --clear PATH")
     hazy = images.find(test.hazy)
-    results = [(output / part).resolve() for part in ("pictures", "panels")]
+    results = [(output / part).resolve() for part in RESULTS]
     if any(path.resolve().is_relative_to(folder) for path in hazy for folder in results):
         raise UserError(f"{output} holds earlier results, which are among the hazy pictures; give another --output")
     source = images.resolve(test.hazy)
     root = source if source.is_dir() else None
-    pairs = images.pair(test.hazy, test.clear) if test.clear else None
-    items = Paired(pairs, root) if pairs else Folder(hazy, root)
-    return [Pictures("pictures", items, truth=bool(pairs), remarks=doubts(items) if pairs else [])]
+    remarks = [*images.passed_over(test.hazy), *(images.passed_over(test.clear) if test.clear else [])]
+    if not test.clear:
+        return [Pictures("pictures", Folder(hazy, root), truth=False, remarks=remarks)]
+    pairs, told = pairing.pairs(test.hazy, test.clear)
+    items = Paired(pairs, root)
+    return [Pictures("pictures", items, truth=True, remarks=[*dict.fromkeys(remarks), *told, *doubts(items)])]
 
 
 def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -> int:
     """Every method on every set, beneath the hazy input; the report; the exit status."""
     facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)
+    images.mark_results(run.output, RESULTS)
     for pictures in sets:
         measured = run.measures(pictures)
         for remark in pictures.remarks:

@@ -22,7 +22,7 @@ import models
 import test
 import train
 from benchmarks import ablation_table
-from data import images, locate
+from data import locate, pairing
 from utils import comparison, config, cost, errors
 from utils.checkpoint import write_text
 from utils.errors import UserError, nearest
@@ -115,7 +115,7 @@ def check(cases: Sequence[Case]) -> None:
         if not any(each.pictures().truth for each in found):
             raise UserError("none of test.benchmarks has ground truth, and the table is of PSNR and SSIM; name another")
     elif asked.hazy and asked.clear:
-        images.pair(asked.hazy, asked.clear)
+        pairing.pairs(asked.hazy, asked.clear)
     else:
         raise UserError("nothing to score the cases on; set test.benchmarks, or test.hazy and test.clear")
     for case in cases:

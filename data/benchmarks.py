@@ -15,8 +15,11 @@ from typing import Literal
 
 from data.pictures import SOTS_BORDER
 
-HAZY = ("hazy", "haze", "hazy-images", "input", "inputs")
-TRUTH = ("gt", "gts", "clear", "clean", "ground-truth", "target", "non-hazy", "haze-free", "original", "clear-images")
+HAZY = ("hazy", "haze", "hazy-images", "haze-images", "hazy-image", "foggy", "input", "inputs", "in", "lq")
+TRUTH = (
+    *("gt", "gts", "clear", "clean", "ground-truth", "target", "targets", "non-hazy", "haze-free", "original"),
+    *("clear-images", "clear-image", "clean-images", "gt-images", "gt-image", "ground-truths", "hq", "reference"),
+)
 
 SCENE, SAME, GT = "1400_1 -> 1400", "0586 -> 0586", "01_hazy -> 01_GT"
 ORDER = "the first to the first"  # where no two files have the same name
@@ -56,6 +59,7 @@ class Benchmark:
     ``each`` hazy pictures have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
     is one itself; ``border`` is how many pixels a ground truth may be larger on every side; ``airlight`` and
     ``guided_filter`` are the test settings of the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number.
+    ``aliases`` are its other names. ``shared`` are layouts that other sets have too: there the numbers decide.
     A repackaged set may repeat the ground truth under the name of every hazy picture.
     """
 
@@ -65,6 +69,8 @@ class Benchmark:
     rule: str
     paper: Paper
     layouts: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     truth: Literal["aligned", "unaligned", "none"] = "aligned"
     numbers: str = ""
     each: int = 1
@@ -93,14 +99,16 @@ class Benchmark:
 
     def places(self, split: str = "all") -> tuple[str, ...]:
         """All layouts, the best first: as shipped and repackaged, then the plain ones under the set's own name."""
-        name = self.name.partition(":")[0]
-        training = (f"{name}/train/{{hazy,gt}}", f"{name}-train/{{hazy,gt}}") if self.to_train_on(split) else ()
+        names = (self.name.partition(":")[0], *self.aliases)
+        inside = ("/train/{hazy,gt}", "-train/{hazy,gt}", "/{trainA,trainB}", "/{hazy/train,gt/train}")
+        training = [name + folder for name in names for folder in inside if self.to_train_on(split)]
         if self.train == WHOLE:
             return tuple(dict.fromkeys((*self.layouts, *training)))
-        folders = ("/hazy", "") if self.truth == "none" else ("/{hazy,gt}", "/test/{hazy,gt}")
+        folders = ("/hazy", "", "/images") if self.truth == "none" else ("/{hazy,gt}", "/test/{hazy,gt}")
         folders += ("",) if self.rule == GT else ()
-        plain = (start + folder for start in (name, f"{name}*") for folder in folders)
-        return tuple(dict.fromkeys((*training, *self.layouts, *plain)))
+        folders += ("/{testA,testB}", "/{hazy/test,gt/test}") if self.truth != "none" else ()
+        plain = (start + folder for name in names for start in (name, f"{name}*") for folder in folders)
+        return tuple(dict.fromkeys((*training, *self.layouts, *plain, *self.shared)))
 
 
 # fmt: off
@@ -150,17 +158,25 @@ DESNOWNET = Paper(
     "IEEE Transactions on Image Processing", 2018)
 DUAL_PIXEL = Paper("Abuolaim and Brown", "Defocus Deblurring Using Dual-Pixel Data", "ECCV", 2020)
 
+# Where SOTS is not told to be indoor or outdoor; PromptIR and those after it call it test/dehaze.
+SOTS_EITHER = ("test/dehaze/{hazy,gt}", "SOTS/{hazy,gt}", "SOTS/test/{hazy,gt}")
+
 TABLE = (
     Benchmark(
         "SOTS-indoor", 500, 50, SCENE, RESIDE,
         ("SOTS/indoor/{hazy,gt}", "SOTS/indoor/nyuhaze500/{hazy,gt}", "SOTS/nyuhaze500/{hazy,gt}",
-         "RESIDE-IN/test/{hazy,gt}", "reside-indoor/test/{hazy,gt}"),
-        numbers="1400-1449", each=10, border=SOTS_BORDER, airlight="max", guided_filter=False,
+         "RESIDE-IN/test/{hazy,gt}", "reside-indoor/test/{hazy,gt}", "SOTS/indoor/indoor/{hazy,gt}",
+         "RESIDE/test/indoor/{hazy,gt}", "RESIDE/indoor/test/{hazy,gt}", "SOTS/test/indoor/{hazy,gt}",
+         "ITS/test/{hazy,gt}"),
+        shared=SOTS_EITHER, numbers="1400-1449", each=10, border=SOTS_BORDER, airlight="max", guided_filter=False,
         note="Official ground truth is 640x480 against 620x460: 10 pixels are cut off every side, nothing is resized.",
     ),
     Benchmark(
         "SOTS-outdoor", 500, 492, SCENE, RESIDE,
-        ("SOTS/outdoor/{hazy,gt}", "RESIDE-OUT/test/{hazy,gt}", "reside-outdoor/test/{hazy,gt}"),
+        ("SOTS/outdoor/{hazy,gt}", "RESIDE-OUT/test/{hazy,gt}", "reside-outdoor/test/{hazy,gt}",
+         "SOTS/outdoor/outdoor/{hazy,gt}", "RESIDE/test/outdoor/{hazy,gt}", "RESIDE/outdoor/test/{hazy,gt}",
+         "SOTS/test/outdoor/{hazy,gt}", "OTS/test/{hazy,gt}"),
+        shared=SOTS_EITHER,
         note="The mean is over the hazy pictures. They are JPEG: versions of the decoder move the figures. Some "
         "collections of OTS hold scenes of this set: do not train on those.",
     ),
@@ -173,32 +189,36 @@ TABLE = (
     ),
     Benchmark("HSTS-real", 10, 0, SAME, RESIDE, ("HSTS/real-world", "HSTS/real", "HSTS/real/hazy"), truth="none"),
     Benchmark(
-        "I-HAZE", 30, 30, GT, I_HAZE, ("I-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-25 31-35",
+        "I-HAZE", 30, 30, GT, I_HAZE, ("I-HAZY NTIRE 2018/{hazy,gt}",), ("I-HAZY",), numbers="01-25 31-35",
         train="01-25", test="31-35",
         note="There are no 26-30. Unpaired methods average all 30 pictures, others 31-35.",
     ),
     Benchmark(
-        "O-HAZE", 45, 45, GT, O_HAZE, ("O-HAZY NTIRE 2018/{hazy,gt}",), numbers="01-45", train="01-40", test="41-45",
+        "O-HAZE", 45, 45, GT, O_HAZE, ("O-HAZY NTIRE 2018/{hazy,gt}",), ("O-HAZY",), numbers="01-45",
+        train="01-40", test="41-45",
         note="Up to 5436x3612. Unpaired methods average all 45 pictures, supervised ones 41-45.",
     ),
     Benchmark(
-        "NH-HAZE", 55, 55, GT, NH_HAZE, ("NH-HAZE", "NH-HAZE-2020/{hazy,gt}", "NH-HAZE-2020"),
+        "NH-HAZE", 55, 55, GT, NH_HAZE, ("NH-HAZE",), ("NH-HAZE-2020", "NH-HAZE-20"),
         numbers="01-55", train="01-50", test="51-55",
         note="Comes flat: 01_hazy.png beside 01_GT.png. Supervised methods use 51-55.",
     ),
     Benchmark(
-        "Dense-HAZE", 55, 55, GT, DENSE_HAZE, ("Dense_Haze_NTIRE19/{hazy,gt}",),
+        "Dense-HAZE", 55, 55, GT, DENSE_HAZE, ("Dense_Haze_NTIRE19/{hazy,gt}",), ("Dense-HAZE-2019", "Dense-HAZE-19"),
         numbers="01-55", train="01-50", test="51-55",
     ),
     Benchmark(
         "NH-HAZE2", 25, 25, GT, NTIRE_2021,
-        ("NTIRE2021_Train_{Hazy,GT}", "NH-HAZE-2021/{hazy,gt}", "NH-HAZE-2021"),
+        ("NTIRE2021_Train_{Hazy,GT}",), ("NH-HAZE-2021", "NH-HAZE-21"),
         numbers="01-25", train="01-20", test="21-25",
         note="The public training part of the challenge; ground truth bears the name of the hazy picture.",
     ),
     Benchmark("Haze4K", 1000, 1000, SCENE, HAZE_4K, ("Haze4K/test/{haze,gt}",), numbers="1-1000", test=WHOLE),
     Benchmark("RTTS", 4322, 0, SAME, RESIDE, ("RTTS/JPEGImages",), truth="none"),
-    Benchmark("URHI", 4807, 0, SAME, RESIDE, ("URHI", "URHI/*"), truth="none"),
+    Benchmark(
+        "URHI", 4807, 0, SAME, RESIDE,
+        ("URHI", "URHI/*", "UnannotatedHazyImages", "UnannotatedRealHazyImages"), truth="none",
+    ),
     Benchmark("Fattal", 31, 0, SAME, COLOR_LINES, truth="none", note="Only the hazy inputs may be in the folder."),
     Benchmark(
         "PhoneHazy", 415, 415, SAME, NON_ALIGNED, truth="unaligned",
@@ -207,14 +227,15 @@ TABLE = (
     Benchmark(
         "ITS", 13_990, 1_399, SCENE, RESIDE,
         ("ITS/{hazy,gt}", "ITS/train/{ITS_haze,ITS_clear}", "ITS/{ITS_haze,ITS_clear}", "RESIDE-IN/train/{hazy,gt}",
-         "reside-indoor/train/{hazy,gt}"),
+         "reside-indoor/train/{hazy,gt}", "RESIDE/train/indoor/{hazy,gt}", "RESIDE/indoor/train/{hazy,gt}"),
         numbers="1-1399", each=10, train=WHOLE, border=SOTS_BORDER,
         note="Some copies have ground truth of 640x480 against 620x460: 10 pixels are cut off every side.",
     ),
     Benchmark(
         "OTS", 72_135, 2_061, SCENE, RESIDE,
         ("OTS/{hazy,gt}", "OTS_ALPHA/{haze/OTS,clear/clear_images}", "OTS_ALPHA/{haze,clear}", "OTS/{,clear}",
-         "RESIDE-OUT/train/{hazy,gt}", "reside-outdoor/train/{hazy,gt}"),
+         "RESIDE-OUT/train/{hazy,gt}", "reside-outdoor/train/{hazy,gt}", "RESIDE/train/outdoor/{hazy,gt}",
+         "RESIDE/outdoor/train/{hazy,gt}", "train/dehaze/{synthetic,original}", "train/dehaze/{hazy,gt}"),
         train=WHOLE,
         note="Hazy pictures may lie in folders part1 to part4. Repackagings may hold more pictures than RESIDE.",
     ),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import haze, images, locate
+from data import haze, images, locate, pairing
 from data.cache import Cache
 from data.pictures import SOTS_BORDER, Paired, read_pair
 from data.pixels import Pixels, Stack
@@ -120,8 +120,9 @@ class Synthetic(Stream):
     """A stream of clear pictures made hazy on the fly: the items of ``add_haze``, with ``skipped``.
 
     ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` gets the crop and is as `haze.random_haze` or `haze.degrade`.
-    Depth maps are matched to the pictures by stem; without ``depth_paths`` it makes them up. Raises `UserError` at
-    once if a picture has no depth map; a map of another size than its picture is skipped like an unreadable one.
+    Depth maps are matched to the pictures by name, see `pairing`; without ``depth_paths`` it makes them up. Raises
+    `UserError` at once if a picture has no depth map; a map of another size than its picture is skipped like an
+    unreadable one.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Synthetic(Stream):
         name: str,
         cache: Cache | None = None,
     ):
-        self.depth = None if depth_paths is None else images.match_depth(clear_paths, depth_paths)
+        self.depth = None if depth_paths is None else pairing.match_depth(clear_paths, depth_paths)
         self.add_haze = add_haze
         super().__init__(clear_paths, transform, seed, name, cache)
 
@@ -153,18 +154,6 @@ class Pairs(Stream):
 
     A pair that cannot be read, or whose sizes do not agree by the rule of `Paired`, is skipped.
     """
-
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Path, Path]],
-        transform: Transform,
-        seed: int,
-        name: str,
-        remarks: Sequence[str] = (),
-        cache: Cache | None = None,
-    ):
-        super().__init__(pairs, transform, seed, name, cache)
-        self.remarks = list(remarks)
 
     def _announce(self) -> None:
         self.cache.add(path for pair in self.paths for path in pair)
@@ -226,30 +215,38 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
     cut = partial(crop, shape=data.crop_shape, rule=data.crop, flip=data.flip, view=data.view)
     add_haze = partial(haze.random_haze, law=settings.haze)
 
+    remarks: list[str] = []
+
+    def find(source: str, extensions: frozenset[str] = images.EXTENSIONS) -> list[Path]:
+        remarks.extend(images.passed_over(source, extensions))
+        return images.find(source, extensions)
+
     def stream(source: str, name: str) -> Stream:
-        return Stream(images.find(source), cut, settings.seed, name, cache)
+        return Stream(find(source), cut, settings.seed, name, cache)
 
     def synthetic(name: str, add_haze: Callable) -> Synthetic:
-        clear, depth = _clear_and_depth(settings, name)
+        clear, depth = _clear_and_depth(settings, name, find)
         return Synthetic(clear, depth, cut, add_haze, settings.seed, name, cache)
 
     match kind:
         case "paired":
             pairs, remarks = _pairs(settings, "")
-            return Pairs(pairs, cut, settings.seed, stage, remarks, cache)
+            made = Pairs(pairs, cut, settings.seed, stage, cache)
         case "synthetic":
             made = synthetic(stage, add_haze)
-            if stage != "warm_start" or warm.outdoor is None or not warm.outdoor_share:
-                return made
-            far = partial(add_haze, made_up="outdoor")
-            outdoor = Synthetic(images.find(warm.outdoor), None, cut, far, settings.seed, "outdoor", cache)
-            return Mixed(made, outdoor, warm.outdoor_share)
+            if stage == "warm_start" and warm.outdoor is not None and warm.outdoor_share:
+                far = partial(add_haze, made_up="outdoor")
+                outdoor = Synthetic(find(warm.outdoor), None, cut, far, settings.seed, "outdoor", cache)
+                made = Mixed(made, outdoor, warm.outdoor_share)
         case "degraded":
-            return synthetic(stage, partial(haze.degrade, settings=settings.degradations))
+            made = synthetic(stage, partial(haze.degrade, settings=settings.degradations))
         case "unpaired":
             clear = stream(_required(data.clear, "data.clear"), "clear")
-            return Unpaired(synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy"), clear)
-    raise ValueError(f"no such kind of training pictures: {kind}")
+            made = Unpaired(synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy"), clear)
+        case _:
+            raise ValueError(f"no such kind of training pictures: {kind}")
+    made.remarks = list(dict.fromkeys(remarks))
+    return made
 
 
 def validation(settings: Settings) -> Paired | None:
@@ -268,14 +265,14 @@ def _required(source: str | None, key: str) -> str:
     return source
 
 
-def _clear_and_depth(settings: Settings, stage: str) -> tuple[list[Path], list[Path] | None]:
+def _clear_and_depth(settings: Settings, stage: str, find: Callable) -> tuple[list[Path], list[Path] | None]:
     """The clear pictures of a stage, and the depth maps if there are any."""
     data, warm = settings.data, settings.warm_start
     if stage == "warm_start":
         clear, depth = _required(warm.clear or data.clear, "warm_start.clear"), warm.depth
     else:
         clear, depth = _required(data.clear, "data.clear"), data.depth
-    return images.find(clear), None if depth is None else images.find(depth, images.DEPTH_EXTENSIONS)
+    return find(clear), None if depth is None else find(depth, images.DEPTH_EXTENSIONS)
 
 
 def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], list[str]]:
@@ -289,7 +286,9 @@ def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], li
         return locate.pairs(names, data.root)
     if hazy is None and clear is None:
         raise UserError(f"no pairs: set data.{prefix}pairs to sets by name, as data.{prefix}pairs=[ITS], or {pools}")
-    return images.pair(_required(hazy, f"data.{prefix}hazy"), _required(clear, f"data.{prefix}clear")), []
+    hazy, clear = _required(hazy, f"data.{prefix}hazy"), _required(clear, f"data.{prefix}clear")
+    found, remarks = pairing.pairs(hazy, clear)
+    return found, [*images.passed_over(hazy), *images.passed_over(clear), *remarks]
 
 
 def _named(path: Path, transform: Transform, image: Pixels | Stack, rng: np.random.Generator) -> Tensor:

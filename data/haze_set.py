@@ -8,6 +8,8 @@ The first is in the manner of RESIDE's ITS, the second by the model of several d
 
 import argparse
 import multiprocessing
+import os
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -17,26 +19,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import haze, images
+from data import haze, images, pairing, pictures
 from utils import config
 from utils.errors import UserError
 
 
-def write_hazy(task: tuple[Path, Path | None], options: argparse.Namespace) -> None:
-    """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone."""
-    clear, depth = task
+def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace) -> None:
+    """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone.
+
+    The name is the path below the folder of clear pictures, without extension.
+    """
+    clear, depth, name = task
     pixels, depth_pixels = haze.read_with_depth(clear, depth)
     picture = pixels[:]
-    rng = np.random.default_rng([options.seed, zlib.crc32(clear.stem.encode())])
+    rng = np.random.default_rng([options.seed, zlib.crc32(name.encode())])
     distance = haze.smooth_depth(*picture.shape[1:], rng) if depth_pixels is None else depth_pixels[:]
     picture, distance = (_trim(tensor, options, clear) for tensor in (picture, distance))
     save = partial(images.write, compress_level=1)
-    save(options.output / "clear" / f"{clear.stem}.{options.format}", picture)
+    save(options.output / "clear" / f"{name}.{options.format}", picture)
     if depth is not None:
-        images.write_depth(options.output / "depth" / f"{clear.stem}.png", distance)
+        images.write_depth(options.output / "depth" / f"{name}.png", distance)
     for n in range(1, options.per_image + 1):
         hazy, told = _make(picture, distance, rng, options)
-        save(options.output / "hazy" / f"{clear.stem}_{n}{told}.{options.format}", hazy)
+        save(options.output / "hazy" / f"{name}_{n}{told}.{options.format}", hazy)
 
 
 def _make(clear: Tensor, depth: Tensor, rng: np.random.Generator, options: argparse.Namespace) -> tuple[Tensor, str]:
@@ -56,15 +61,30 @@ def _trim(tensor: Tensor, options: argparse.Namespace, path: Path) -> Tensor:
     return tensor.flip(2) if options.mirror else tensor
 
 
-def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None]]:
-    clear = images.find(options.clear)
-    for paths in images.by_stem(clear).values():
-        if len(paths) > 1:
-            raise UserError(f"{paths[0]} and {paths[1]} would be written to one name; rename one")
-    if options.depth is None:
-        return [(path, None) for path in clear]
-    depth = images.match_depth(clear, images.find(options.depth, images.DEPTH_EXTENSIONS))
-    return list(zip(clear, depth, strict=True))
+def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None, str]]:
+    clear, source = images.find(options.clear), images.resolve(options.clear)
+    names = [os.path.splitext(name)[0] for name in pictures.names(clear, source if source.is_dir() else None)]
+    taken: dict[str, Path] = {}
+    for path, name in zip(clear, names, strict=True):
+        if taken.setdefault(name.casefold(), path) != path:
+            raise UserError(f"{taken[name.casefold()]} and {path} would be written to one name; rename one")
+    depth: list[Path | None] = [None] * len(clear)
+    if options.depth is not None:
+        depth = pairing.match_depth(clear, images.find(options.depth, images.DEPTH_EXTENSIONS))
+    return list(zip(clear, depth, names, strict=True))
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Refuse an output that holds hazy pictures, or whose pictures the next run would read as clear ones or depth."""
+    if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
+        raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
+    for option in ("clear", "depth"):
+        source = getattr(options, option)
+        if source and options.output.resolve().is_relative_to(images.resolve(source).resolve()):
+            raise UserError(
+                f"{options.output}: lies in the folder of --{option}, where the next run would take for input what "
+                f"this one makes; give an --output outside of it"
+            )
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -74,7 +94,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--clear", required=True, help="clear pictures: a folder, a .flist or sample:train/clear")
     parser.add_argument(
-        "--depth", help="depth maps of the same stems (grey, float TIFF, .npy, .mat, .exr); else made up"
+        "--depth", help="depth maps of the same names (grey, float TIFF, .npy, .mat, .exr); else made up"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--per-image", type=int, default=1, help="hazy pictures of each clear one (1)")
@@ -110,9 +130,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command; ``arguments`` as on the command line."""
     options = _options(arguments)
-    if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
-        raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
     tasks, work = _tasks(options), partial(write_hazy, options=options)
+    _check_output(options)
+    for source, kinds in ((options.clear, images.EXTENSIONS), (options.depth, images.DEPTH_EXTENSIONS)):
+        for remark in images.passed_over(source, kinds) if source else ():
+            print(remark, file=sys.stderr)
     bar = partial(tqdm, total=len(tasks), unit="picture", disable=None)
     if options.workers == 0:
         for task in bar(tasks):

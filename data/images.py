@@ -1,4 +1,4 @@
-"""The one door through which pixels enter and leave, and the rules by which files are found and paired.
+"""The one door through which pixels enter and leave, and the rules by which files are found.
 
 Pictures are decoded by content, not by name, turned upright by their EXIF tag and handed out as RGB tensors
 (3,H,W), float32 in [0,1]. What cannot be read whole is refused with a `UserError`; nothing is guessed or filled in.
@@ -8,9 +8,10 @@ import contextlib
 import difflib
 import os
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,87 @@ from data.pixels import Pixels
 from utils.errors import UserError
 from utils.metrics import to_8bit
 
+HEIF = frozenset({".heic", ".heif", ".hif"})
+RAW = frozenset(
+    f".{kind}"
+    for kind in [
+        "3fr",
+        "arw",
+        "cr2",
+        "cr3",
+        "crw",
+        "dcr",
+        "dng",
+        "erf",
+        "iiq",
+        "kdc",
+        "mef",
+        "mos",
+        "mrw",
+        "nef",
+        "nrw",
+        "orf",
+        "pef",
+        "raf",
+        "raw",
+        "rw2",
+        "rwl",
+        "sr2",
+        "srf",
+        "srw",
+        "x3f",
+    ]
+)
+OTHER = frozenset(
+    f".{kind}"
+    for kind in [
+        "jxl",
+        "jxr",
+        "psd",
+        "psb",
+        "xcf",
+        "exr",
+        "hdr",
+        "svg",
+        "eps",
+        "ai",
+        "ico",
+        "pcx",
+        "dds",
+        "fits",
+        "sgi",
+        "mp4",
+        "mov",
+        "avi",
+        "mkv",
+        "m4v",
+        "webm",
+        "mpg",
+        "mts",
+    ]
+)
+
+
+def _read_heif() -> bool:
+    """Teach Pillow to read HEIC, if the package for it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
 EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff"}
     | {".webp", ".gif", ".ppm", ".pgm", ".pnm", ".jp2", ".tga", ".avif"}
+    | (HEIF if _read_heif() else set())
 )
 DEPTH_EXTENSIONS = EXTENSIONS | depth_files.EXTENSIONS
 MAX_PIXELS = 500_000_000
 JPEG_QUALITY = 95
 JPEG_EXIF = 65533  # bytes that a JPEG has room for
+RESULTS = ".dehazed"  # the file that names, in a folder of results, the sub-folders of pictures that were made
 
 
 def read(path: str | Path) -> Tensor:
@@ -122,55 +196,70 @@ def resolve(source: str | Path) -> Path:
 def find(source: str | Path, extensions: frozenset[str] = EXTENSIONS) -> list[Path]:
     """List the pictures of a folder (with its subfolders, 2 before 10), one picture file, or a .flist.
 
+    What an earlier run has made in the folder or below is left out, see `mark_results`; `passed_over` tells of it.
     A .flist names one file a line, in its own order; blank lines and lines starting with # are skipped; paths are
     relative to where the user stands or else to the .flist. Never empty: raises `UserError` instead.
     """
     path = resolve(source)
     if path.is_dir():
-        found = sorted(_walk(path, extensions), key=_natural)
+        found = sorted(_walk(path, extensions).pictures, key=_natural)
         if not found:
-            raise UserError(f"{path}: no pictures in this folder or below; wanted: {' '.join(sorted(extensions))}")
+            told = "".join(f"; {remark}" for remark in passed_over(path, extensions))
+            wanted = " ".join(sorted(extensions))
+            raise UserError(f"{path}: no pictures in this folder or below{told}; wanted: {wanted}")
         return found
     if path.suffix.lower() == ".flist":
         return _read_list(path)
     if path.suffix.lower() not in extensions:
+        if unread := describe_unread([path.name], extensions):
+            raise UserError(f"{path}: {unread}")
         raise UserError(f"{path}: neither a folder, a picture nor a .flist (a text file with one path a line)")
     return [path]
 
 
-def pair(hazy_source: str | Path, clear_source: str | Path) -> list[tuple[Path, Path]]:
-    """Pair every hazy picture with its ground truth: [(hazy, clear), ...] in the order of the hazy ones.
-
-    By stem, in any case: the same; ``_GT`` for ``_hazy`` (*-HAZE: 01_outdoor_hazy, 01_outdoor_GT); else what is left
-    when endings at ``_`` are dropped until a ground truth fits (RESIDE, Haze4K: 1400_1, 0005_0.8_0.04).
-    Raises `UserError` for a hazy picture with no ground truth, or with two.
-    """
-    hazy, clear = find(hazy_source), by_stem(find(clear_source))
-    pairs = [(path, _truth(path, clear)) for path in hazy]
-    alone = [path for path, truth in pairs if truth is None]
-    if alone:
-        raise UserError(
-            f"{alone[0]}: no ground truth in {clear_source} ({len(alone)} of {len(hazy)} pictures have none); "
-            f"add it, or name the pictures as RESIDE (1400_1 -> 1400) or O-HAZE (01_hazy -> 01_GT) do"
+def passed_over(source: str | Path, extensions: frozenset[str] = EXTENSIONS) -> list[str]:
+    """What `find` does not list though it could be thought to, a line each: unread kinds of files, earlier results."""
+    path = resolve(source)
+    if not path.is_dir():
+        return []
+    walked, remarks = _walk(path, extensions), []
+    if unread := describe_unread(walked.others, extensions):
+        remarks.append(f"{path}: passed over {unread}")
+    if walked.results:
+        more = f" and {len(walked.results) - 1} more such folders" if len(walked.results) > 1 else ""
+        remarks.append(
+            f"{walked.results[0]}{more}: results of an earlier run, passed over; to take them, name that folder itself"
         )
-    return pairs
+    return remarks
 
 
-def match_depth(clear: Sequence[Path], depth: Sequence[Path]) -> list[Path]:
-    """The depth map of every clear picture, by stem. Raises `UserError` where there is none, or there are two."""
-    stems = by_stem(depth)
-    for path in clear:
-        if path.stem.casefold() not in stems:
-            raise UserError(f"{path}: no depth map {path.stem}.* in {depth[0].parent}; add it, or leave depth out")
-    return [_only(path, stems[path.stem.casefold()], "depth maps") for path in clear]
+def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSIONS) -> str:
+    """Of files whose kind holds pictures but is not read: how many of which kind, and what to do. Empty if none are."""
+    kinds = Counter(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+    unread = {kind: number for kind, number in kinds.items() if kind in (HEIF | RAW | OTHER) - extensions}
+    if not unread:
+        return ""
+    counts = ", ".join(f"{number} {kind[1:].upper()}" for kind, number in sorted(unread.items()))
+    remedies = ["HEIC is read with pillow-heif (pip install pillow-heif)"] if HEIF & unread.keys() else []
+    remedies += ["convert them to PNG, TIFF or JPEG"] if unread.keys() - HEIF else []
+    return f"{counts}, of kinds that are not read; {', or '.join(remedies)}"
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group files by name without extension, case folded."""
-    stems = defaultdict(list)
-    for path in paths:
-        stems[path.stem.casefold()].append(path)
-    return dict(stems)
+def mark_results(folder: Path, parts: Sequence[str]) -> None:
+    """Note that ``parts``, sub-folders of ``folder``, hold what a run makes, so that no later one takes it as input."""
+    try:
+        (folder / RESULTS).write_text("".join(f"{part}\n" for part in parts), encoding="utf-8")
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{folder / RESULTS}: cannot be written ({why}); check rights and space") from error
+
+
+def results(folder: str | Path) -> list[str]:
+    """The sub-folders of ``folder`` that `mark_results` named."""
+    try:
+        return Path(folder, RESULTS).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def _decode(path: Path) -> Image.Image:
@@ -248,19 +337,30 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, **kept: bytes
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); check rights and space") from error
 
 
-def _walk(root: Path, extensions: frozenset[str]) -> Iterable[Path]:
+class _Walked(NamedTuple):
+    pictures: list[Path]
+    others: list[str]  # names of further files
+    results: list[Path]  # folders that were not entered
+
+
+def _walk(root: Path, extensions: frozenset[str]) -> _Walked:
     """Files below ``root`` by extension, links followed, each folder once; hidden names (macOS ._x.jpg) left out."""
-    seen = set()
+    seen, walked = set(), _Walked([], [], [])
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        made = results(folder) if RESULTS in names else []
+        walked.results.extend(Path(folder, name) for name in folders if name in made)
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in made]
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
-                yield Path(folder, name)
+            if os.path.splitext(name)[1].lower() not in extensions:
+                walked.others.append(name)
+            elif not name.startswith("."):
+                walked.pictures.append(Path(folder, name))
+    return walked
 
 
 def _natural(path: Path) -> tuple:
@@ -285,22 +385,3 @@ def _read_list(path: Path) -> list[Path]:
             f"paths are relative to where you stand or to the list"
         )
     return files
-
-
-def _truth(hazy: Path, clear: dict[str, list[Path]]) -> Path | None:
-    stem = hazy.stem.casefold()
-    parts = stem.split("_")
-    shorter = ["_".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-    for candidate in [stem, re.sub("_hazy$", "_gt", stem), *shorter]:
-        if candidate in clear:
-            truth = _only(hazy, clear[candidate], "ground truths")
-            if truth.resolve() == hazy.resolve():
-                raise UserError(f"{hazy}: hazy picture and ground truth are one file; name two different sources")
-            return truth
-    return None
-
-
-def _only(path: Path, choices: list[Path], what: str) -> Path:
-    if len(choices) > 1:
-        raise UserError(f"{path}: has two {what}, {choices[0]} and {choices[1]}; keep one")
-    return choices[0]

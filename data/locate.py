@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data import images
-from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, Benchmark, unroll
+from data import images, pairing
+from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
 from data.pictures import Folder, Paired, doubts
 from utils.errors import UserError, nearest
 from utils.evaluation import Pictures
@@ -114,6 +114,9 @@ def _look(wanted: Sequence[tuple[str, str]], top: Path) -> dict[tuple[str, str],
     training = {(name, split): benchmark.to_train_on(split) for (name, split), benchmark in sets.items()}
     folders = {kind: _folders(top, kind) for kind in set(training.values())}
     places = {key: _places(sets[key], folders[training[key]], sets[key].places(key[1])) for key in sets}
+    for (name, split), found in places.items():
+        if split == "all" and found and BENCHMARKS[name].train not in ("", WHOLE):
+            found[0] = _with_train(BENCHMARKS[name], found[0], top)
     if len(set(sets.values())) == 1 and not any(places.values()):
         places = {key: _unnamed(sets[key], top, training[key]) for key in sets}
     return places
@@ -151,6 +154,7 @@ class Place(NamedTuple):
     hazy: Path
     truths: list[Path]
     whole: bool  # has the ground truth that it should have
+    rest: tuple["Place", ...] = ()  # of a set that lies in two places, as train/ and test/
 
 
 def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str]) -> list[Place]:
@@ -165,9 +169,38 @@ def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str]) -
             elif benchmark.truth != "none":
                 truths = [folder]
             if _holds_pictures(folder, "_gt" if truths == [folder] else ""):
+                if layout in benchmark.shared and not _has_its_numbers(benchmark, folder):
+                    continue
                 whole = bool(truths) or benchmark.truth == "none"
                 places.setdefault(os.path.realpath(folder), Place(folder, truths, whole))
     return sorted(places.values(), key=lambda place: not place.whole)
+
+
+def _has_its_numbers(benchmark: Benchmark, folder: Path) -> bool:
+    """Can these be its pictures, by their numbers, and not those of a set that shares the layout?"""
+    numbers = {_number(path) for path in _pictures(folder)}
+    own = set(unroll(benchmark.numbers))
+    others = {n for other in BENCHMARKS.values() if other.shared == benchmark.shared for n in unroll(other.numbers)}
+    return numbers <= own if own else not numbers & others
+
+
+def _with_train(benchmark: Benchmark, place: Place, top: Path) -> Place:
+    """The place and, where it holds the test split alone, that of the training split beside it: then all is there."""
+    train, test = (set(unroll(part)) for part in (benchmark.train, benchmark.test))
+    have = {_number(path) for path in _hazy(place)}
+    if not place.whole or not (have == test or _is_renumbered(benchmark, place)):
+        return place
+    for other in _places(benchmark, _folders(top, True), benchmark.places("train")):
+        if other.whole and {_number(path) for path in _hazy(other)} == train:
+            return other._replace(rest=(place,))
+    return place
+
+
+def _is_renumbered(benchmark: Benchmark, place: Place) -> bool:
+    """Is it the test split in a folder of that name, its pictures numbered from 1?"""
+    parts = {part.casefold() for part in place.hazy.parts[-3:]}
+    numbers = sorted(_number(path) or 0 for path in _hazy(place))
+    return bool({"test", "testa"} & parts) and numbers == list(range(1, len(unroll(benchmark.test)) + 1))
 
 
 def _beside(hazy: Path, layout: str) -> list[Path]:
@@ -187,8 +220,9 @@ def _unnamed(benchmark: Benchmark, top: Path, training: bool) -> list[Place]:
         return []
     if training:
         below += [deep for folder in below if SKIPPED.fullmatch(folder.name) for deep in _subfolders(folder)]
+    own = "{trainA,trainB}" if training else "{testA,testB}"
     braces = {match[0]: None for match in map(BRACES.search, benchmark.layouts) if match and match[1]}
-    found = _places(benchmark, below, ["{hazy,gt}", *braces] if benchmark.truth != "none" else ["hazy"])
+    found = _places(benchmark, below, ["{hazy,gt}", own, *braces] if benchmark.truth != "none" else ["hazy"])
     if benchmark.truth == "none" or benchmark.rule == GT:
         found += _places(benchmark, [root], ["*"])
     wanted = unroll(benchmark.numbers)
@@ -209,12 +243,12 @@ def _regex(layout: str, side: int) -> re.Pattern:
 
 
 def _pattern(name: str) -> str:
-    """The regular expression for the name of one folder."""
+    """The regular expression for the name of one folder; parts of RESIDE may have its name before their own."""
     joints = "[-_ ]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=[0-9])"  # PhoneHazy is Phone-Hazy too
     text = re.sub(joints, "[-_ ]*", name.removesuffix("*"))
     if name.endswith("*"):
         text += f"(?:[-_ ]+{OTHER})?" if text else OTHER
-    return text
+    return f"(?:RESIDE[-_ ]*)?{text}" if re.match("SOTS|HSTS|ITS|OTS|RTTS|URHI", name) else text
 
 
 def _folders(root: Path, training: bool) -> list[Path]:
@@ -233,11 +267,12 @@ def _folders(root: Path, training: bool) -> list[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     """Sorted; hidden folders and links that lead back up are left out."""
     subfolders, pictures, real = [], 0, Path(os.path.realpath(folder))
+    made = images.results(folder)
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed holds no benchmark
         for entry in entries:
             if entry.is_dir():
                 back = entry.is_symlink() and real.is_relative_to(os.path.realpath(entry))
-                if not back and not entry.name.startswith("."):
+                if not back and not entry.name.startswith(".") and entry.name not in made:
                     subfolders.append(folder / entry.name)
             elif _is_picture(entry.name):
                 pictures += 1
@@ -266,8 +301,13 @@ def _parts(folder: Path) -> Iterator[Path]:
 
 def _missing(places: dict[str, list[Place]], root: Path) -> str:
     """One line about the sets that are not there: what was looked for, and where to get it."""
+    way_out = (
+        "or name the set's own folder as data root (--data-root, data.root), or its pictures themselves (--hazy and "
+        "--clear, data.hazy and data.clear)"
+    )
     if len(places) > 3:
-        return f"{', '.join(places)}: not under {root}; --list-benchmarks has their layouts and where to get them"
+        known = "--list-benchmarks has their layouts and where to get them"
+        return f"{', '.join(places)}: not under {root}; {known}, {way_out}"
     hints = []
     for name, half in places.items():
         looked = f"looked for {', '.join(BENCHMARKS[name].places()[:3])} and the like"
@@ -275,31 +315,51 @@ def _missing(places: dict[str, list[Place]], root: Path) -> str:
             looked = f"{half[0].hazy} has no folder of ground truths beside it ({', '.join(TRUTH[:4])} ...)"
         which = f"{name}: " if len(places) > 1 else ""
         hints.append(f"{which}{looked}; to get it: {BENCHMARKS[name].paper.where}")
-    return f"{', '.join(places)}: not under {root}; {'; '.join(hints)}"
+    return f"{', '.join(places)}: not under {root}; {'; '.join(hints)}; {way_out}"
 
 
 def _gather(benchmark: Benchmark, split: str, places: list[Place]) -> Found:
     """Pair and check the pictures of a split at the first of the places."""
     place = places[0]
-    hazy, truths = _pictures(place.hazy), _pictures(place.truths[0]) if place.truths else []
-    if place.truths == [place.hazy]:
-        truths = [path for path in hazy if path.stem.lower().endswith("_gt")]
-        hazy = [path for path in hazy if path not in truths]
-    numbers = benchmark.splits[split]
-    if numbers != benchmark.numbers:
+    parts = [place, *place.rest]
+    found = Found(benchmark, split, place.hazy, [pair for part in parts for pair in _members(benchmark, split, part)])
+    if benchmark.test not in ("", WHOLE) and _is_renumbered(benchmark, parts[-1]):
+        tests = len(unroll(benchmark.test))
+        found.remarks.append(
+            f"{len(found.pairs)} of {found.expected} hazy pictures; those in {parts[-1].hazy} are numbered 1-{tests}: "
+            f"taken for {benchmark.test}, the test split, by the name of the folder"
+        )
+    else:
+        found.remarks.extend(_remarks(found))
+    others = [*place.truths[1:], *(other.hazy for other in places[1:] if other.whole and other not in parts)]
+    found.remarks.extend(f"there is also {other}; not used" for other in others)
+    folders = dict.fromkeys(folder for part in parts for folder in (part.hazy, *part.truths[:1]))
+    unread = {folder: images.describe_unread(map(str, os.listdir(folder))) for folder in folders}
+    found.remarks.extend(f"{folder}: passed over {text}" for folder, text in unread.items() if text)
+    return found
+
+
+def _members(benchmark: Benchmark, split: str, place: Place) -> list[tuple[Path, Path | None]]:
+    """The pairs of a split at one place."""
+    hazy, numbers = _hazy(place), benchmark.splits[split]
+    if numbers != benchmark.numbers and not (split == "test" and _is_renumbered(benchmark, place)):
         hazy = [path for path in hazy if _number(path) in unroll(numbers)]
         if not hazy:
             raise UserError(f"{place.hazy}: none of {benchmark.name}:{split} ({numbers}); add them or name no split")
-    pairs = [(path, None) for path in hazy]
-    if benchmark.truth != "none":
-        pairs = _pair(benchmark, hazy, truths, place.truths[0])
-        step = math.ceil(len(pairs) / LOOKED_AT) if benchmark.to_train_on(split) else 1
-        _check_sizes(benchmark, pairs[::step])
-    found = Found(benchmark, split, place.hazy, pairs)
-    found.remarks.extend(_remarks(found))
-    others = [*place.truths[1:], *(other.hazy for other in places[1:] if other.whole)]
-    found.remarks.extend(f"there is also {other}; not used" for other in others)
-    return found
+    if benchmark.truth == "none":
+        return [(path, None) for path in hazy]
+    truths = _pictures(place.truths[0])
+    if place.truths == [place.hazy]:
+        truths = [path for path in truths if path.stem.lower().endswith("_gt")]
+    pairs = _pair(benchmark, hazy, truths, place.truths[0])
+    step = math.ceil(len(pairs) / LOOKED_AT) if benchmark.to_train_on(split) else 1
+    _check_sizes(benchmark, pairs[::step])
+    return pairs
+
+
+def _hazy(place: Place) -> list[Path]:
+    flat = place.truths == [place.hazy]
+    return [path for path in _pictures(place.hazy) if not (flat and path.stem.lower().endswith("_gt"))]
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -310,12 +370,12 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
     """Every hazy picture with its ground truth, by the set's rule; repackaged sets give both the same stem."""
-    stems, rule = images.by_stem(truths), RULES[benchmark.rule]
+    stems, rule = pairing.by_stem(truths), RULES[benchmark.rule]
     names = {path: path.stem.casefold() for path in hazy}
     if benchmark.rule == ORDER and not stems.keys() & names.values():
         return _in_order(benchmark, hazy, truths, folder)
     choices = {path: stems.get(name) or stems.get(rule(name), []) for path, name in names.items()}
-    double = [paths for paths in images.by_stem(hazy).values() if len(paths) > 1]
+    double = [paths for paths in pairing.by_stem(hazy).values() if len(paths) > 1]
     _refuse([f"{a} and {b} are hazy pictures of one name" for a, b, *_ in double], "keep one")
     lone = [f"{path}: no ground truth {rule(names[path])}.* in {folder}" for path in hazy if not choices[path]]
     _refuse(lone, f"add it; {benchmark.name} is paired as {benchmark.rule}, or by the same name")

@@ -15,7 +15,7 @@ SOTS_BORDER = 10  # pixels by which SOTS-indoor's official ground truth is large
 
 
 class Paired(Dataset):
-    """Whole pictures with their ground truth, to score on: {hazy, clear, name, path}; see `images.pair`.
+    """Whole pictures with their ground truth, to score on: {hazy, clear, name, path}; see `pairing.pairs`.
 
     A ground truth that is ``border`` pixels larger on every side is cut at the centre: SOTS-indoor as RESIDE ships
     it, 640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
@@ -30,7 +30,7 @@ class Paired(Dataset):
         remarks: Sequence[str] = (),
     ):
         self.pairs, self.border, self.remarks = list(pairs), border, list(remarks)
-        self.names = _names([hazy for hazy, _ in self.pairs], root)
+        self.names = names([hazy for hazy, _ in self.pairs], root)
 
     @property
     def files(self) -> list[Path]:
@@ -50,7 +50,7 @@ class Folder(Dataset):
 
     def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
         self.paths = list(paths)
-        self.names = _names(self.paths, root)
+        self.names = names(self.paths, root)
 
     @property
     def files(self) -> list[Path]:
@@ -94,7 +94,7 @@ def read_pair(hazy_path: Path, clear_path: Path, border: int, cache: Cache) -> t
     return hazy, clear
 
 
-def _names(paths: list[Path], root: str | Path | None = None) -> list[str]:
+def names(paths: list[Path], root: str | Path | None = None) -> list[str]:
     """Paths relative to ``root`` if all lie below it, else to the folder that they share."""
     whole = [Path(os.path.abspath(path)) for path in paths]
     root = None if root is None else Path(os.path.abspath(root))

@@ -141,7 +141,8 @@ def row(folder, method="dcp", benchmark="pictures"):
 
 
 def pictures(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if not path.name.startswith(".")}
 
 
 def test_scores_as_a_process(pairs, tmp_path):
@@ -321,11 +322,46 @@ def test_a_pair_of_different_sizes_is_skipped(run, pairs, tmp_path):
 
 
 def test_results_never_become_inputs(run, photos):
-    argv = ["--model", "dcp", "--hazy", photos, "--output", photos / "out"]
-    assert run(*argv).status == 0
-    done = run(*argv)
+    """Not those of the same output, nor of another; only where their own folder is named."""
+    argv = ["--model", "dcp", "--hazy", photos, "--output"]
+    for n, output in enumerate(("out", "out", "out2")):
+        done = run(*argv, photos / output)
+        assert (done.status, f"{len(FORMATS)} pictures done" in done.out) == (0, True)
+        assert ("results of an earlier run, passed over" in done.err) == (n > 0)
+    done = run("--model", "dcp", "--hazy", photos / "out" / "pictures", "--output", photos / "out")
     assert done.status == 2
     assert "another --output" in done.err
+
+
+def test_results_of_a_benchmark_are_not_taken_for_it(run, tmp_path):
+    """They lie in a folder of its name, and not as deep."""
+    images.write(tmp_path / "root/deep/down/RTTS/1.png", torch.rand(3, 12, 12))
+    argv = ["--model", "dcp", "--data-root", "root", "--benchmarks", "RTTS", "--output"]
+    for output in ("root/out", "root/out2"):
+        assert run(*argv, output).status == 0
+        found = row(tmp_path / output, benchmark="RTTS")
+        assert not any("also" in remark for remark in found["remarks"])
+        assert [each["name"] for each in found["per_image"]] == ["1.png"]
+    (tmp_path / "root/deep").rename(tmp_path / "gone")
+    assert "RTTS: not under" in run(*argv, "root/out3").err
+
+
+def test_what_is_passed_over_and_how_it_is_paired_is_said_and_reported(run, tmp_path):
+    for n in (1, 2):
+        images.write(tmp_path / f"h/{n}.png", torch.rand(3, 12, 12))
+        images.write(tmp_path / f"c/x{n}.png", torch.rand(3, 12, 12))
+        (tmp_path / f"h/{n}.CR2").touch()
+    for side, names in (("h", "12"), ("c", ["x1", "x2"])):
+        (tmp_path / f"{side}.flist").write_text("".join(f"{side}/{name}.png\n" for name in names))
+    done = run("--model", "dcp", "--hazy", "h.flist", "--clear", "c.flist", "--output", "out")
+    assert "line by line" in done.err
+    assert any("line by line" in remark for remark in row(tmp_path / "out")["remarks"])
+    done = run("--model", "dcp", "--hazy", "h", "--output", "out2")
+    assert (done.status, done.err.count("2 CR2")) == (0, 1)
+    for n in (1, 2):
+        images.write(tmp_path / f"c/{n}.png", torch.rand(3, 12, 12))
+    run("--model", "dcp", "--hazy", "h", "--clear", "c", "--output", "out3")
+    assert "2 CR2" in (tmp_path / "out3/results.md").read_text()
 
 
 def test_lists_models(run):

@@ -56,6 +56,25 @@ Snow100K-L: media/test/Snow100K-L/{synthetic,gt}
 Snow100K:train: snow100k/train/{synthetic,gt}; Snow100K-training/all/{synthetic,gt}
 DPDD: dd_dp_dataset_png/test_c/{source,target}; Restormer/test/DPDD/{inputC,target}; DPDD/test/{input,target}
 DPDD:train: dd_dp_dataset_canon/train_c/{source,target}; train/DPDD/{inputC,target}; dpdd/train/{input,target}
+SOTS-indoor: ITS/test/{hazy,clear}; SOTS/indoor/indoor/{hazy,gt}; RESIDE_SOTS/indoor/{hazy,gt}; SOTS/indoor/{IN,GT}
+SOTS-indoor: RESIDE/test/indoor/{hazy,gt}; RESIDE/indoor/test/{hazy,GT}; SOTS/{hazy,gt}; SOTS-indoor/{testA,testB}
+SOTS-indoor: SOTS/indoor/{hazy,gt_images}; RESIDE-SOTS-indoor/{LQ,GT}; test/dehaze/{input,target}; SOTS/indoor/{LQ,HQ}
+SOTS-outdoor: OTS/test/{hazy,clear}; test/dehaze/{input,target}; SOTS/outdoor/outdoor/{hazy,gt}; SOTS/{IN,GT}
+SOTS-outdoor: RESIDE/test/outdoor/{hazy,gt}; RESIDE_SOTS/outdoor/{hazy,clear}; SOTS/outdoor/{LQ,GT}
+HSTS-synthetic: RESIDE_HSTS/synthetic/{synthetic,original}; RESIDE-HSTS/{hazy,gt}
+HSTS-real: RESIDE_HSTS/real-world
+I-HAZE: I-HAZY/{hazy,GT}; I-HAZE/test/{IN,GT}; I-HAZE/{LQ,GT}
+O-HAZE: O-HAZY/{hazy,GT}; o-haze/O-HAZY/{hazy,GT}; O-HAZE/{testA,testB}; O-HAZE/{hazy,gt_images}
+O-HAZE: O-HAZE/{hazy/test,gt/test}
+NH-HAZE: NHHaze20; NHHaze20/{hazy,GT}; NH-HAZE/{LQ,GT}; NH-HAZE/test/{IN,GT}
+NH-HAZE2: NHHaze21/{hazy,GT}; NH-HAZE-21
+Dense-HAZE: DenseHaze19/{hazy,GT}
+Haze4K: Haze4K/test/{IN,GT}; Haze4K/{testA,testB}
+RTTS: RTTS/images; RESIDE_RTTS/JPEGImages
+URHI: UnannotatedHazyImages; RESIDE/UnannotatedHazyImages; URHI/images
+ITS: RESIDE/train/indoor/{hazy,gt}; RESIDE_ITS/{hazy,clear}; ITS/{trainA,trainB}
+OTS: Train/Dehaze/{synthetic,original}; RESIDE/train/outdoor/{hazy,gt}
+O-HAZE:train: O-HAZE/{trainA,trainB}
 O-HAZE:train: O-HAZE/train/{hazy,gt}; o_haze-train/{hazy,gt}; # O-HAZY NTIRE 2018/{hazy,GT}; O-HAZE/{hazy,gt}
 NH-HAZE:train: NH-HAZE; NH-HAZE/train/{hazy,gt}
 """
@@ -317,6 +336,45 @@ def test_a_wrong_number_of_ground_truths_is_told(tmp_path):
     assert find(["SOTS-outdoor"], tmp_path)[0].remarks == ["1 ground truths where the set has 492"]
 
 
+def test_a_set_in_two_splits_is_whole(tmp_path):
+    """O-HAZE as train/ and test/ with all 45 there; the test split may be numbered anew."""
+    for numbers, folder in ((range(1, 41), "train"), (range(41, 46), "test")):
+        for n in numbers:
+            save(tmp_path / f"O-HAZE/{folder}/hazy/{n:02}_outdoor_hazy.jpg")
+            save(tmp_path / f"O-HAZE/{folder}/gt/{n:02}_outdoor_GT.jpg")
+    (found,) = find(["O-HAZE"], tmp_path)
+    assert (len(found.pairs), found.remarks) == (45, [])
+    assert len(set(found.items().names)) == 45
+    assert [len(f.pairs) for f in find(["O-HAZE:train", "O-HAZE:test"], tmp_path)] == [40, 5]
+    for side, ending in (("hazy", "hazy"), ("gt", "GT")):
+        for n in range(41, 46):
+            path = tmp_path / f"O-HAZE/test/{side}/{n}_outdoor_{ending}.jpg"
+            path.rename(path.with_name(f"{n - 40:02}_outdoor_{ending}.jpg"))
+    for name, number in (("O-HAZE", 45), ("O-HAZE:test", 5)):
+        (found,) = find([name], tmp_path)
+        assert len(found.pairs) == number
+        (remark,) = found.remarks
+        assert remark.startswith(f"{number} of {number} hazy pictures; those in ")
+        assert "numbered 1-5: taken for 41-45" in remark
+    (tmp_path / "O-HAZE/train/hazy/07_outdoor_hazy.jpg").unlink()
+    assert len(find(["O-HAZE"], tmp_path)[0].pairs) == 5
+
+
+def test_a_layout_of_two_sets_is_decided_by_numbers(tmp_path):
+    lay("SOTS-outdoor", "SOTS/{hazy,gt}", tmp_path)
+    with pytest.raises(UserError, match="SOTS-indoor: not under"):
+        find(["SOTS-indoor"], tmp_path)
+    save(tmp_path / "SOTS/hazy/1400_1.png")
+    with pytest.raises(UserError, match="SOTS-outdoor: not under"):
+        find(["SOTS-outdoor"], tmp_path)
+
+
+def test_unread_kinds_of_files_are_told(tmp_path):
+    lay("RTTS", "RTTS", tmp_path)
+    (tmp_path / "RTTS/7.CR2").touch()
+    assert "passed over 1 CR2" in find(["RTTS"], tmp_path)[0].remarks[-1]
+
+
 @given(st.sets(st.integers(1, 60)))
 def test_runs_of_numbers(numbers):
     text = locate._runs(sorted(numbers), "01-60")
@@ -355,8 +413,8 @@ def test_groups_leave_out_what_is_absent(tmp_path):
         (["SOTS:test"], r"'SOTS:test': no such split; known: all"),
         (["RTTS"], r"RTTS: not under .*looked for RTTS/JPEGImages, RTTS/hazy, RTTS and .* https://sites\.google"),
         (["NH-HAZE2"], r"NH-HAZE2: not under .*NTIRE2021_Train_\{Hazy,GT\}.* search for \"NTIRE 2021 NonHom"),
-        (["RTTS", "URHI"], r"^RTTS, URHI: not under "),
-        (["all"], r"SOTS-indoor, .*, PhoneHazy: not under .*; --list-benchmarks has"),
+        (["RTTS", "URHI"], r"^RTTS, URHI: not under .* own folder as data root \(--data-root, .* \(--hazy and --clear"),
+        (["all"], r"SOTS-indoor, .*, PhoneHazy: not under .*; --list-benchmarks has .*--data-root"),
     ],
 )
 def test_refusals_of_names(tmp_path, names, message):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import cache, haze, images
+from data import cache, haze, images, pairing
 from data.cache import Cache
 from data.datasets import Pairs, Stream, Synthetic, Unpaired, crop
 from data.loading import loader
@@ -47,7 +47,7 @@ def streams(pool, cut, kept):
     made = Synthetic(clear, depth, cut, ADD_HAZE, 1, "hazy", kept)
     yield made
     yield Unpaired(Synthetic(clear, None, cut, ADD_HAZE, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
-    yield Pairs(images.pair(pool / "hazy", pool / "clear"), cut, 1, "train", cache=kept)
+    yield Pairs(pairing.pairs(pool / "hazy", pool / "clear")[0], cut, 1, "train", cache=kept)
     yield Unpaired(Stream(hazy, cut, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
 
 

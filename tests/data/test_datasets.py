@@ -301,3 +301,22 @@ def test_sources_are_refused_before_training(tmp_path):
         training(None, tmp_path, stage="warm_start", kind="synthetic")
     with pytest.raises(UserError, match=r"data\.clear is not set"):
         training(None, None)
+
+
+def test_depth_in_sub_folders_with_names_that_repeat(tmp_path):
+    for n, folder in enumerate(("C001", "C002")):
+        images.write(tmp_path / "clear" / folder / "00000.png", torch.rand(3, 20, 20 + n))
+        images.write(tmp_path / "depth" / folder / "00000.png", torch.rand(1, 20, 20 + n))
+    depth = training(None, tmp_path / "clear", tmp_path / "depth").hazy.depth
+    assert [path.parent.name for path in depth] == ["C001", "C002"]
+
+
+def test_what_is_passed_over_is_told(pool, scenes):
+    """Unread kinds of files, once a folder, and results of an earlier run."""
+    (pool[0].parent / "7.NEF").touch()
+    images.write(scenes / "clear" / "out" / "pictures" / "0.png", torch.rand(3, 30, 40))
+    images.mark_results(scenes / "clear" / "out", ["pictures"])
+    dataset = training(pool[0].parent, scenes / "clear")
+    assert ["earlier run" in dataset.remarks[0], "1 NEF" in dataset.remarks[1]] == [True, True]
+    assert dataset.epoch_length == 7
+    assert len(training(None, scenes / "clear", scenes / "depth").remarks) == 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import haze, haze_set, images
+from data import haze, haze_set, images, pairing
 from utils import config
 from utils.errors import UserError
 
@@ -431,7 +431,7 @@ def test_command_writes_the_haze_that_the_names_tell(scenes):
     for path in images.find(scenes / "out" / "depth"):
         whole = images.read_depth(scenes / "depth" / path.name).flip(2)[:, 3:-3, 3:-3]
         torch.testing.assert_close(images.read_depth(path), whole / whole.max(), atol=1e-4, rtol=0)
-    pairs = images.pair(scenes / "out" / "hazy", scenes / "out" / "clear")
+    pairs = pairing.pairs(scenes / "out" / "hazy", scenes / "out" / "clear")[0]
     assert len(pairs) == 6
     for hazy_path, clear_path in pairs:
         stem, _, grey = re.fullmatch(r"(\d)_([12])_(\d\.\d{5})", hazy_path.stem).groups()
@@ -459,7 +459,7 @@ def test_command_with_degradations(scenes):
     files = command(scenes, "out", *more)
     assert command(scenes, "again", *more, "jpeg.probability=0.5") == files  # as configs.yml has it
     assert command(scenes, "other", *more, "jpeg.probability=0") != files
-    pairs = images.pair(scenes / "out" / "hazy", scenes / "out" / "clear")
+    pairs = pairing.pairs(scenes / "out" / "hazy", scenes / "out" / "clear")[0]
     assert {hazy.stem for hazy, _ in pairs} == {f"{n}_{k}" for n in range(3) for k in (1, 2)}
     for hazy, clear in pairs:
         assert images.read(hazy).std() < images.read(clear).std()
@@ -486,6 +486,31 @@ def test_command_refusals(scenes, tmp_path):
     command(scenes, "z")
     with pytest.raises(UserError, match="already"):
         command(scenes, "z")
+
+
+def test_command_keeps_sub_folders(tmp_path, capsys):
+    """Names may repeat in them: C001/00000, C002/00000."""
+    for n, folder in enumerate(("C001", "C002")):
+        images.write(tmp_path / "rgb" / folder / "00000.png", torch.full((3, 20, 30), 0.2 + 0.4 * n))
+        images.write(tmp_path / "depth" / folder / "00000.png", torch.rand(1, 20, 30))
+    (tmp_path / "rgb" / "00001.CR2").touch()
+    files = command(tmp_path, "out", "--depth", str(tmp_path / "depth"))
+    assert "passed over 1 CR2" in capsys.readouterr().err
+    assert {str(name) for name in files if name.parts[0] != "hazy"} == {
+        f"{side}/{folder}/00000.png" for side in ("clear", "depth") for folder in ("C001", "C002")
+    }
+    assert images.read(tmp_path / "out/clear/C002/00000.png").mean() == pytest.approx(0.6, abs=0.01)
+    pairs, _ = pairing.pairs(tmp_path / "out/hazy", tmp_path / "out/clear")
+    assert [clear.parent.name for _, clear in pairs] == ["C001", "C001", "C002", "C002"]
+    assert pairs[0][0].stem.split("_")[2] != pairs[2][0].stem.split("_")[2]  # haze of its own in each folder
+    images.write(tmp_path / "rgb/C001/00000.jpg", torch.rand(3, 20, 30))
+    with pytest.raises(UserError, match=r"C001/00000\.jpg and .*C001/00000\.png would be written to one name"):
+        command(tmp_path, "again")
+
+
+def test_command_writes_nothing_among_its_inputs(scenes):
+    with pytest.raises(UserError, match=r"rgb/made: lies in the folder of --clear, .*; give an --output outside"):
+        command(scenes, "rgb/made")
 
 
 def test_command_line_fails_with_one_line(tmp_path):

@@ -447,41 +447,42 @@ def test_find_refusals(tmp_path):
         images.find("sample:test/hazi")
 
 
-@pytest.mark.parametrize(
-    ("hazy", "clear"),
-    [
-        ("1_1_0.90179.png", "1.png"),  # ITS
-        ("0005_0.8_0.04.jpg", "0005.jpg"),  # OTS
-        ("1400_1.png", "1400.png"),  # SOTS-indoor
-        ("0001_0.8_0.2.jpg", "0001.png"),  # SOTS-outdoor
-        ("0586.jpg", "0586.jpg"),  # HSTS
-        ("01_indoor_hazy.jpg", "01_indoor_GT.jpg"),  # I-HAZE
-        ("01_outdoor_hazy.JPG", "01_outdoor_GT.jpg"),  # O-HAZE
-        ("01_hazy.png", "01_GT.png"),  # NH-HAZE, Dense-HAZE
-        ("1_0.79_1.44.png", "1.png"),  # Haze4K
-        ("0006R0_f01020_1_0.9.png", "0006R0_f01020.png"),  # python -m data.haze on a stem with _
-    ],
-)
-def test_pairs_of_every_benchmark(tmp_path, hazy, clear):
-    touch(tmp_path, f"hazy/{hazy}", f"clear/{clear}", "clear/14.png", "clear/010.png")
-    assert images.pair(tmp_path / "hazy", tmp_path / "clear") == [
-        (tmp_path / "hazy" / hazy, tmp_path / "clear" / clear)
+def test_what_is_not_read_is_counted_by_kind(tmp_path):
+    touch(tmp_path, "a/1.HEIC", "a/b/2.heic", "a/3.CR2", "a/4.jpg", "a/notes.txt", "a/._5.heic", "a/.old/6.nef")
+    extensions = images.EXTENSIONS - images.HEIF
+    assert images.find(tmp_path / "a", extensions) == [tmp_path / "a/4.jpg"]
+    (remark,) = images.passed_over(tmp_path / "a", extensions)
+    assert remark.startswith(
+        f"{tmp_path / 'a'}: passed over 1 CR2, 2 HEIC, of kinds that are not read; HEIC is read with"
+    )
+    assert "convert them to PNG" in remark
+    assert images.passed_over(tmp_path / "a" / "4.jpg") == []
+    (tmp_path / "a/4.jpg").unlink()
+    with pytest.raises(UserError, match=r"no pictures in this folder or below; .*1 CR2, 2 HEIC, of .*; wanted: "):
+        images.find(tmp_path / "a", extensions)
+    with pytest.raises(UserError, match=r"3\.CR2: 1 CR2, of kinds that are not read; convert"):
+        images.find(tmp_path / "a/3.CR2")
+    assert images.passed_over(touch(tmp_path, "b/1.npy", "b/2.jxl")[0].parent, images.DEPTH_EXTENSIONS) == [
+        f"{tmp_path / 'b'}: passed over 1 JXL, of kinds that are not read; convert them to PNG, TIFF or JPEG"
     ]
 
 
-def test_pair_refusals(tmp_path):
-    touch(tmp_path, "hazy/1_1.png", "hazy/2_1.png", "clear/1.png")
-    with pytest.raises(UserError, match=r"2_1\.png: no ground truth in .*clear \(1 of 2"):
-        images.pair(tmp_path / "hazy", tmp_path / "clear")
-    touch(tmp_path, "clear/2.png", "clear/2.jpg")
-    with pytest.raises(UserError, match=r"2_1\.png: has two ground truths, .*2\.(png|jpg) and .*2\.(png|jpg)"):
-        images.pair(tmp_path / "hazy", tmp_path / "clear")
-    with pytest.raises(UserError, match="are one file"):
-        images.pair(tmp_path / "hazy", tmp_path / "hazy")
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    path = saved(tmp_path / "a.heic", Image.new("RGB", (32, 16), (200, 100, 50)))
+    assert images.find(tmp_path) == [path]
+    torch.testing.assert_close(images.read(path).mean((1, 2)), torch.tensor([200, 100, 50]) / 255, atol=0.02, rtol=0)
 
 
-def test_match_depth(tmp_path):
-    clear, depth = touch(tmp_path, "c/1.jpg", "c/2.jpg"), touch(tmp_path, "d/2.png", "d/1.npy")
-    assert images.match_depth(clear, depth) == [tmp_path / "d/1.npy", tmp_path / "d/2.png"]
-    with pytest.raises(UserError, match=r"2\.jpg: no depth map"):
-        images.match_depth(clear, depth[1:])
+def test_results_are_passed_over(tmp_path):
+    own = touch(tmp_path, "1.png", "out/2.png", "out/pictures of mine/3.png", "pictures/4.png")
+    touch(tmp_path, "out/pictures/1.png", "out/panels/1.png")
+    images.mark_results(tmp_path / "out", ["pictures", "panels"])
+    assert images.find(tmp_path) == own
+    (remark,) = images.passed_over(tmp_path)
+    assert "and 1 more such folders: results of an earlier run" in remark
+    assert images.find(tmp_path / "out/pictures") == [tmp_path / "out/pictures/1.png"]  # by its own name it is taken
+    for path in own:
+        path.unlink()
+    with pytest.raises(UserError, match=r"no pictures in this folder or below; .*results of an earlier run"):
+        images.find(tmp_path / "out")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data import images
+from data import images, pairing
 from data.loading import loader
 from data.pictures import Folder, Paired
 from utils.errors import UserError
@@ -13,7 +13,7 @@ def test_paired(tmp_path):
     truth = torch.rand(3, 50, 60).mul(255).round() / 255
     images.write(tmp_path / "hazy" / "1_1.png", truth[:, 10:-10, 10:-10])
     images.write(tmp_path / "clear" / "1.png", truth)
-    pairs = images.pair(tmp_path / "hazy", tmp_path / "clear")
+    pairs = pairing.pairs(tmp_path / "hazy", tmp_path / "clear")[0]
     item = Paired(pairs)[0]
     assert item["name"] == "1_1.png"
     assert torch.equal(item["hazy"], item["clear"])
@@ -32,7 +32,7 @@ def test_only_the_border_that_is_asked_for_is_cut(tmp_path, border):
     for cut in (2, 10):
         images.write(tmp_path / "deep" / f"{cut}.png", truth[:, cut:-cut, cut:-cut])
         images.write(tmp_path / "clear" / f"{cut}.png", truth)
-    pairs = images.pair(tmp_path / "deep", tmp_path / "clear")
+    pairs = pairing.pairs(tmp_path / "deep", tmp_path / "clear")[0]
     dataset = Paired(pairs, tmp_path, border)
     assert dataset.names == ["deep/2.png", "deep/10.png"]
     if border:

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from data import images, sample
+from data import images, pairing, sample
 from utils.errors import UserError
 
 
@@ -19,10 +19,10 @@ def contents(folder):
 def test_layout_and_pairs(folder):
     for part in sample.PARTS:
         assert images.find(folder / part)
-    assert len(images.pair(folder / "test/hazy", folder / "test/clear")) == 6
-    assert len(images.pair(folder / "train/hazy", folder / "train/clear")) == 12
+    assert len(pairing.pairs(folder / "test/hazy", folder / "test/clear")[0]) == 6
+    assert len(pairing.pairs(folder / "train/hazy", folder / "train/clear")[0]) == 12
     clear = images.find(folder / "train/clear")
-    for picture, depth in zip(clear, images.match_depth(clear, images.find(folder / "train/depth")), strict=True):
+    for picture, depth in zip(clear, pairing.match_depth(clear, images.find(folder / "train/depth")), strict=True):
         assert images.read(picture).shape[1:] == images.read_depth(depth).shape[1:]
 
 
