@@ -97,6 +97,7 @@ def plan(folder: Path, name: str, overrides: Sequence[str]) -> Case:
     """The case ``name``: what config.yml and ``overrides`` say, with its modules switched. Raises `UserError`."""
     types = models.settings_types()
     given = config.given(types, [folder / "config.yml"], overrides)
+    config.check_used(["nedr"], types, overrides)
     method, scoring = given.setdefault("nedr", {}), given.setdefault("test", {})
     own = [f"nedr.{key}" for key in MODULES if key in method]
     own += [f"test.{key}" for key in ("weights", "output") if scoring.get(key)]
@@ -115,7 +116,7 @@ def check(cases: Sequence[Case]) -> None:
         if not any(each.pictures().truth for each in found):
             raise UserError("none of test.benchmarks has ground truth, and the table is of PSNR and SSIM; name another")
     elif asked.hazy and asked.clear:
-        images.pair(asked.hazy, asked.clear)
+        images.pair(*(each[0] if len(each) == 1 else each for each in (asked.hazy, asked.clear)))
     else:
         raise UserError("nothing to score the cases on; set test.benchmarks, or test.hazy and test.clear")
     for case in cases:

@@ -72,8 +72,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m data.haze",
         description="Write a hazy set: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth, in the manner of RESIDE's ITS.",
     )
-    parser.add_argument("--clear", required=True, help="clear pictures: a folder, a .flist or sample:train/clear")
-    parser.add_argument("--depth", help="depth maps of the same stems (grey pictures or .npy); else made up")
+    paths = partial(parser.add_argument, nargs="+", metavar="PATH")
+    paths("--clear", required=True, help="clear pictures: folders, .flists, pictures or sample:train/clear")
+    paths("--depth", help="depth maps of the same stems (grey pictures or .npy); else made up")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--per-image", type=int, default=1, help="hazy pictures of each clear one (1)")
     parser.add_argument("--density", type=float, nargs=2, help="range of beta (0.6 1.8)")
