@@ -6,8 +6,9 @@ What an experiment's config.yml names (test.hazy, test.clear, test.benchmarks):
     python test.py --model nedr --checkpoints checkpoints/test_example
 Several trained methods side by side:
     python test.py --weights a/weights.safetensors b/weights.safetensors --benchmarks SOTS --output results
-A folder, a .flist or one picture, by the weights that ship with this project or by your own (--checkpoints, --weights):
+Folders, .flists or pictures, by the weights that ship with this project or by your own (--checkpoints, --weights):
     python test.py --hazy photos --output dehazed
+    python test.py --hazy photos/*.jpg --output dehazed
 A method without weights, on the embedded samples:
     python test.py --model dcp --hazy sample:test/hazy --clear sample:test/clear
 Finished runs side by side:
@@ -16,7 +17,8 @@ An interrupted run, given the same command again, goes on where it stopped.
 """
 
 import argparse
-import json
+import dataclasses
+import os
 import re
 import sys
 from functools import partial
@@ -29,11 +31,13 @@ from data import benchmarks, images, locate, pairing
 from data.pictures import Folder, Paired, doubts
 from models import testing
 from utils import comparison, config, device, errors, tables
+from utils.config import Override
 from utils.errors import UserError
 from utils.evaluation import Candidate, Evaluation, Pictures
 from utils.results import HAZY
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
+TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         return compare(args.compare, args.output)
     device.keep_memory()
     folder, files, overrides = layers(args)
-    settings = config.load((args.model or models.names())[0], models.settings_types(), files, overrides)
+    types = models.settings_types()
+    settings = config.load((args.model or models.names())[0], types, files, overrides, used=types)
+    check_read(args.settings)
     place = device.pick(settings.device)
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
     device.prepare(place, settings.precision)
@@ -69,8 +75,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--weights", help="files in place of DIR's, of any methods, to be scored side by side; official ones too")
     several("--benchmarks", help="sets by name; O-HAZE:test is a split, SOTS and HSTS are groups")
     parser.add_argument("--data-root", metavar="DIR", help="where the benchmarks are")
-    parser.add_argument("--hazy", metavar="PATH", help="folder, .flist, picture or sample:test/hazy, and then ...")
-    parser.add_argument("--clear", metavar="PATH", help="... the ground truth; without it pictures only, no figures")
+    paths = partial(parser.add_argument, nargs="+", metavar="PATH")
+    paths("--hazy", help="folders, .flists, pictures or sample:test/hazy, and then ...")
+    paths("--clear", help="... the ground truth; without it pictures only, no figures")
     several("--protocols", help="how PSNR and SSIM are taken: ours (default), d4, dehazeformer, ffa, ...")
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
     parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
@@ -79,26 +86,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of configs.yml")
     args = parser.parse_intermixed_args(argv)
-    # These take settings for values too.
-    for option in ("model", "weights", "benchmarks", "protocols", "metrics", "compare"):
+    # These take settings for values too, if no file has such a name.
+    for option in ("model", "weights", "benchmarks", "hazy", "clear", "protocols", "metrics", "compare"):
         values = getattr(args, option)
         if values:
-            args.settings += [value for value in values if re.match(r"[a-z_0-9.]+=", value)]
+            args.settings += [v for v in values if re.match(r"[a-z_0-9.]+=", v) and not os.path.exists(v)]
             setattr(args, option, [value for value in values if value not in args.settings])
+    for option in ("hazy", "clear"):
+        for value in (getattr(args, option) or [])[1:]:
+            if not value.startswith("sample:") and not os.path.exists(os.path.expanduser(value)):
+                raise UserError(f"--{option} {value}: neither a path that is there nor key=value; check it")
     return args
 
 
-def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[str]]:
+def check_read(given: list[str]) -> None:
+    """Refuse key=value of a section that test.py does not read: it would do nothing. Raises `UserError`."""
+    known = {field.name for field in dataclasses.fields(config.Test)}
+    for text in given:
+        key = text.partition("=")[0].strip()
+        part, _, rest = key.partition(".")
+        if part in TRAINING and key != "data.workers":
+            own = {"root": "data_root", "pairs": "benchmarks"}.get(rest, rest.removeprefix("validation_"))
+            remedy = f"write test.{own}" if own in known else "take it out"
+            raise UserError(f"'{text}': {part} is for training, and test.py does not use {key}; {remedy}")
+
+
+def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Override]]:
     """The experiment's folder, its settings file if it has one, and what the command line sets over it."""
     folder = images.resolve(args.checkpoints) if args.checkpoints else None
     if folder and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --checkpoints names an experiment's folder, --weights a file")
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
     names = ("weights", "benchmarks", "data_root", "hazy", "clear", "protocols", "metrics", "output")
-    given = {name: json.dumps(getattr(args, name), ensure_ascii=False) for name in names if getattr(args, name)}
+    given = [(f"test.{name}", getattr(args, name)) for name in names if getattr(args, name)]
     others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
-    quoted = [f"test.{name}={value}" for name, value in given.items()]
-    return folder, files, [*others, *args.settings, *quoted]  # what config.yml names beside is of other pictures
+    return folder, files, [*others, *args.settings, *given]  # what config.yml names beside is of other pictures
 
 
 def find(test: config.Test, output: Path) -> list[Pictures]:
@@ -111,18 +133,19 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
         raise UserError("nothing to dehaze; give --benchmarks NAME, or --hazy PATH, or set test.hazy in config.yml")
     if not test.clear and not test.pictures and not test.metrics:
         raise UserError("test.pictures=false and no ground truth leave nothing to do; give --clear PATH")
-    hazy = images.find(test.hazy)
+    named = images.find(test.hazy)
+    hazy = list(dict.fromkeys(named))
     results = [(output / part).resolve() for part in RESULTS]
     if any(path.resolve().is_relative_to(folder) for path in hazy for folder in results):
         raise UserError(f"{output} holds earlier results, which are among the hazy pictures; give another --output")
-    source = images.resolve(test.hazy)
-    root = source if source.is_dir() else None
-    remarks = [*images.passed_over(test.hazy), *(images.passed_over(test.clear) if test.clear else [])]
+    remarks = [f"{tables.pictures(len(named) - len(hazy))} named twice, taken once"] if len(hazy) < len(named) else []
+    remarks += dict.fromkeys([*images.passed_over(test.hazy), *images.passed_over(test.clear or [])])
+    root = images.folder_of(test.hazy)
     if not test.clear:
         return [Pictures("pictures", Folder(hazy, root), truth=False, remarks=remarks)]
     pairs, told = pairing.pairs(test.hazy, test.clear)
-    items = Paired(pairs, root)
-    return [Pictures("pictures", items, truth=True, remarks=[*dict.fromkeys(remarks), *told, *doubts(items)])]
+    items = Paired(list(dict.fromkeys(pairs)), root)
+    return [Pictures("pictures", items, truth=True, remarks=[*remarks, *told, *doubts(items)])]
 
 
 def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -> int:
@@ -138,6 +161,8 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
             run.row(pictures, Candidate(HAZY, lambda hazy: hazy))
         for each in tested:
             folder = each.name.replace(":", "-") if len(tested) > 1 else ""  # Windows takes no colon
+            if guess := each.guess(pictures):
+                run.say(f"warning: {pictures.name}: {guess}")
             run.row(pictures, each.candidate(run.settings, run.device, pictures, folder))
 
     def methods() -> dict[str, dict]:

@@ -97,6 +97,7 @@ def plan(folder: Path, name: str, overrides: Sequence[str]) -> Case:
     """The case ``name``: what config.yml and ``overrides`` say, with its modules switched. Raises `UserError`."""
     types = models.settings_types()
     given = config.given(types, [folder / "config.yml"], overrides)
+    config.check_used(["nedr"], types, overrides)
     method, scoring = given.setdefault("nedr", {}), given.setdefault("test", {})
     own = [f"nedr.{key}" for key in MODULES if key in method]
     own += [f"test.{key}" for key in ("weights", "output") if scoring.get(key)]

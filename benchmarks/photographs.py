@@ -8,6 +8,7 @@ after training. Peak memory is that of the whole process, PyTorch included. One 
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -80,9 +81,9 @@ def table(methods: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[
 
 def _load(named: str) -> Method:
     """The method as test.py would have it, which refuses what cannot be had or cannot change."""
-    source, _, settings = named.partition("@")
+    source, _, settings = (named, "", "") if os.path.exists(named) else named.partition("@")
     names = [source] if source in models.METHODS else []
-    test = config.section("test", [] if names else [f"weights=[{json.dumps(source)}]"])
+    test = config.section("test", [] if names else [("weights", [source])])
     [tested] = testing.prepare(names, None, test, (), [text for text in settings.split(",") if text])
     return tested.method
 

@@ -62,8 +62,8 @@ def _trim(tensor: Tensor, options: argparse.Namespace, path: Path) -> Tensor:
 
 
 def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None, str]]:
-    clear, source = images.find(options.clear), images.resolve(options.clear)
-    names = [os.path.splitext(name)[0] for name in pictures.names(clear, source if source.is_dir() else None)]
+    clear = images.find(options.clear)
+    names = [os.path.splitext(name)[0] for name in pictures.names(clear, images.folder_of(options.clear))]
     taken: dict[str, Path] = {}
     for path, name in zip(clear, names, strict=True):
         if taken.setdefault(name.casefold(), path) != path:
@@ -79,8 +79,8 @@ def _check_output(options: argparse.Namespace) -> None:
     if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
         raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
     for option in ("clear", "depth"):
-        source = getattr(options, option)
-        if source and options.output.resolve().is_relative_to(images.resolve(source).resolve()):
+        sources = [images.resolve(source).resolve() for source in getattr(options, option) or ()]
+        if any(options.output.resolve().is_relative_to(source) for source in sources):
             raise UserError(
                 f"{options.output}: lies in the folder of --{option}, where the next run would take for input what "
                 f"this one makes; give an --output outside of it"
@@ -92,10 +92,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m data.haze",
         description="Write a hazy set: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth, in the manner of RESIDE's ITS.",
     )
-    parser.add_argument("--clear", required=True, help="clear pictures: a folder, a .flist or sample:train/clear")
-    parser.add_argument(
-        "--depth", help="depth maps of the same names (grey, float TIFF, .npy, .mat, .exr); else made up"
-    )
+    paths = partial(parser.add_argument, nargs="+", metavar="PATH")
+    paths("--clear", required=True, help="clear pictures: folders, .flists, pictures or sample:train/clear")
+    paths("--depth", help="depth maps of the same names (grey, float TIFF, .npy, .mat, .exr); else made up")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--per-image", type=int, default=1, help="hazy pictures of each clear one (1)")
     parser.add_argument("--density", type=float, nargs=2, help="range of beta (0.6 1.8)")

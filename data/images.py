@@ -185,21 +185,28 @@ def resolve(source: str | Path) -> Path:
 
         return sample.part(name.removeprefix("sample:"))
     path = Path(name).expanduser()
-    if not path.exists():
-        beside = os.listdir(path.parent) if path.parent.is_dir() else []
+    if not os.path.exists(path):  # which, unlike path.exists(), takes any text
+        beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
         close = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "; check the path"
+        if any(sign in path.name for sign in "*?"):
+            hint = f"; patterns are not looked up here: name the folder {path.parent}, or a .flist"
         raise UserError(f"{path}: no such file or folder (relative paths start from {Path.cwd()}){hint}")
     return path
 
 
-def find(source: str | Path, extensions: frozenset[str] = EXTENSIONS) -> list[Path]:
-    """List the pictures of a folder (with its subfolders, 2 before 10), one picture file, or a .flist.
+def find(source: str | Path | Sequence[str | Path], extensions: frozenset[str] = EXTENSIONS) -> list[Path]:
+    """List the pictures of a folder (with its subfolders, 2 before 10), a picture file, a .flist, or several of these.
 
     What an earlier run has made in the folder or below is left out, see `mark_results`; `passed_over` tells of it.
-    A .flist names one file a line, in its own order; blank lines and lines starting with # are skipped; paths are
-    relative to where the user stands or else to the .flist. Never empty: raises `UserError` instead.
+    A .flist names one file a line, in its own order, as often as it says; blank lines are skipped, and so are those
+    that begin with # and are no file's name; paths are relative to where the user stands or else to the .flist. What
+    several sources name twice is listed once. Never empty: raises `UserError` instead.
     """
+    if not isinstance(source, str | Path):
+        if len(source) == 1:
+            return find(source[0], extensions)
+        return list(dict.fromkeys(path for each in source for path in find(each, extensions)))
     path = resolve(source)
     if path.is_dir():
         found = sorted(_walk(path, extensions).pictures, key=_natural)
@@ -217,8 +224,18 @@ def find(source: str | Path, extensions: frozenset[str] = EXTENSIONS) -> list[Pa
     return [path]
 
 
-def passed_over(source: str | Path, extensions: frozenset[str] = EXTENSIONS) -> list[str]:
+def folder_of(source: str | Path | Sequence[str | Path]) -> Path | None:
+    """The folder that ``source`` is, if it is one and one alone."""
+    if not isinstance(source, str | Path):
+        return folder_of(source[0]) if len(source) == 1 else None
+    path = resolve(source)
+    return path if path.is_dir() else None
+
+
+def passed_over(source: str | Path | Sequence[str | Path], extensions: frozenset[str] = EXTENSIONS) -> list[str]:
     """What `find` does not list though it could be thought to, a line each: unread kinds of files, earlier results."""
+    if not isinstance(source, str | Path):
+        return list(dict.fromkeys(remark for each in source for remark in passed_over(each, extensions)))
     path = resolve(source)
     if not path.is_dir():
         return []
@@ -268,17 +285,31 @@ def _decode(path: Path) -> Image.Image:
         what = "a folder, not a picture; name a file in it" if path.is_dir() else "no such picture; check the path"
         raise UserError(f"{path}: {what}")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; fetch it again or remove it")
+        raise UserError(f"{path}: the file is empty; put the whole one in its place, or remove it")
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn of large photographs from 89 million pixels on
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height}, more than {MAX_PIXELS:,} pixels")
+                raise Image.DecompressionBombError
             image.load()
             return _upright(image)
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly any kind
-        reason = "of no known picture format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{path}: cannot be read as a picture ({reason}); fetch it again or remove it") from error
+        why, remedy = _unread(error)
+        raise UserError(f"{path}: cannot be read as a picture ({why}); {remedy}") from error
+
+
+def _unread(error: Exception) -> tuple[str, str]:
+    """Why a picture could not be decoded, and what to do."""
+    told = " ".join(str(error).split())
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "of no known picture format, or damaged at its beginning", "convert it to PNG or JPEG, or remove it"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it has more than {MAX_PIXELS:,} pixels", "shrink it or cut it into parts"
+    if isinstance(error, MemoryError):
+        return "there is too little memory for it", "free some, or shrink it"
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror, "check its rights and the disk"
+    return f"{told or type(error).__name__}: damaged or cut short", "put a whole copy in its place, or remove it"
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -370,18 +401,46 @@ def _natural(path: Path) -> tuple:
 
 
 def _read_list(path: Path) -> list[Path]:
+    """The files that a .flist names, see `find`. Raises `UserError` that names the line."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({error}); write one path a line, UTF-8") from error
-    names = [Path(line).expanduser() for line in lines if line and not line.startswith("#")]
-    files = [name if name.exists() else path.parent / name for name in names]
-    absent = [str(name) for name, file in zip(names, files, strict=True) if not file.is_file()]
-    if not names:
+    named = [(number, line, _listed(line, path.parent)) for number, line in enumerate(lines, 1) if line.strip()]
+    named = [each for each in named if each[2] or not each[1].lstrip().startswith("#")]
+    if not named:
         raise UserError(f"{path}: names no files; write one path a line")
+    absent = [(number, line.strip()) for number, line, file in named if file is None]
     if absent:
+        number, line = absent[0]
         raise UserError(
-            f"{path}: {len(absent)} of its {len(names)} files are absent, the first {absent[0]}; "
-            f"paths are relative to where you stand or to the list"
+            f"{path}, line {number}: {len(absent)} of its {len(named)} files are absent, the first {line}; "
+            f"{_why_absent(line, path.parent)}"
         )
-    return files
+    return [file for _, _, file in named]
+
+
+def _listed(line: str, folder: Path) -> Path | None:
+    """The file that a line names, from where the user stands or from ``folder``: as it is, else as programs write it.
+
+    That is with spaces around it, in quotes, or with the backslashes of Windows.
+    """
+    bare = line.strip()
+    plain = bare[1:-1] if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
+    for name in dict.fromkeys((line, bare, plain, plain.replace("\\", "/"))):
+        for file in (os.path.expanduser(name), folder / name):
+            if os.path.isfile(file):
+                return Path(file)
+    return None
+
+
+def _why_absent(line: str, folder: Path) -> str:
+    """What may be wrong with a line that names no file, and what to do."""
+    if any(os.path.isdir(place) for place in (os.path.expanduser(line), folder / line)):
+        return "that is a folder, and a .flist names files; name the folder itself in place of the list"
+    columns = next((cut for cut in (line.split(sign) for sign in ("\t", ",", ";", None)) if len(cut) > 1), [line])
+    if len(columns) > 1 and _listed(columns[0], folder):
+        return (
+            f"{columns[0]} is there, and more follows it: a .flist has one path a line, so write a list of each column"
+        )
+    return "paths are relative to where you stand or to the list"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from data import images
 from utils.errors import UserError
 
+Sources = str | Path | Sequence[str | Path]  # what a user names: a folder, a .flist, a picture, or several of these
 Pair = tuple[Path, Path]
 Folder = tuple[str, ...]  # the parts of its path below the source, case folded
 
@@ -58,7 +59,7 @@ SPELLINGS = (  # of words that may be written as two
 SAME, WORD, LETTER, ENDING = range(4)  # the rules, the strictest first
 
 
-def pairs(hazy_source: str | Path, clear_source: str | Path) -> tuple[list[Pair], list[str]]:
+def pairs(hazy_source: Sources, clear_source: Sources) -> tuple[list[Pair], list[str]]:
     """Pair every hazy picture with its ground truth, in the order of the hazy ones; and what is to be said about it.
 
     By name, see above. Two files that are named singly are a pair; two lists of one length whose names do not pair are
@@ -74,9 +75,9 @@ def pairs(hazy_source: str | Path, clear_source: str | Path) -> tuple[list[Pair]
     try:
         found = _different(search.pairs())
     except UserError:
-        said = f"{clear_source}: paired with {hazy_source} line by line, since the names do not pair"
+        said = f"{clear.name}: paired with {hazy.name} line by line, since the names do not pair"
         return _different(search.check_lines(by_line)), [said]
-    return found, [] if found == by_line else [f"{clear_source}: paired with {hazy_source} by name, not line by line"]
+    return found, [] if found == by_line else [f"{clear.name}: paired with {hazy.name} by name, not line by line"]
 
 
 def match_depth(clear: Sequence[Path], depth: Sequence[Path]) -> list[Path]:
@@ -100,8 +101,12 @@ class Source:
     name: str = ""
 
     @classmethod
-    def of(cls, source: str | Path) -> "Source":
+    def of(cls, source: Sources) -> "Source":
         """What the user names."""
+        if not isinstance(source, str | Path):
+            if len(source) == 1:
+                return cls.of(source[0])
+            return cls(images.find(source), None, "list", ", ".join(map(str, source)))
         path, paths = images.resolve(source), images.find(source)
         if path.is_dir():
             return cls(paths, path, "folder", str(source))

@@ -1,7 +1,7 @@
 """Method: what train.py and test.py need from any published system, and nothing more."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -69,6 +69,9 @@ class Method(nn.Module):
     def preset(self, **released: Any) -> dict[str, Any]:
         """Of the settings with which the released code tests a benchmark, those that these weights want."""
         return {}
+
+    def guess(self, told: Collection[str]) -> str | None:
+        """What is guessed of these weights' test-time settings, and how to say it, where ``told`` does not name it."""
 
     def save_memory(self) -> None:
         """From now on compute inner maps again in the backward pass, where that is worth it (train.checkpointing)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 import models
 from models.method import Method
 from utils import config, cost, tiling
+from utils.config import Override
 from utils.device import autocast
 from utils.errors import UserError, nearest
 from utils.evaluation import Candidate, Pictures
@@ -48,6 +49,10 @@ class Tested(NamedTuple):
             folder=folder,
         )
 
+    def guess(self, pictures: Pictures) -> str | None:
+        """What of the method is guessed for this set, that neither the weights nor the set nor the user tell."""
+        return self.method.guess(pictures.preset.keys() | self.asked.keys())
+
     def facts(self) -> dict[str, Any]:
         """What the figures of the method depend on: its weights and settings."""
         return {
@@ -70,7 +75,7 @@ def prepare(
     folder: Path | None,
     test: config.Test,
     files: Sequence[Path],
-    overrides: Sequence[str],
+    overrides: Sequence[Override],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Tested]:
     """The methods ``named``, in that order: those without weights, and those that are loaded from ``test.weights``.
@@ -92,6 +97,7 @@ def prepare(
     for name in names:
         of_name = [each for each in loaded if models.name_of(each.method) == name]
         found += of_name if name in trained else [_build(name, files, overrides)]
+    config.check_used([models.name_of(each.method) for each in found], models.settings_types(), overrides)
     return _told_apart(found)
 
 
@@ -122,12 +128,13 @@ def _told_apart(found: list[Tested]) -> list[Tested]:
     return found
 
 
-def _build(name: str, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
-    settings = config.load(name, models.settings_types(), files, overrides)
+def _build(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> Tested:
+    types = models.settings_types()
+    settings = config.load(name, types, files, overrides, used=types)
     return Tested(name, models.build(settings).eval(), None, _asked(name, files, overrides))
 
 
-def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]) -> Tested:
+def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[Override]) -> Tested:
     method = models.load(path, ema=ema)
     name = models.name_of(method)
     given = config.given(models.settings_types(), overrides=overrides).get(name, {})
@@ -139,10 +146,11 @@ def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[str]
     return Tested(name, method, path, wanted)
 
 
-def _asked(name: str, files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> dict[str, Any]:
     """The test-time settings of ``name`` that ``files`` and ``overrides`` themselves give."""
     types = models.settings_types()
-    given, values = config.given(types, files, overrides).get(name, {}), config.load(name, types, files, overrides)
+    given = config.given(types, files, overrides).get(name, {})
+    values = config.load(name, types, files, overrides, used=types)
     return {key: getattr(values.method, key) for key in given if key in models.METHODS[name].test_time}
 
 

@@ -207,6 +207,34 @@ def test_one_picture_and_a_list(run, photos, tmp_path):
     assert pictures(tmp_path / "two" / "pictures") == {"grey.png", "deeper/twin.png"}
 
 
+def test_several_paths_as_the_shell_hands_them_over(run, photos, tmp_path):
+    (tmp_path / "some.flist").write_text("photos/grey.png\nphotos/thin.png\nphotos/grey.png\n")
+    argv = ["--hazy", photos / "turned.jpg", photos / "grey.png", "some.flist", photos / "deeper"]
+    done = run("--model", "dcp", *argv, "dcp.guided_filter=false", "--output", "out")
+    assert done.status == 0
+    wanted = {"turned.png", "grey.png", "thin.png", "deeper/twin.png.png", "deeper/twin.jpg.png"}
+    assert pictures(tmp_path / "out" / "pictures") == wanted
+    done = run("--model", "dcp", "--hazy", "some.flist", "--output", "list")
+    assert pictures(tmp_path / "list" / "pictures") == {"grey.png", "thin.png"}
+    assert "1 picture named twice, taken once" in done.err
+
+
+def test_several_pairs_as_the_shell_hands_them_over(run, pairs, tmp_path):
+    hazy, clear = (sorted((tmp_path / folder).iterdir()) for folder in ("hazy", "clear"))
+    assert run("--model", "dcp", "--hazy", *hazy, "--clear", *clear, "--output", "out").status == 0
+    assert [each["name"] for each in row(tmp_path / "out")["per_image"]] == ["1_1.png", "1_2.png", "2_1.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["# O-HAZY NTIRE 2018", "2018", "null", '"quoted"', "photos: winter", "seed=1", "\x7f"]
+)
+def test_paths_are_taken_as_typed(run, tmp_path, name):
+    images.write(tmp_path / name / "hazy" / "a.png", torch.rand(3, 12, 12))
+    images.write(tmp_path / name / "a.png", torch.rand(3, 12, 12))
+    assert run("--model", "dcp", "--hazy", name, f"{name}/a.png", "--output", f"{name}/out").status == 0
+    assert pictures(tmp_path / name / "out" / "pictures") == {"a.png", "hazy/a.png"}
+
+
 def test_a_network_takes_any_size(run, photos, experiment, tmp_path):
     (tmp_path / "some.flist").write_text("photos/one.bmp\nphotos/thin.png\nphotos/turned.jpg\n")
     done = run("--checkpoints", experiment, "--hazy", "some.flist", "--output", "out")
@@ -433,6 +461,18 @@ def test_ciede2000_beside_psnr_and_ssim(run, pairs, tmp_path):
     assert not (tmp_path / "results" / "pictures").exists()
 
 
+def test_a_guessed_airlight_is_said_with_the_remedy(run, pairs, benchmarks, official_file, experiment, seen, tmp_path):
+    """Official files do not tell it; a benchmark does, and weights that have learned it need nothing."""
+    said, argv = "nothing tells how nedr is to find the airlight", ["--weights", official_file, "test.panels=false"]
+    done = run(*argv, *pairs, "--output", "a")
+    assert done.err.count(said) == 1
+    remedy = ["nedr.airlight=dark_channel", "nedr.guided_filter=true"]
+    assert " ".join(remedy) in done.err
+    assert said not in run(*argv, *pairs, *remedy, "--output", "b").err
+    assert said not in run(*argv, "--benchmarks", "HSTS", *benchmarks, "--output", "c").err
+    assert said not in run("--checkpoints", experiment, *pairs, "--output", "d").err
+
+
 @pytest.mark.parametrize("airlight", ["max", "learned"])
 def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
     run, benchmarks, experiment, seen, tmp_path, airlight
@@ -529,7 +569,9 @@ def test_a_panel_that_fails_costs_no_figure_and_old_panels_go(run, pairs, tmp_pa
     monkeypatch.setattr(DCP, "dehaze", lambda self, hazy, *_: hazy)
     done = run(*argv)
     assert done.status == 0
-    assert "no panel: 1_1.png: 36x24 pixels are too many" in done.err
+    assert "no panel: 1_1.png: 36x24 pixels are too many for the memory of cpu; set test.tile=128" in done.err
+    for tile, remedy in {"0": "set test.tile=512", "400": "set test.tile=200", "128": "shrink it"}.items():
+        assert f"of cpu; {remedy}\n" in run(*argv, f"test.tile={tile}").err
     assert row(tmp_path / "out")["images"] == 3
 
 
@@ -642,6 +684,12 @@ MISTAKES = {  # name -> (arguments, what the one line must say)
     "nothing to compare": (["--compare", "empty"], "results.json"),
     "unknown setting": (["--model", "dcp", "--hazy", "photos", "dcp.guided_filtre=false"], "'guided_filter'?"),
     "a word too many": (["--model", "dcp", "--hazy", "photos", "fast"], "key=value"),
+    "a word before": (["fast", "--model", "dcp", "--hazy", "photos"], "key=value"),
+    "a pattern": (["--model", "dcp", "--hazy", "photos/*.jpg"], "name the folder photos"),
+    "another method": (["--model", "dcp", "--hazy", "photos", "d4.airlight=max"], "d4 is not in use here, dcp is"),
+    "of weights": (["--checkpoints", "{experiment}", "--hazy", "photos", "d4.airlight=max"], "write nedr.airlight"),
+    "data for training": (["--model", "dcp", "--hazy", "photos", "data.clear=clear"], "write test.clear"),
+    "a training": (["--model", "dcp", "--hazy", "photos", "train.batch=4"], "does not use train.batch; take it out"),
     "no such device": (["--model", "dcp", "--hazy", "photos", "device=cuda:99"], "device=cuda:99"),
     "fp16 on the CPU": (["--model", "dcp", "--hazy", "photos", "device=cpu", "precision=fp16"], "needs a GPU"),
     "nothing to do": (["--model", "dcp", "--hazy", "photos", "test.pictures=false"], "leave nothing to do"),

@@ -252,6 +252,7 @@ REFUSED = {
     "nothing to do": (["train.steps=0", "warm_start.steps=0"], "nothing to train"),
     "weights file": (["nedr.encoder_weights=nowhere.pth"], "no checkpoint nowhere.pth"),
     "unknown setting": (["train.step=3"], "did you mean 'steps'"),
+    "another method": (["--model", "d4", "nedr.learning_rate=1e-3"], r"d4 is; write d4\.learning_rate"),
 }
 
 

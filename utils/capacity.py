@@ -116,7 +116,7 @@ class Guard:
             needed = extrapolated(needs, self.stage.batch)
             what += f" (about {needed / 2**30:.1f} GiB are needed, {max(0.0, free) / 2**30:.1f} are free)"
         what += f"; the largest that does is {fitting}" if fitting else "; not even one picture does"
-        options = remedies(self.stage, self.settings, fitting)
+        options = remedies(self.stage, self.settings, fitting, _half(self.device))
         if not self.settings.train.checkpointing and _can_save(self.method):
             options.append("train.checkpointing=true")
         return UserError(f"{what}: set {_either(options)}; {self.ranks.saved}")
@@ -152,8 +152,11 @@ def largest(batch: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def remedies(stage: Stage, settings: Settings, fitting: int) -> list[str]:
-    """Settings with which it might fit; the first keeps, as nearly as possible, the number of pictures a step."""
+def remedies(stage: Stage, settings: Settings, fitting: int, half: str = "bf16") -> list[str]:
+    """Settings with which it might fit; the first keeps, as nearly as possible, the number of pictures a step.
+
+    ``half`` is the precision of 16 bit that the device has.
+    """
     if not fitting:
         found = [f"a data.crop_size below {settings.data.crop_size}"]
     elif stage.name != "train":
@@ -164,8 +167,13 @@ def remedies(stage: Stage, settings: Settings, fitting: int) -> list[str]:
         same = "as many pictures a step" if pictures == stage.per_step else f"{pictures} pictures a step"
         found = [f"train.batch={batch} train.accumulate={accumulate} ({same})"]
     if settings.precision == "float32":
-        found.append("precision=bf16")
+        found.append(f"precision={half}")
     return found
+
+
+def _half(device: torch.device) -> str:
+    """The precision of 16 bit that ``device`` takes: older GPUs refuse bf16, CPUs fp16."""
+    return "fp16" if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
 
 
 def divided(pictures: int, most: int) -> tuple[int, int]:

@@ -101,6 +101,7 @@ class Evaluation:
             on_score=lambda score: self.journal.add(key, score),
             on_error=self._skip,
             bar=f"{pictures.name}, {candidate.name}",
+            remedies=self._remedies,
         )
         scores = done | {score.name: score for score in outcome.scores}
         outcome.scores = [scores[name] for name in names if name in scores]
@@ -165,6 +166,18 @@ class Evaluation:
         return self._installed
 
     @functools.cached_property
+    def _remedies(self) -> scoring.Remedies:
+        """What would change something: smaller tiles than now, if there are any, and float32 where it is not."""
+        tile, precise = self.settings.test.tile, self.settings.precision == "float32"
+        smaller = tiling.SMALLEST  # auto may have gone down nearly as far already
+        if tile != "auto":
+            smaller = max(smaller, min(512, tile // 2)) if tile else 512
+        memory = [f"set test.tile={smaller}"] if tile != smaller else ["shrink it"]
+        memory += ["set device=cpu"] if self.device.type == "cuda" else []
+        numbers = "use other weights" if precise else "set precision=float32 or use other weights"
+        return scoring.Remedies(" or ".join(memory), numbers)
+
+    @functools.cached_property
     def _installed(self) -> dict[str, Callable]:
         """Those of `FREE` that are installed and whose weights are there; of the other installed ones it is said."""
         found = {}
@@ -199,7 +212,7 @@ class Evaluation:
         for place, score in panels.choose(scores, key, better).items():
             try:
                 item = pictures.items[pictures.items.names.index(score.name)]
-                with scoring.enough_memory(item, self.device):
+                with scoring.enough_memory(item, self.device, self._remedies):
                     found = candidate.estimate(item["hazy"][None].to(self.device))
             except UserError as error:  # the figures are there; a picture less is no reason to lose them
                 self.say(f"no panel: {error}")

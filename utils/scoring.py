@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ Measure = Callable[[dict, Tensor], dict[str, float]]  # an item and its dehazed 
 Save = Callable[[dict, Tensor], None]
 STAGES = ("reading", "dehazing", "measuring", "saving")
 LARGE = 8_000_000  # pixels: larger pictures are not held beside each other, memory matters more than time
+
+
+class Remedies(NamedTuple):
+    """What to do where memory does not suffice for a picture, and where what comes out are no numbers."""
+
+    memory: str = "take smaller pictures"
+    numbers: str = "use other weights"
+
+
+# Of training: its own settings for tests have no part in validation.
+VALIDATION = Remedies("take smaller validation pictures", "training has diverged: lower the learning rate")
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def score(
     def stop(error: UserError) -> None:
         raise error
 
-    return run(dehaze, items, measure, device=device, on_error=stop, bar=bar).scores
+    return run(dehaze, items, measure, device=device, on_error=stop, bar=bar, remedies=VALIDATION).scores
 
 
 def run(
@@ -83,13 +94,15 @@ def run(
     on_score: Callable[[Score], None] | None = None,
     on_error: Callable[[UserError], None] | None = None,
     bar: str | None = None,
+    remedies: Remedies = Remedies(),  # noqa: B008 (immutable)
 ) -> Outcome:
     """Dehaze ``items`` (those at ``indices``; by default all) on ``device``, measure each and save it.
 
     ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. One that
     cannot be read, dehazed or measured is handed to ``on_error`` and left out; what ``save`` raises ends the run, since
     it would be so for the next picture too. ``on_score`` hears of every picture as soon as all is done with it, in
-    order. ``workers`` threads read ahead and as many finish; 0: everything in turn. ``bar`` names a progress bar.
+    order. ``workers`` threads read ahead and as many finish; 0: everything in turn. ``bar`` names a progress bar,
+    ``remedies`` what errors are to recommend.
     """
     outcome, place, started = Outcome(), torch.device(device), time.perf_counter()
     order = range(len(items)) if indices is None else indices
@@ -109,7 +122,7 @@ def run(
                     size, before = arrived.item["hazy"].shape, size
                     if place.type == "cpu" and before not in (None, size):
                         release_memory()
-                done = _dehaze(dehaze, arrived, place)
+                done = _dehaze(dehaze, arrived, place, remedies)
                 if place.type == "cpu" and _large(done):
                     release_memory()  # to measure and to save it takes memory too
                 pending.append(finishers.submit(_finish, done, measure, save))
@@ -169,26 +182,24 @@ def _read(items: Sequence[dict], index: int) -> _Work:
     return work
 
 
-def _dehaze(dehaze: Dehaze, work: _Work, device: torch.device) -> _Work:
+def _dehaze(dehaze: Dehaze, work: _Work, device: torch.device, remedies: Remedies) -> _Work:
     if work.error is None:
         with _timed(work, "dehazing"):
-            work.dehazed = _dehazed(dehaze, work.item, device)
+            work.dehazed = _dehazed(dehaze, work.item, device, remedies)
     return work
 
 
-def _dehazed(dehaze: Dehaze, item: dict, device: torch.device) -> Tensor:
-    with enough_memory(item, device):
+def _dehazed(dehaze: Dehaze, item: dict, device: torch.device, remedies: Remedies) -> Tensor:
+    with enough_memory(item, device, remedies):
         dehazed = dehaze(item["hazy"][None].to(device))[0].float()
         finite = bool(dehazed.isfinite().all())  # asks for a value, so a GPU has finished when it is there
     if not finite:
-        raise UserError(
-            f"{item['name']}: the model gives values that are not numbers; set precision=float32 or use other weights"
-        )
+        raise UserError(f"{item['name']}: the model gives values that are not numbers; {remedies.numbers}")
     return dehazed
 
 
 @contextmanager
-def enough_memory(item: dict, device: torch.device) -> Iterator[None]:
+def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> Iterator[None]:
     """Turns a lack of memory inside into a `UserError` that names the picture, its size and the remedy."""
     try:
         yield
@@ -196,8 +207,8 @@ def enough_memory(item: dict, device: torch.device) -> Iterator[None]:
         if not exhausted(error):
             raise
         size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
-        name = item["name"]
-        raise UserError(f"{name}: {size} pixels are too many for the memory of {device}; set test.tile=512") from None
+        what = f"{item['name']}: {size} pixels are too many for the memory of {device}"
+        raise UserError(f"{what}; {remedies.memory}") from None
 
 
 def _finish(work: _Work, measure: Measure | None, save: Save | None) -> _Work:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -255,6 +255,17 @@ class NeDR(Method):
     def preset(self, **released: Any) -> dict[str, Any]:
         """A learned airlight suits every set; without one, the released airlight and filter of each set apply."""
         return {} if self.removal.airlight is not None else released
+
+    def guess(self, told: Collection[str]) -> str | None:
+        """The airlight, where it is neither learned nor told: training takes max, tests of most sets dark_channel."""
+        if self.removal.airlight is not None or "airlight" in told or self.settings.airlight != "max":
+            return None
+        block = self.settings.block
+        return (
+            f"nothing tells how {block} is to find the airlight, and a wrong guess costs many dB: it takes max, as its "
+            f"authors do for SOTS-indoor; for all else they take {block}.airlight=dark_channel "
+            f"{block}.guided_filter=true; give either to be rid of this line"
+        )
 
     def start(self) -> None:
         """Weights as training begins: the released initialisation, then the encoders' own weights."""

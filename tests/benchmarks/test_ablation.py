@@ -239,6 +239,7 @@ REFUSED = {
     "one case": (["--cases", "nedr"], "at least two cases"),
     "a module": (["nedr.drem=true"], r"nedr\.drem is each case's own"),
     "weights": (["test.weights=[a.pth]"], r"test\.weights is each case's own"),
+    "another method": (["d4.learning_rate=1e-3"], r"d4 is not in use here, nedr is; write nedr\.learning_rate"),
     "unknown setting": (["train.step=2"], "unknown setting 'train.step'"),
     "small crops": (["data.crop_size=64"], r"data\.crop_size=64: nedr needs .* at least 128"),
     "nothing to score": (["test.clear="], r"set test\.benchmarks, or test\.hazy and test\.clear"),

@@ -17,6 +17,13 @@ def test_one_table_of_real_cases(capsys):
         assert re.search(rf"\| {re.escape(method)} \| \d\.\d+ s, [\d,]+ MiB \| \d\.\d+ s, [\d,]+ MiB \|", out)
 
 
+def test_a_file_may_have_the_sign_for_settings_in_its_name(tmp_path, monkeypatch):
+    file = tmp_path / "me@home, [1].pt"
+    file.touch()
+    with pytest.raises(UserError, match=r"me@home, \[1\]\.pt is empty"):
+        photographs.main([str(file)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

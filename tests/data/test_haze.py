@@ -470,6 +470,14 @@ def test_command_with_degradations(scenes):
         command(scenes, "x", "--degradations", "blurr.probability=0")
 
 
+def test_command_takes_several_sources(scenes):
+    """As the shell hands over rgb/*.png."""
+    whole = command(scenes, "whole", "--depth", str(scenes / "depth"))
+    names = {kind: [str(path) for path in images.find(scenes / kind)] for kind in ("rgb", "depth")}
+    some = command(scenes, "some", "--clear", *names["rgb"], names["rgb"][0], "--depth", *names["depth"])
+    assert some == whole
+
+
 def test_command_refusals(scenes, tmp_path):
     with pytest.raises(UserError, match="--airlight"):
         command(scenes, "x", "--airlight", "0.7", "1.2")

@@ -153,7 +153,11 @@ def test_truncated_pictures_are_refused(tmp_path, extension, share):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "empty"), (b"no picture at all\n", "no known picture format"), (bytes(100), "no known picture format")],
+    [
+        (b"", "empty"),
+        (b"no picture at all\n", "no known picture format.*; convert it"),
+        (bytes(100), "no known picture format"),
+    ],
 )
 def test_what_is_no_picture_is_refused(tmp_path, content, message):
     path = tmp_path / "a.png"
@@ -177,9 +181,30 @@ def test_size_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # read() sets it: put it back afterwards
     monkeypatch.setattr(images, "MAX_PIXELS", 12_000)
     assert images.read(path).shape == (3, 100, 120)
-    monkeypatch.setattr(images, "MAX_PIXELS", 5_000)
-    with pytest.raises(UserError, match="cannot be read"):
+    for limit in (7_000, 5_000):  # the second is Pillow's own limit, too
+        monkeypatch.setattr(images, "MAX_PIXELS", limit)
+        with pytest.raises(UserError, match=rf"more than {limit:,} pixels\); shrink it"):
+            images.read(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied"), r"\(Permission denied\); check its rights and the disk"),
+        (MemoryError(), "too little memory for it"),
+        (SyntaxError("broken PNG file"), r"broken PNG file: damaged or cut short\); put a whole copy in its place"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_says_why_and_what_helps(tmp_path, monkeypatch, error, message):
+    path = saved(tmp_path / "a.png", Image.new("L", (4, 4)))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=message) as refusal:
         images.read(path)
+    assert "fetch" not in str(refusal.value)
 
 
 def test_large_photographs_are_legal():
@@ -435,7 +460,65 @@ def test_flist(tmp_path, monkeypatch):
         images.find("y.flist")
 
 
+def test_a_flist_names_files_that_begin_with_a_comment_sign(tmp_path, monkeypatch):
+    touch(tmp_path, "# O-HAZY NTIRE 2018/01.png", "#2.png", "a.png")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.flist").write_text("# O-HAZY NTIRE 2018/01.png\n# a remark\n#2.png\n#a.png\na.png\n")
+    assert images.find("x.flist") == [Path("# O-HAZY NTIRE 2018/01.png"), Path("#2.png"), Path("a.png")]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("deep\\a.png", "deep/a.png"),
+        ('"deep/a.png"', "deep/a.png"),
+        ("'deep\\a.png'", "deep/a.png"),
+        ("  deep/a.png\t", "deep/a.png"),
+        (" a.png", " a.png"),
+        ("'a.png'", "'a.png'"),
+        ("two words.png", "two words.png"),
+        ("b\u2028c.png", "b\u2028c.png"),
+    ],
+)
+def test_a_flist_is_read_as_programs_write_it(tmp_path, monkeypatch, line, name):
+    touch(tmp_path, name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.flist").write_text(f"{line}\n", encoding="utf-8")
+    assert images.find("x.flist") == [Path(name)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a.png\na.png b.png\n", r"x\.flist, line 2: .*a\.png is there, and more follows it: .* one path a line"),
+        ("a.png\tb.png\n", "line 1: .* a list of each column"),
+        ("a.png,b.png\n", "line 1: .* a list of each column"),
+        ("a.png\n\ndeep\n", "line 3: .*the first deep; that is a folder"),
+        ("a.png\ngone.png\n", "line 2: .*relative to where you stand or to the list"),
+        (f"{'x' * 400}\n", "line 1: 1 of its 1 files are absent"),
+    ],
+)
+def test_what_a_flist_cannot_mean_is_said_with_its_line(tmp_path, monkeypatch, lines, message):
+    touch(tmp_path, "a.png", "b.png", "deep/c.png")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.flist").write_text(lines)
+    with pytest.raises(UserError, match=message):
+        images.find("x.flist")
+
+
+def test_several_sources_are_one_and_name_a_picture_once(tmp_path):
+    touch(tmp_path, "b/2.png", "b/1.png", "a.png")
+    (tmp_path / "x.flist").write_text("a.png\nb/1.png\na.png\n")
+    assert len(images.find(tmp_path / "x.flist")) == 3  # a list may say so: more often in training, truths of several
+    found = images.find([tmp_path / "b" / "2.png", str(tmp_path / "x.flist"), tmp_path / "b"])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["b/2.png", "a.png", "b/1.png"]
+
+
 def test_find_refusals(tmp_path):
+    with pytest.raises(UserError, match=r"patterns are not looked up here: name the folder .*hazy, or a \.flist"):
+        images.find(tmp_path / "hazy" / "*.png")
+    with pytest.raises(UserError, match="no such file or folder"):
+        images.find("x" * 400)
     touch(tmp_path, "hazy/notes.txt")
     with pytest.raises(UserError, match="did you mean 'hazy'"):
         images.find(tmp_path / "hasy")

@@ -118,6 +118,15 @@ def test_a_gpu_is_cleared_and_the_method_leaves_it(monkeypatch):
     assert calls[:2] == ["cleared", "left"]
 
 
+@pytest.mark.parametrize(("has_bf16", "remedy"), [(True, "precision=bf16"), (False, "precision=fp16")])
+def test_a_precision_that_the_device_has_is_recommended(monkeypatch, has_bf16, remedy):
+    guard, _ = guarded(Hungry(), stage=0)
+    monkeypatch.setattr(capacity, "describe", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    guard.device = torch.device("cuda")
+    assert f" or {remedy}" in str(guard.refusal(2)).replace(",", " or")
+
+
 def test_where_not_even_one_fits_and_in_the_warm_start_other_remedies_are_named():
     warm = ("warm_start.batch=4", "precision=bf16")
     message = str(guarded(Hungry(), *warm, stage=0)[0].refusal(3))

@@ -119,7 +119,9 @@ def test_other_kinds():
         ("train.clip=.inf", "needs a number"),
         (f"train.clip=1{'0' * 400}", "needs a number"),
         ("data.flip=1", "true or false"),
-        ("device=1", "needs text"),
+        ("device=", "is empty: needs text"),
+        ("train.batch=4 # 8", "a # begins no comment"),
+        ("test.weights=[a #2, b]", "names in a list with signs of YAML's in quotes"),
         ("train.batch=0", "at least 1"),
         ("train.gamma=0", "greater than 0"),
         ("train.gamma=1.5", "at most 1"),
@@ -144,7 +146,6 @@ def test_other_kinds():
         ("=4", "read key=value"),
         ("train..batch=4", "unknown setting"),
         ("nedr.betas=[0.9, 0.99", "cannot understand the value"),
-        ("data.hazy={a: b}", "needs text"),
     ],
 )
 def test_refused(text, message):
@@ -162,8 +163,99 @@ def test_an_error_names_its_file(tmp_path):
 
 
 def test_blocks_of_other_methods_are_checked_too():
-    with pytest.raises(UserError, match=r"dcp\.guided_filter"):
+    with pytest.raises(UserError, match=r"dcp\.guided_filter=maybe': dcp\.guided_filter='maybe': needs true or false"):
         load("dcp.guided_filter=maybe")
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "remedy"),
+    [
+        ("d4", "nedr.learning_rate=1e-3", r"nedr is not in use here, d4 is; write d4\.learning_rate"),
+        ("nedr", "d4.perceptual.network=vgg19", r"write nedr\.perceptual\.network"),
+        ("aknet", "kanet.random_features=fixed", "take it out: aknet has no such setting"),
+    ],
+)
+def test_a_setting_of_a_method_that_is_not_in_use_is_refused(tmp_path, model, text, remedy):
+    with pytest.raises(UserError, match=remedy):
+        load(text, model=model)
+    key, value = text.split("=")
+    tree = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    load(model=model, files=[written(tmp_path / "config.yml", yaml.safe_dump(tree))])  # a file may have several blocks
+    assert config.load(model, TYPES, overrides=[text], used=TYPES).model == model
+
+
+# What YAML, asked for these, would make a number, a date, a no, nothing, a mapping, a list or an error.
+NAMES = ["2018", "2018-05-01", "no", "12_30", "1e3", "=", "<<", "C:\\photos", "NTIRE", "a=b"]
+SIGNS = ["# O-HAZY NTIRE 2018/hazy", "photos #2", "photos: winter/hazy", "[NTIRE] O-HAZE/hazy", "*.png", "{a: b}", "!a"]
+SIGNS += ['"a" or "b"', "'a' # 'b'", '"C:\\photos"', "&a", "%a", "@a", "`a", "| a", "- a", "? a", " a ", "[2018]"]
+
+
+@pytest.mark.parametrize("name", NAMES + SIGNS)
+def test_a_text_is_taken_as_typed(name):
+    got = load(f"data.hazy={name}", f"data.root={name}", f"nedr.perceptual.weights={name}")
+    assert (got.data.hazy, got.data.root, got.method.perceptual.weights) == (name, name, name)
+    assert load(("test.hazy", [name, name])).test.hazy == [name, name]
+    assert config.section("data", [f"clear={name}"]).clear == name
+    if name != "[2018]":  # a list where one is wanted
+        assert load(f"test.weights={name}").test.weights == [name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_in_a_file_is_taken_as_written(tmp_path, name):
+    text = f"data:\n  hazy: {name}  # a comment\n  pairs: [{name}, {name}]\n  validation_pairs: {name}\n"
+    for file in (text, f"{text}nedr: &n\n  encoder: {name}\nd4:\n  <<: *n\n  perceptual: {{weights: {name}}}\n"):
+        got = load(files=[written(tmp_path / "config.yml", file)], model="d4")
+        assert (got.data.hazy, got.data.pairs, got.data.validation_pairs) == (name, [name] * 2, [name])
+    assert (got.method.encoder, got.method.perceptual.weights) == (name, name)
+
+
+@pytest.mark.parametrize(("text", "value"), [("", None), (" ", None), ("null", None), ("~", None), ("'null'", "null")])
+def test_nothing_can_be_said(text, value):
+    assert load("data.hazy=x", f"data.hazy={text}").data.hazy == value
+
+
+def test_an_empty_text_is_not_the_folder_where_one_stands(tmp_path):
+    assert load(files=[written(tmp_path / "config.yml", "data: {hazy: ''}")]).data.hazy is None
+    with pytest.raises(UserError, match=r"data\.root is empty: needs text"):
+        load(files=[written(tmp_path / "config.yml", "data: {root: ''}")])
+
+
+@pytest.mark.parametrize("name", ["# O-HAZY/hazy", "photos #2"])
+def test_a_path_in_a_file_that_a_comment_cuts_is_refused_where_it_exists(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path / "config.yml", f"data:\n  clear: b # why\n  hazy: {name}\n")
+    load(files=[file])
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=f"line 3: YAML takes all from # on for a comment, .*'{name}'; put it in quotes"
+    ):
+        load(files=[file])
+    assert load(files=[written(file, f"data: {{hazy: '{name}'}}")]).data.hazy == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data:\n  crop: random\ntrain: {batch: 1}\ndata:\n  flip: no\n", "'data' stands 2 times, in lines 1 and 4,"),
+        ("seed: 1\nseed: 2\n'seed': 3\n", "'seed' stands 3 times, in lines 1, 2 and 3,"),
+        ("train:\n  batch: 1\n  batch: 2\n", r"'train\.batch' stands 2 times, in lines 2 and 3"),
+        ("nedr:\n  perceptual: {network: vgg16,\n    network: vgg19}\n", r"'nedr\.perceptual\.network' .* 2 and 3"),
+        ("nedr: &n\n  gan: lsgan\nd4:\n  <<: *n\n  gan: hinge\n  gan: hinge\n", r"'d4\.gan' .* 5 and 6"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=rf"config\.yml: {message}"):
+        load(files=[written(tmp_path / "config.yml", text)])
+
+
+def test_aliases_and_merge_keys_are_no_double_keys(tmp_path):
+    text = "nedr: &n\n  gan: hinge\n  betas: &b [0.5, 0.9]\nd4:\n  <<: *n\n  <<: {gan_weight: 1}\n  gan: lsgan\n"
+    got = load(
+        files=[written(tmp_path / "config.yml", f"{text}kanet: {{betas: *b}}\naknet: {{betas: *b}}\n")], model="d4"
+    )
+    assert (got.method.gan, got.method.gan_weight, got.method.betas) == ("lsgan", 1, (0.5, 0.9))
 
 
 def test_unknown_model():
@@ -184,6 +276,10 @@ def test_an_empty_file_changes_nothing(tmp_path, text):
         ("- 1\n- 2\n", "not a list"),
         ("just words\n", "not a str"),
         ("1: 2\n", "unknown setting '1'"),
+        ("? [a]\n: 2\n", "cannot read settings"),
+        ("data:\n  hazy: [NTIRE] x\n", "wants quotes"),
+        ("data:\n  hazy: photos: winter\n", "wants quotes"),
+        ("data: {hazy: [a]}\n", "needs text; put it in quotes"),
         ("train: 4\n", "'train' is a section"),
         ("train:\n", "'train' is a section"),
         ("!!python/object/apply:os.system ['true']\n", "cannot read settings"),
@@ -212,7 +308,7 @@ def test_files_that_cannot_be_read(tmp_path):
     st.lists(st.floats(1e-9, 1e9), max_size=4),
     st.sampled_from(["constant", "multistep", "cosine"]),
     st.booleans(),
-    st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\x85"), max_size=8),
+    st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\x85"), min_size=1, max_size=8),
 )
 # PyYAML itself does not read back U+0085, an obsolete line end, among characters left as they are.
 def test_what_is_dumped_is_read_back(tmp_path_factory, batch, clip, milestones, kind, flip, hazy):

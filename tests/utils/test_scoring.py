@@ -183,9 +183,17 @@ def test_what_cannot_be_saved_ends_the_run(workers):
     assert [score.name for score in told] == ["a.png"]
 
 
+def raised(error):
+    raise error
+
+
 def test_output_that_is_no_picture_is_refused_by_name():
-    with pytest.raises(UserError, match=r"a\.png.*not numbers"):
+    with pytest.raises(UserError, match=r"a\.png.*not numbers; training has diverged: lower the learning rate"):
         scoring.score(lambda hazy: hazy * math.nan, Pairs())
+    with pytest.raises(UserError, match=r"a\.png.*not numbers; use others"):
+        scoring.run(
+            lambda hazy: hazy * math.nan, Pairs(), on_error=raised, remedies=scoring.Remedies(numbers="use others")
+        )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,9 @@ def test_too_little_memory_names_picture_size_and_remedy(error):
     def exhaust(hazy):
         raise error
 
-    with pytest.raises(UserError, match=r"a\.png: 17x13.*test\.tile"):
+    with pytest.raises(UserError, match=r"a\.png: 17x13.*; shrink it$"):
+        scoring.run(exhaust, Pairs(), on_error=raised, remedies=scoring.Remedies("shrink it"))
+    with pytest.raises(UserError, match=r"a\.png: 17x13.*; take smaller validation pictures$"):  # tiles are test.py's
         scoring.score(exhaust, Pairs())
 
 
