@@ -32,7 +32,6 @@ def reflect(x: Tensor, pad: int) -> Tensor:
     """Reflection padding by ``pad`` on all sides, in the type of ``x``: (N,C,H,W) -> (N,C,H+2pad,W+2pad).
 
     Autocast would go by way of float32, which is twice the memory traffic and not one bit better: nothing is computed.
-    What comes of it must be used once only: in the backward pass its gradient is folded in place.
     """
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type == "cpu" and x.numel() >= WIDE:
@@ -50,12 +49,24 @@ class _Reflect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        for dim in (2, 3):  # the margin is added to the pixels that it mirrors
-            p, size = ctx.pad, grad.shape[dim]
-            grad.narrow(dim, p + 1, p).add_(grad.narrow(dim, 0, p).flip(dim))
-            grad.narrow(dim, size - 2 * p - 1, p).add_(grad.narrow(dim, size - p, p).flip(dim))
-            grad = grad.narrow(dim, p, size - 2 * p)
-        return channels_last(grad), None
+        p, (height, width) = ctx.pad, (size - 2 * ctx.pad for size in grad.shape[2:])
+        inside = grad[:, :, p : p + height, p : p + width]
+        folded = inside.clone(memory_format=torch.channels_last)  # ``grad`` is not ours to change
+        for to_rows, rows in _folds(height, p):  # a margin is added to the pixels that it mirrors
+            folded[:, :, to_rows] += grad[:, :, rows, p : p + width].flip(2)
+            for to_columns, columns in _folds(width, p):
+                folded[:, :, to_rows, to_columns] += grad[:, :, rows, columns].flip(2, 3)
+        for to_columns, columns in _folds(width, p):
+            folded[:, :, :, to_columns] += grad[:, :, p : p + height, columns].flip(3)
+        return folded, None
+
+
+def _folds(size: int, pad: int) -> list[tuple[slice, slice]]:
+    """The two margins of an axis of ``size`` pixels: which pixels each mirrors, and where it lies in the padded map."""
+    return [
+        (slice(1, pad + 1), slice(0, pad)),
+        (slice(size - pad - 1, size - 1), slice(pad + size, size + 2 * pad)),
+    ]
 
 
 def recomputed(f: Callable) -> Callable:

@@ -37,6 +37,20 @@ def test_the_gradient_of_reflection(monkeypatch, pad, height, width):
     torch.testing.assert_close(gradients(ours, x), gradients(theirs, x), **CLOSE)
 
 
+def test_the_gradient_of_reflection_leaves_what_it_is_given():
+    """It may be another's too, as where a map is used twice, or no memory of its own, as that of a sum."""
+    x = layers.channels_last(torch.randn(1, 4, 256, 257)).requires_grad_()
+    assert x.numel() >= layers.WIDE
+    given = torch.randn(1, 4, 262, 263)
+    before = given.clone()
+    [ours] = torch.autograd.grad(layers.reflect(x, 3), x, given)
+    assert torch.equal(given, before)
+    [theirs] = torch.autograd.grad(F.pad(x, (3,) * 4, mode="reflect"), x, given)
+    torch.testing.assert_close(ours, theirs)
+    layers.reflect(x, 3).sum().backward()
+    assert x.grad.sum().item() == pytest.approx(4 * 262 * 263)
+
+
 def test_pointwise_is_a_1x1_convolution():
     x, weight, bias = torch.randn(2, 5, 6, 7), torch.randn(4, 5, 1, 1), torch.randn(4)
     torch.testing.assert_close(layers.pointwise(x, weight, bias), F.conv2d(x, weight, bias))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.averaging import EMA, recalibrate
 
@@ -28,6 +29,37 @@ def test_constant_weights_stay(decay):
         ema.update()
     for name, value in pair.net.state_dict().items():
         torch.testing.assert_close(ema.state_dict()["weights"][f"net.{name}"], value)
+
+
+class Counted(TorchDispatchMode):
+    """Inside, the names of all operations are noted."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name().split("::")[1].split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_waits_for_no_device_and_counters_go_together():
+    """No value is asked for, and there are as many operations for a hundred layers as for one."""
+    pair = Pair()
+    pair.net = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(100)))
+    ema = EMA(pair, ["net"], 0.9)
+    for _ in range(2):
+        with Counted() as seen:
+            ema.update()
+        assert "_local_scalar_dense" not in seen.names
+        assert len(seen.names) <= 2
+
+
+def test_states_of_before_the_steps_were_a_number():
+    pair = Pair()
+    ema = EMA(pair, ["net"], 0.9)
+    ema.load_state_dict({"weights": ema.state_dict()["weights"], "steps": torch.tensor(7)})
+    assert ema.state_dict()["steps"] == 7
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
