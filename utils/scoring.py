@@ -197,7 +197,10 @@ def enough_memory(item: dict, device: torch.device) -> Iterator[None]:
             raise
         size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
         name = item["name"]
-        raise UserError(f"{name}: {size} pixels are too many for the memory of {device}; set test.tile=512") from None
+        raise UserError(
+            f"{name}: {size} pixels are too many for the memory of {device}; set test.tile=512 (figures of aknet and "
+            f"kanet are then those of tiles, and say so), or 0 to try the whole all the same"
+        ) from None
 
 
 def _finish(work: _Work, measure: Measure | None, save: Save | None) -> _Work:
