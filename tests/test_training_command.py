@@ -16,6 +16,7 @@ import models
 import test as scoring_command
 import train
 from data import images
+from data.benchmarks import BENCHMARKS, GROUPS
 from utils import checkpoint, config
 from utils.errors import UserError
 
@@ -81,7 +82,7 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
     hazy, nedr = rows
     assert (hazy["images"], nedr["images"]) == (6, 6)
     assert f"{nedr['mean']['ours.psnr']:.2f}" in output
-    assert "chosen on the ground truths of 1 of these 6 pictures (validation on sample:test/clear)" in output
+    assert "chosen on the ground truths of 3 of these 6 pictures (validation on sample:test/clear)" in output
     kept = next(line for line in logged if "validation/psnr" in line and line["stage"] == "train")
     first = next(row for row in nedr["per_image"] if row["name"].startswith("chelsea_1"))
     assert first["ours.psnr"] == pytest.approx(kept["validation/psnr"], abs=1e-3), "test.py scores what validation kept"
@@ -399,3 +400,11 @@ def test_presets_are_valid(preset):
     settings = config.load(model, models.settings_types(), [ROOT / "checkpoints" / preset / "config.yml"])
     models.check_training(settings)
     assert not any(str(path).startswith("/") for path in (settings.data.hazy, settings.data.clear, settings.test.hazy))
+    data = settings.data
+    for name in data.validation_pairs:  # weights are not chosen on what is scored
+        benchmark, _, split = name.partition(":")
+        assert BENCHMARKS[benchmark].to_train_on(split or "all"), f"{preset} validates on {name}"
+    pools = [str(source).lower() for source in (data.validation_hazy, data.validation_clear)]
+    scored = [name.lower().partition("-")[0] for name in GROUPS["all"]]
+    assert not any(part.startswith(name) for pool in pools for part in pool.split("/") for name in scored)
+    assert not any(pool.startswith("sample:test") for pool in pools if preset != "tiny")
