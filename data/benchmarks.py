@@ -54,8 +54,9 @@ class Benchmark:
     """One set. ``hazy`` and ``truths`` are how many pictures it has, ``numbers`` how they are numbered ("01-25 31-35").
 
     ``each`` hazy pictures have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
-    is one itself; ``held_out``, of a set to train on, are the last numbers, which are to validate on; ``border`` is how many pixels a ground truth may be larger on every side; ``airlight`` and
-    ``guided_filter`` are the test settings of the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number.
+    is one itself; ``held_out``, of a set to train on, are its last numbers, which are to validate on; ``border`` is how
+    many pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of
+    the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number.
     A repackaged set may repeat the ground truth under the name of every hazy picture.
     """
 
