@@ -5,11 +5,16 @@
 
 An experiment is a folder with a config.yml (what differs from configs.yml; key=value lies over both). The run adds
 settings.yml (all settings in force), last.pt (everything, to go on from), weights.safetensors (for test.py; the best
-validated ones, or the latest), log.txt, log.jsonl and tensorboard/. CUDA_VISIBLE_DEVICES chooses the GPU;
-torchrun --nproc_per_node N train.py ... takes N of them (docs/distributed.md).
+validated ones of the present stage, or the latest), warm_start.safetensors (those of a warm start that is over),
+log.txt, log.jsonl and tensorboard/. What may change over a resume stands in utils/resuming.py.
+CUDA_VISIBLE_DEVICES chooses the GPU; torchrun --nproc_per_node N train.py ... takes N of them (docs/distributed.md).
 """
 
 import argparse
+import contextlib
+import functools
+import math
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
@@ -21,10 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
-from data import datasets, loading
+from data import datasets, images, loading
 from data.cache import Cache
-from utils import capacity, checkpoint, config, device, distributed, errors, scoring, signals
-from utils.averaging import EMA, recalibrate
+from utils import capacity, checkpoint, config, device, distributed, errors, resuming, scoring, selection, signals
+from utils.averaging import EMA, buffers_kept, recalibrate
 from utils.compiling import compile_networks
 from utils.device import autocast
 from utils.errors import UserError
@@ -79,6 +84,7 @@ class Run:
         }
         self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
+        changed = resuming.changes(saved, settings, self.last) if saved else {}
         ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
 
         torch.manual_seed(settings.seed)
@@ -97,11 +103,15 @@ class Run:
         ranks.start(settings.seed)
         if saved is not None:
             self.load_state_dict(saved)
+        if changed.keys() & resuming.CHOICE:
+            self.at.best = -math.inf  # it was the best on other pictures
         self.updater = self.make_updater(saved and saved["updater"])
         self.log = RunLog(folder, self.at.global_step) if ranks.first else Silence()
         if settings.compile:
             compile_networks(self.method.named_children(), self.device, self.log.say)
         sources = filter(None, (*self.datasets.values(), self.validation))
+        for line in resuming.told(changed):
+            self.log.say(line)
         for remark in (*device.remarks(self.device, settings.precision), *(r for s in sources for r in s.remarks)):
             self.log.say(f"warning: {remark}")
         if ranks.first:
@@ -116,6 +126,7 @@ class Run:
         self.log.say(f"{self.settings.model} on {self.device}{self.ranks.remark}, from step {step()}")
         self.train_stage(at.stage)
         while not (at.last_stage or self.ending):
+            self.keep_weights()
             at.next_stage()
             self.updater = self.make_updater()
             self.train_stage(at.stage)
@@ -153,13 +164,13 @@ class Run:
                 at.advance()
                 bar.update()
                 if at.due(log.every):
-                    figures, pace = finite(self.ranks.mean(self.terms)), self.ranks.mean(speed.figures(at.step))
+                    figures, pace = self.losses(), self.ranks.mean(speed.figures(at.step))
                     bar.set_postfix(
                         {name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures}
                     )
                     self.log.figures(stage.name, at.global_step, loss=figures, rate=self.updater.rates(), speed=pace)
                 if at.due(log.pictures_every) and self.ranks.first:
-                    with self.ema.applied() as method, self.autocast(), device.varied_sizes():
+                    with self.looking() as method:
                         self.log.pictures(at.global_step, method.pictures(chunk[-1]))
                 if at.due(log.validate_every) or at.stage_ends:
                     self.validate(stage)
@@ -190,17 +201,32 @@ class Run:
             raise UserError(failure)
         return [] if self.ending else received
 
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[models.Method]:
+        """Inside, the averaged weights may be looked at; the run goes on as if nobody had."""
+        kept = checkpoint.unmoved_random_states(), device.varied_sizes()
+        with kept[0], kept[1], self.ema.applied() as method, buffers_kept(method), self.autocast():
+            yield method
+
+    def losses(self) -> dict[str, float]:
+        """Those of the last step, over all processes. Raises `UserError` where one is no number."""
+        return finite(self.ranks.mean(self.terms), self.at.stage.name, self.settings.model)
+
     def validate(self, stage: config.Stage) -> None:
-        """Score the averaged weights on the validation pairs and keep them if they are the best so far."""
+        """Score the averaged weights on the validation pairs and keep them if they are the best of their stage."""
         count, ranks, pairs, step = self.settings.train.recalibrate, self.ranks, self.validation, self.at.global_step
-        with self.ema.applied() as method, self.autocast(), device.varied_sizes():
+        with self.looking() as method:
             if count:
                 recalibrate(method, self.loader(stage, 0, count), self.device)
                 ranks.average_statistics(method)
             if pairs is None:
                 return self.export(method)
             how = {"device": self.device, "bar": "validating" if ranks.first else None}
-            mean = scoring.mean(ranks.spread(lambda items: scoring.score(method.dehaze, items, **how), pairs))
+
+            def dehaze(hazy: Tensor) -> Tensor:
+                return method.dehaze(hazy, method.tile(hazy, self.settings.test.tile))
+
+            mean = scoring.mean(ranks.spread(lambda items: scoring.score(dehaze, items, **how), pairs))
             psnr, ssim, hazy = (mean[key] for key in ("ours.psnr", "ours.ssim", "hazy.psnr"))
             if better := psnr > self.at.best:
                 self.at.best = psnr
@@ -208,21 +234,37 @@ class Run:
         self.log.figures(stage.name, step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
             f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation pictures "
-            f"(hazy: {hazy:.2f} dB){', the best so far' if better else ''}"
+            f"(hazy: {hazy:.2f} dB){', the best of this stage so far' if better else ''}"
         )
 
     def export(self, method: models.Method) -> None:
         if self.ranks.first:
-            metadata = {"step": self.at.global_step} | self.identity()
+            metadata = {"step": self.at.global_step, "stage": self.at.stage.name, "chosen_on": self.chosen_on}
+            metadata |= self.identity()
             weights = checkpoint.halved(method.inference_state(), self.settings.train.export)
             checkpoint.save_weights(self.weights, weights, metadata)
+
+    @functools.cached_property
+    def chosen_on(self) -> dict | None:
+        """What the exported weights are chosen on; None where they are simply the latest."""
+        if self.validation is None:
+            return None
+        data, truths = self.settings.data, dict.fromkeys(clear for _, clear in self.validation.pairs)
+        names, prints = data.validation_pairs or [data.validation_clear], map(images.read, truths)
+        return selection.chosen_on(names, len(self.validation), [selection.fingerprint(each) for each in prints])
+
+    def keep_weights(self) -> None:
+        """Put the weights of a stage that is over beside those of the next, under the stage's name."""
+        if self.ranks.first and self.weights.exists():
+            with checkpoint.atomic(self.weights.with_stem(self.at.stage.name)) as temporary:
+                shutil.copyfile(self.weights, temporary)
 
     def identity(self) -> dict:
         return {"model": self.settings.model, "settings": config.to_dict(self.settings)}
 
     def save(self) -> None:
         """Write last.pt; what is not finite is not saved (`finite`)."""
-        finite(self.ranks.mean(self.terms))
+        self.losses()
         state = self.identity() | self.at.state_dict() | self.ranks.states(self.method)
         state |= {"networks": self.method.state_dict(), "ema": self.ema.state_dict()}
         state |= {"updater": self.updater.state_dict()}
@@ -235,8 +277,6 @@ class Run:
         self.ranks.saved = f"{self.last} is from step {self.at.global_step}: go on with --resume"
 
     def load_state_dict(self, state: dict) -> None:
-        if state.get("model") != self.settings.model:
-            raise UserError(f"{self.last} is a checkpoint of {state.get('model')}, not of {self.settings.model}")
         checkpoint.load_strict(self.method, state["networks"], f"{self.last}")
         self.ema.load_state_dict(state["ema"])
         self.at.load_state_dict(state)

@@ -20,7 +20,7 @@ import torch
 import models
 from models import testing
 from models.method import Method
-from utils import config, cost, device, errors, tiling
+from utils import config, cost, device, errors
 from utils.errors import UserError
 
 SECONDS = 8.0  # of repeats, of a case that takes less
@@ -60,7 +60,7 @@ def measure(named: str, width: int, height: int, threads: int) -> dict[str, floa
     device.keep_memory()
     place, method = torch.device("cpu"), _load(named)
     hazy = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    tile, taken = tiling.choose(height, width, place), []
+    tile, taken = method.tile(hazy, "auto"), []
     cost.reset_peak(place)
     method.dehaze(hazy, tile)
     while not taken or (sum(taken) < SECONDS and len(taken) < 9):

@@ -57,9 +57,10 @@ class Benchmark:
     """One set. ``hazy`` and ``truths`` are how many pictures it has, ``numbers`` how they are numbered ("01-25 31-35").
 
     ``each`` hazy pictures have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
-    is one itself; ``border`` is how many pixels a ground truth may be larger on every side; ``airlight`` and
-    ``guided_filter`` are the test settings of the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number.
-    ``aliases`` are its other names. ``shared`` are layouts that other sets have too: there the numbers decide.
+    is one itself; ``held_out``, of a set to train on, are its last numbers, which are to validate on; ``border`` is how
+    many pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of
+    the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number. ``aliases`` are its other names. ``shared``
+    are layouts that other sets have too: there the numbers decide.
     A repackaged set may repeat the ground truth under the name of every hazy picture.
     """
 
@@ -76,6 +77,7 @@ class Benchmark:
     each: int = 1
     train: str = ""
     test: str = ""
+    held_out: str = ""
     border: int = 0
     airlight: Literal["max", "dark_channel"] = "dark_channel"
     guided_filter: bool = True
@@ -84,8 +86,10 @@ class Benchmark:
 
     @property
     def splits(self) -> dict[str, str]:
-        """The numbers of every split: "all", and "train" and "test" where the field has agreed on them."""
-        parts = {"train": self.train, "test": self.test}
+        """The numbers of every split: "all", "train" and "test" where the field has agreed on them, "validation"."""
+        parts = {"train": self.train, "test": self.test, "validation": self.held_out}
+        if self.held_out:
+            parts["train"] = f"{unroll(self.numbers)[0]}-{unroll(self.held_out)[0] - 1}"
         return {"all": self.numbers} | {k: self.numbers if v == WHOLE else v for k, v in parts.items() if v}
 
     @property
@@ -228,8 +232,9 @@ TABLE = (
         "ITS", 13_990, 1_399, SCENE, RESIDE,
         ("ITS/{hazy,gt}", "ITS/train/{ITS_haze,ITS_clear}", "ITS/{ITS_haze,ITS_clear}", "RESIDE-IN/train/{hazy,gt}",
          "reside-indoor/train/{hazy,gt}", "RESIDE/train/indoor/{hazy,gt}", "RESIDE/indoor/train/{hazy,gt}"),
-        numbers="1-1399", each=10, train=WHOLE, border=SOTS_BORDER,
-        note="Some copies have ground truth of 640x480 against 620x460: 10 pixels are cut off every side.",
+        numbers="1-1399", each=10, train=WHOLE, held_out="1380-1399", border=SOTS_BORDER,
+        note="ITS:validation, 1380-1399, is to choose weights on, ITS:train the rest; the split is this project's. "
+        "Some copies have ground truth of 640x480 against 620x460: 10 pixels are cut off every side.",
     ),
     Benchmark(
         "OTS", 72_135, 2_061, SCENE, RESIDE,

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from utils import imagenet
-from utils.checkpoint import read_weights
+from utils.checkpoint import read_weights, unmoved_random_states
 from utils.errors import UserError, nearest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -72,7 +72,8 @@ class EfficientNetFeatures(nn.Module):
         chosen = sorted(layers, key=known.get)
         self.names, name = chosen, f"tf_{network}"
         indices = tuple(known[layer] for layer in chosen)
-        features = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
+        with unmoved_random_states():
+            features = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
         state = imagenet.load(name, weights, f"{key}.weights")
         features.load_state_dict(imagenet.fit(features.state_dict(), state, name, weights))
         self.features = features.eval().requires_grad_(False)
@@ -117,6 +118,7 @@ def _check_layers(network: str, layers: Collection[str], known: Collection[str],
             raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
 
 
+@unmoved_random_states()  # made when it is first needed, which in a resumed run is within a step
 def _vgg(network: str, weights: str, key: str) -> nn.Sequential:
     make = {"vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}[network]
     if weights == "hub":

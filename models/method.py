@@ -135,6 +135,15 @@ class Method(nn.Module):
         around = {"halo": side // 4, "blend": side // 8, "down": step, "up": step}
         return {"clear": tiling.apply(lambda piece, _: self.restore(piece), hazy, tile=side, **around)}
 
+    @property
+    def exact_tiles(self) -> bool:
+        """Do tiles give the numbers of the whole? Those of a `find` of a method's own do; cross-faded ones do not."""
+        return type(self).find is not Method.find
+
+    def tile(self, hazy: Tensor, setting: int | str) -> int | None:
+        """The side of the tiles for ``hazy`` (N,3,H,W) where it lies, as the setting test.tile has it."""
+        return tiling.choose(*hazy.shape[-2:], hazy.device, setting, self.exact_tiles)
+
     def inference_state(self) -> dict[str, Tensor]:
         """The weights that `dehaze` needs."""
         return {key: value for key, value in self.state_dict().items() if key.split(".")[0] in self.inference}
@@ -142,7 +151,7 @@ class Method(nn.Module):
     def dehaze(self, hazy: Tensor, tile: int | None = None, ensemble: bool = False) -> Tensor:
         """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
 
-        ``tile`` computes in tiles of that many pixels a side, at least 128, to bound memory (`tiling.choose`); None:
+        ``tile`` computes in tiles of that many pixels a side, at least 128, to bound memory (see `tile`); None:
         the whole picture at once. ``ensemble`` averages over the eight flips and quarter turns of the picture
         (geometric self-ensemble; Lim et al., EDSR, CVPRW 2017), in eight times the time and the memory of one.
         Raises `UserError` for another shape and for smaller tiles.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import models
 from models.method import Method
-from utils import config, cost, tiling
+from utils import checkpoint, config, cost
 from utils.config import Override
 from utils.device import autocast
 from utils.errors import UserError, nearest
@@ -24,13 +24,15 @@ class Tested(NamedTuple):
     """A method ready to be tested, where its weights come from (None: it has none), and what was asked of it.
 
     ``name`` is the method's, and the weights' folder with it where several are of one method; ``asked`` are the
-    test-time settings that the user gave, and presets of benchmarks do not go over them.
+    test-time settings that the user gave, and presets of benchmarks do not go over them. ``chosen_on``: the pictures
+    that the weights were chosen on, as of `utils.selection`, if they were and say so.
     """
 
     name: str
     method: Method
     weights: Path | None
     asked: dict[str, Any]
+    chosen_on: dict[str, Any] | None = None
 
     def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
         """The method as it treats this set: with the set's preset, unless other settings were asked for."""
@@ -39,7 +41,7 @@ class Tested(NamedTuple):
 
         def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
             with autocast(device, settings.precision):
-                return verb(hazy, tiling.choose(*hazy.shape[-2:], device, test.tile), *options)
+                return verb(hazy, method.tile(hazy, test.tile), *options)
 
         return Candidate(
             self.name,
@@ -47,6 +49,8 @@ class Tested(NamedTuple):
             estimate=lambda hazy: apply(method.estimate, hazy),
             settings={key: getattr(method.settings, key) for key in method.test_time},
             folder=folder,
+            chosen_on=self.chosen_on,
+            tile=None if method.exact_tiles or test.tile in ("auto", 0) else test.tile,
         )
 
     def guess(self, pictures: Pictures) -> str | None:
@@ -60,6 +64,7 @@ class Tested(NamedTuple):
             "weights": self.weights and self.weights.name,
             "sha256": self.weights and cost.sha256(self.weights),
             "settings": dataclasses.asdict(self.method.settings),
+            "chosen_on": self.chosen_on and {key: self.chosen_on[key] for key in ("sets", "pictures")},
         }
 
     def cost(self, device: torch.device) -> dict[str, int]:
@@ -143,7 +148,8 @@ def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[Over
         raise UserError(f"{name}.{fixed[0]} was settled by training; only {', '.join(method.test_time)} can change now")
     wanted = _asked(name, files, overrides)
     models.change(method, wanted)
-    return Tested(name, method, path, wanted)
+    metadata = checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}  # last.pt is no choice
+    return Tested(name, method, path, wanted, metadata.get("chosen_on"))
 
 
 def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import models
 from data import images
 from models import DCP, NeDR, testing
-from utils import checkpoint, config, errors, evaluation, journal, quality
+from utils import checkpoint, config, errors, evaluation, journal, quality, selection, tiling
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -620,6 +620,44 @@ def test_tiles_and_self_ensemble_reach_the_method(run, photos, monkeypatch):
     for settings in ([], ["test.tile=128"], ["test.tile=0", "test.self_ensemble=true"]):
         run(*argv, *settings)
     assert seen == [(None, False), (128, False), (None, True)]  # nothing else: no figure, so no operations to count
+
+
+def test_inexact_tiles_are_taken_where_they_are_set_alone_and_recorded(run, trained_aknet, tmp_path, monkeypatch):
+    """AKNet's figures in tiles are others: they do not follow from the memory that happens to be free."""
+    for side in ("hazy", "clear"):
+        images.write(tmp_path / side / "a.png", torch.rand(3, 96, 200))
+    argv = ["--weights", trained_aknet, "--hazy", "hazy", "--clear", "clear", "test.panels=false"]
+    assert run(*argv, "--output", "whole").status == 0
+    assert "tile" not in row(tmp_path / "whole", "aknet")["settings"]
+    done = run(*argv, "--output", "tiles", "test.tile=128")
+    assert row(tmp_path / "tiles", "aknet")["settings"]["tile"] == 128
+    assert "aknet: in cross-faded tiles of 128, so not the figures of whole pictures" in done.out
+    assert "cross-faded tiles of 128" in (tmp_path / "tiles" / "results.md").read_text()
+    monkeypatch.setattr(tiling, "free_memory", lambda device: 1e6)
+    done = run(*argv, "--output", "scarce")
+    assert done.status == 2
+    assert "a.png: 200x96 pixels are too many for the memory of cpu; set test.tile=512" in done.err
+
+
+def test_figures_on_pictures_that_weights_were_chosen_on_are_warned_of(run, pairs, experiment, tmp_path):
+    """However they were written; and of others not."""
+    state = checkpoint.read(experiment / "last.pt")
+    chosen = selection.chosen_on(["mine"], 2, [selection.fingerprint(images.read(tmp_path / "clear" / "1.png"))])
+    metadata = {"model": "nedr", "settings": state["settings"], "chosen_on": chosen}
+    checkpoint.save_weights(tmp_path / "chosen.safetensors", state["networks"], metadata)
+    images.write(tmp_path / "clear" / "1.png", images.read(tmp_path / "clear" / "1.png"), compress_level=1)
+    argv = ["--weights", "chosen.safetensors", "test.panels=false"]
+    done = run(*argv, *pairs)
+    told = "chosen on the ground truths of 2 of these 3 pictures (validation on mine)"
+    assert f"warning: pictures: nedr: its weights were {told}" in done.err
+    assert told in "".join(row(tmp_path / "results", "nedr")["remarks"])
+    assert json.loads((tmp_path / "results" / "results.json").read_text())["methods"]["nedr"]["chosen_on"] == {
+        "sets": ["mine"],
+        "pictures": 2,
+    }
+    for name in ("1_1", "1_2"):
+        (tmp_path / "hazy" / f"{name}.png").unlink()
+    assert "were chosen on" not in run(*argv, *pairs, "--output", "others").err
 
 
 def test_runs_are_compared(run, pairs, tmp_path):

@@ -16,6 +16,7 @@ import models
 import test as scoring_command
 import train
 from data import images
+from data.benchmarks import BENCHMARKS, GROUPS
 from utils import checkpoint, config
 from utils.errors import UserError
 
@@ -65,6 +66,7 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
     assert training.returncode == 0, output
     assert "finished after step 3" in output
     names = {"config.yml", "settings.yml", "last.pt", "weights.safetensors", "log.txt", "log.jsonl", "tensorboard"}
+    names.add("warm_start.safetensors")
     assert {path.name for path in experiment.iterdir()} == names
     logged = lines(experiment)
     assert [line["stage"] for line in logged if "loss/gan" in line] == ["train", "train"]
@@ -80,7 +82,8 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
     hazy, nedr = rows
     assert (hazy["images"], nedr["images"]) == (6, 6)
     assert f"{nedr['mean']['ours.psnr']:.2f}" in output
-    kept = max((line for line in logged if "validation/psnr" in line), key=lambda line: line["validation/psnr"])
+    assert "chosen on the ground truths of 3 of these 6 pictures (validation on sample:test/clear)" in output
+    kept = next(line for line in logged if "validation/psnr" in line and line["stage"] == "train")
     first = next(row for row in nedr["per_image"] if row["name"].startswith("chelsea_1"))
     assert first["ours.psnr"] == pytest.approx(kept["validation/psnr"], abs=1e-3), "test.py scores what validation kept"
 
@@ -118,6 +121,106 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(experiment, tmp_pat
     for a, b in ((one["networks"], other["networks"]), (one["ema"]["weights"], other["ema"]["weights"])):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert torch.equal(one["random"]["torch"], other["random"]["torch"])
+
+
+def weights_of(folder):
+    """Everything of a run that a later step depends on: weights, running statistics, averages, random numbers."""
+    state = checkpoint.read(folder / "last.pt")
+    return state["networks"] | {f"ema.{k}": v for k, v in state["ema"].get("weights", {}).items()} | state["random"]
+
+
+@pytest.mark.parametrize("ema", [0, 0.5])
+def test_nothing_under_log_changes_a_weight(ema, experiment, tmp_path):
+    """Pictures draw random haze, validation takes statistics anew: the run goes on as if nobody had looked."""
+    blind = tmp_path / "blind"
+    shutil.copytree(experiment, blind)
+    steps = ["warm_start.steps=1", "train.steps=3", f"train.ema={ema}"]
+    assert run(experiment, *steps, *(f"log.{name}=1" for name in ("every", "pictures_every", "validate_every"))) == 0
+    rarely = ["log.every=100", "log.pictures_every=0", "log.validate_every=0", "log.validation_limit=2"]
+    assert run(blind, *steps, *rarely, "log.save_every=2") == 0
+    one, other = weights_of(experiment), weights_of(blind)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
+
+
+SHORT = ["warm_start.steps=0", "log.pictures_every=0", "data.validation_hazy=", "data.validation_clear="]
+
+
+def test_a_resumed_run_takes_the_settings_in_force(experiment, tmp_path):
+    """Rates, betas and the schedule: with a rate of next to nothing the weights stay where they were."""
+    assert run(experiment, *SHORT, "train.steps=1") == 0
+    before = checkpoint.read(experiment / "last.pt")
+    given = ["nedr.learning_rate=1e-9", "nedr.betas=[0.5,0.9]", "train.schedule=cosine", "train.floor=0.5"]
+    assert run(experiment, *SHORT, "train.steps=2", *given, "--resume") == 0
+    after = checkpoint.read(experiment / "last.pt")
+    for key, value in before["networks"].items():
+        if key.endswith("weight"):
+            torch.testing.assert_close(after["networks"][key], value, rtol=0, atol=1e-7)
+    [group] = after["updater"]["optimisers"]["generators"]["param_groups"]
+    assert list(group["betas"]) == [0.5, 0.9]
+    assert group["lr"] == pytest.approx(0.5e-9)
+    said = (experiment / "log.txt").read_text()
+    assert "from now on nedr.learning_rate=1e-09 (until now 0.0001)" in said
+    assert "from now on train.schedule=cosine (until now multistep)" in said
+
+
+def test_a_loss_may_be_given_weight_over_a_resume(experiment):
+    """Its optimiser, of which the checkpoint knows nothing, begins anew at the step where the others are."""
+    assert run(experiment, *SHORT, "train.steps=1", "nedr.gan_weight=0") == 0
+    assert run(experiment, *SHORT, "train.steps=2", "nedr.gan_weight=0.2", "--resume") == 0
+    updater = checkpoint.read(experiment / "last.pt")["updater"]
+    assert {plan["last_epoch"] for plan in updater["schedules"].values()} == {2}
+    assert "discriminators" in updater["optimisers"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("seed=11", "seed was 10 until now, and cannot become 11, since the order of the pictures"),
+        ("train.init=other.pth", "train.init was  until now.*it is read only where training begins; give train.init= "),
+        ("nedr.encoder_weights=hub", "nedr.encoder_weights was none"),
+        ("nedr.base_channels=12", "nedr.base_channels was 8.*the networks learned with it"),
+        ("warm_start.learning_rate=1e-5", "warm_start.learning_rate was 0.0004.*the warm start is over"),
+    ],
+)
+def test_settings_that_may_not_change_over_a_resume_are_refused_by_name(given, message, experiment):
+    settings = config.load("nedr", models.settings_types(), [experiment / "config.yml"])
+    checkpoint.save(experiment / "last.pt", {"model": "nedr", "stage": "train", "settings": config.to_dict(settings)})
+    with pytest.raises(UserError, match=message):
+        run(experiment, "--resume", given)
+
+
+def test_each_stage_exports_its_own_best(experiment, monkeypatch):
+    """The warm start's weights score higher than the game's, and are not taken for the game's."""
+    figures = iter([30.0, 20.0])
+    means = {"ours.ssim": 0.5, "hazy.psnr": 10.0}
+    monkeypatch.setattr(train.scoring, "mean", lambda scores: means | {"ours.psnr": next(figures)})
+    assert run(experiment, "train.steps=1", "log.pictures_every=0") == 0
+    own = checkpoint.read_safetensors(experiment / "weights.safetensors")[1]
+    earlier = checkpoint.read_safetensors(experiment / "warm_start.safetensors")[1]
+    assert [(each["stage"], each["step"]) for each in (earlier, own)] == [("warm_start", 1), ("train", 2)]
+    assert own["chosen_on"]["sets"] == ["sample:test/clear"]
+    assert own["chosen_on"]["pictures"] == len(own["chosen_on"]["truths"]) == 1
+
+
+def test_validation_on_other_pictures_begins_its_choice_anew(experiment):
+    assert run(experiment, "warm_start.steps=0", "train.steps=1", "log.pictures_every=0") == 0
+    state = checkpoint.read(experiment / "last.pt")
+    checkpoint.save(experiment / "last.pt", state | {"best": 99.0})
+    more = ["warm_start.steps=0", "train.steps=2", "log.pictures_every=0", "log.validation_limit=2"]
+    assert run(experiment, *more, "--resume") == 0
+    assert checkpoint.read(experiment / "last.pt")["best"] < 99
+
+
+def test_validation_takes_tiles_as_set(experiment, monkeypatch):
+    """As its own message recommends where memory does not suffice."""
+    seen, dehaze = [], models.Method.dehaze
+    monkeypatch.setattr(
+        models.Method, "dehaze", lambda self, hazy, tile=None: seen.append(tile) or dehaze(self, hazy, tile)
+    )
+    assert run(experiment, "warm_start.steps=0", "train.steps=1", "log.pictures_every=0", "test.tile=128") == 0
+    assert seen == [128]
 
 
 OTHERS = {  # methods that train on other kinds of batches, at the tiny preset
@@ -298,3 +401,11 @@ def test_presets_are_valid(preset):
     settings = config.load(model, models.settings_types(), [ROOT / "checkpoints" / preset / "config.yml"])
     models.check_training(settings)
     assert not any(str(path).startswith("/") for path in (settings.data.hazy, settings.data.clear, settings.test.hazy))
+    data = settings.data
+    for name in data.validation_pairs:  # weights are not chosen on what is scored
+        benchmark, _, split = name.partition(":")
+        assert BENCHMARKS[benchmark].to_train_on(split or "all"), f"{preset} validates on {name}"
+    pools = [str(source).lower() for source in (data.validation_hazy, data.validation_clear)]
+    scored = [name.lower().partition("-")[0] for name in GROUPS["all"]]
+    assert not any(part.startswith(name) for pool in pools for part in pool.split("/") for name in scored)
+    assert not any(pool.startswith("sample:test") for pool in pools if preset != "tiny")

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,17 @@ def _by_type(*modules: nn.Module) -> Iterable[list[list[Tensor]]]:
         for members, tensor in zip(groups[alike[0].dtype], alike, strict=True):
             members.append(tensor)
     return groups.values()
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, the buffers of ``module`` (running statistics) may change; afterwards they are as they were."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, kept in before:
+            buffer.copy_(kept)
 
 
 @torch.no_grad()

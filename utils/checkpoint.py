@@ -7,7 +7,7 @@ import random
 import re
 import warnings
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,13 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any
         safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, temporary, header)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What this project's training says of the weights in a .safetensors file; {} for files of others."""
+    with safetensors.safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    return json.loads(header["metadata"]) if header.get("format") == FORMAT else {}
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Weights and this project's metadata (None if another program wrote the file)."""
     try:
@@ -168,6 +175,16 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     if torch.cuda.is_available() and len(states.get("cuda", [])) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextlib.contextmanager
+def unmoved_random_states() -> Iterator[None]:
+    """Inside, random numbers may be drawn; what is drawn afterwards is as if they had not been."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 def load_strict(module: torch.nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import cost, metrics, panels, quality, report, results, scoring, tiling
+from utils import cost, metrics, panels, quality, report, results, scoring, selection, tiling
 from utils.config import Settings
 from utils.errors import UserError
 from utils.journal import Journal
@@ -45,13 +45,18 @@ class Pictures:
 
 @dataclass
 class Candidate:
-    """What is tested: how it dehazes, what maps it finds (None: no panels), and its settings in force."""
+    """What is tested: how it dehazes, what maps it finds (None: no panels), and its settings in force.
+
+    ``chosen_on`` as of `selection.chosen_on`; ``tile``: the side of tiles whose numbers are not those of the whole.
+    """
 
     name: str
     dehaze: scoring.Dehaze
     estimate: Callable[[Tensor], dict[str, Tensor]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
+    chosen_on: dict[str, Any] | None = None
+    tile: int | None = None
 
 
 class Evaluation:
@@ -66,6 +71,7 @@ class Evaluation:
         self.settings, self.device, self.output, self.write, self.say = settings, device, output, write, say
         self.further = quality.load(settings.test.metrics, device)
         self.rows: list[Row] = []
+        self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and picture: its truth's fingerprint
         self.told: set[str] = set()
         for name in settings.test.protocols:
             metrics.protocol(name)
@@ -105,7 +111,8 @@ class Evaluation:
         )
         scores = done | {score.name: score for score in outcome.scores}
         outcome.scores = [scores[name] for name in names if name in scores]
-        about = (candidate.settings, pictures.remarks, cost.peak_memory(self.device), len(done))
+        self._look_for_choice(pictures, candidate, outcome.scores)
+        about = (_in_force(candidate, outcome.scores), pictures.remarks, cost.peak_memory(self.device), len(done))
         row = Row(pictures.name, candidate.name, pictures.expected, outcome, *about)
         self.rows.append(row)
         if candidate.name == HAZY:
@@ -152,6 +159,8 @@ class Evaluation:
         def measure(item: dict, dehazed: Tensor) -> dict[str, float]:
             clear = item["clear"] if pictures.truth else None
             figures = metrics.figures(dehazed, clear, protocols) if pictures.truth else {}
+            if pictures.truth and item["name"] not in self.truths[pictures.name]:
+                self.truths[pictures.name][item["name"]] = selection.fingerprint(clear)
             return figures | {name: metric(dehazed, clear) for name, metric in further.items()}
 
         return measure
@@ -203,6 +212,19 @@ class Evaluation:
             )
             self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
 
+    def _look_for_choice(self, pictures: Pictures, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
+        """Say it where the weights were chosen on what they are scored on."""
+        if candidate.chosen_on is None or not pictures.truth:
+            return
+        known = self.truths[pictures.name]
+        for score in scores:
+            if score.name not in known:  # measured by the interrupted run that this one continues
+                item = pictures.items[pictures.items.names.index(score.name)]
+                known[score.name] = selection.fingerprint(item["clear"])
+        if told := selection.remark(candidate.chosen_on, [known[score.name] for score in scores]):
+            pictures.remarks.append(f"{candidate.name}: {told}")
+            self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
+
     def _panels(self, pictures: Pictures, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
         key = next(iter(scores[0].figures), None) if scores else None
         better = results.describe(key)["better"] if key else "higher"
@@ -220,6 +242,12 @@ class Evaluation:
             maps = {name: value[0].float().cpu() for name, value in found.items()}
             shown = panels.parts(item["hazy"], maps, item.get("clear"), score)
             self.write(folder / f"{place}_{Path(score.name).stem}.png", panels.panel(shown))
+
+
+def _in_force(candidate: Candidate, scores: Sequence[scoring.Score]) -> dict[str, Any]:
+    """The settings that the figures depend on, with the tiles where these are not exact and any picture needed them."""
+    tiled = candidate.tile and any(max(score.width, score.height) > candidate.tile for score in scores)
+    return candidate.settings | ({"tile": candidate.tile} if tiled else {})
 
 
 def _state(path: Path) -> list:

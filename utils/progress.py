@@ -13,7 +13,7 @@ class Progress:
 
     ``step`` counts the steps of the present stage, ``seen`` the pictures that they took in all processes: with the
     number of processes or the batch changed in between, neither follows from the other. ``best`` is the best validation
-    score so far.
+    score of the present stage so far.
     """
 
     stages: list[Stage]
@@ -55,7 +55,7 @@ class Progress:
         self.step, self.seen = self.step + 1, self.seen + self.per_step
 
     def next_stage(self) -> None:
-        self.number, self.step, self.seen = self.number + 1, 0, 0
+        self.number, self.step, self.seen, self.best = self.number + 1, 0, 0, -math.inf
 
     def due(self, every: int) -> bool:
         """Is it time for what is done every so many steps? Never, for 0."""

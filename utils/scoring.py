@@ -37,7 +37,9 @@ class Remedies(NamedTuple):
 
 
 # Of training: its own settings for tests have no part in validation.
-VALIDATION = Remedies("take smaller validation pictures", "training has diverged: lower the learning rate")
+VALIDATION = Remedies(
+    "set test.tile=512, or take smaller validation pictures", "training has diverged: lower the learning rate"
+)
 
 
 @dataclass(frozen=True)

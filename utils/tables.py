@@ -120,6 +120,8 @@ def _exceptions(row: Row) -> list[str]:
     if row.outcome.skipped:
         count = pictures(len(row.outcome.skipped))
         lines.append(f"{count} could not be used; no figure or time is of them")
+    if "tile" in row.settings:
+        lines.append(f"in cross-faded tiles of {row.settings['tile']}, so not the figures of whole pictures")
     if row.resumed:
         verb = "is" if row.resumed == 1 else "are"
         lines.append(f"{pictures(row.resumed)} {verb} from an interrupted run, which this one continued")

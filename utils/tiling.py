@@ -125,12 +125,15 @@ def check(tile: int | None) -> None:
         raise UserError(f"test.tile={tile}: must be at least {SMALLEST} pixels, 0 for the whole picture, or auto")
 
 
-def choose(height: int, width: int, device: torch.device | str, setting: int | str = "auto") -> int | None:
+def choose(
+    height: int, width: int, device: torch.device | str, setting: int | str = "auto", exact: bool = True
+) -> int | None:
     """The tile side for a picture of that size, None for the whole at once.
 
     ``setting`` is ``auto``, 0 (the whole) or a side in pixels. ``auto`` takes pictures of up to two million pixels
     whole if they fit into the memory that is free, others in tiles of 1024, or smaller ones where memory is scarce.
-    Raises `UserError` for another setting.
+    That is for tiles that are ``exact``: others give other numbers, which must not follow from the memory that happens
+    to be free, so that ``auto`` then takes the whole or raises a MemoryError. Raises `UserError` for another setting.
     """
     if setting != "auto":
         try:
@@ -142,6 +145,10 @@ def choose(height: int, width: int, device: torch.device | str, setting: int | s
         check(side)
         return side
     pixels, free = height * width, free_memory(torch.device(device))
+    if not exact:
+        if pixels * WHOLE_BYTES > free:
+            raise MemoryError
+        return None
     if pixels <= WHOLE_PIXELS and pixels * WHOLE_BYTES <= free:
         return None
     for side in SIDES:

@@ -54,22 +54,23 @@ class Updater:
             self.load_state_dict(saved)
 
     def step(self, losses: Callable[[dict], Iterator], batches: Iterable[dict]) -> dict[str, Tensor]:
-        """One step on ``batches``; returns the last batch's losses (each optimiser's, and their terms), detached."""
+        """One step on ``batches``; returns the means of its losses (each optimiser's, and their terms), detached."""
         batches, terms = list(batches), {}
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         for k, batch in enumerate(batches, 1):
-            stepping, pending, due = k == len(batches), losses(batch), []
+            stepping, pending, due, found = k == len(batches), losses(batch), [], {}
             while (loss := self._next(pending)) is not None:
                 reducer = self.reducers[loss.optimiser]
                 with contextlib.nullcontext() if stepping else reducer.no_sync():  # gradients are sent once, summed up
                     moved = parameters_of(self.optimisers[loss.optimiser])  # no other gradient is computed
                     value = reducer(self.scaler.scale(loss.value / len(batches)))
                     value.backward(inputs=moved, retain_graph=loss.shared)
-                terms |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
+                found |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
                 due.append(loss.optimiser)
                 while stepping and due and not loss.shared:
                     self._move(self.optimisers[due.pop(0)])
+            terms = {name: terms.get(name, 0) + term / len(batches) for name, term in found.items()}
         if stepping:
             self.scaler.update()
         for schedule in self.schedules.values():
@@ -99,11 +100,27 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from ``state``: moments and counts are its own; rates, betas, decay and schedule are as set now."""
         for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
-        for name, schedule in self.schedules.items():
-            schedule.load_state_dict(state["schedules"][name])
-        self.scaler.load_state_dict(state["scaler"])
+            if name in state["optimisers"]:  # else its loss had no weight until now, and its moments begin anew
+                _load_moments(optimiser, state["optimisers"][name])
+        counts = next(iter(state["schedules"].values()))  # of steps, in which all are alike
+        for schedule in self.schedules.values():
+            schedule.load_state_dict(counts | {"base_lrs": schedule.base_lrs})
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+        if state["scaler"]:  # empty, unless precision was fp16
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _load_moments(optimiser: Optimizer, state: dict) -> None:
+    """What ``optimiser`` has learnt of its parameters, from ``state``; its settings stay."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for group, settings in zip(optimiser.param_groups, own, strict=True):
+        group.update(settings)
 
 
 def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
@@ -154,13 +171,17 @@ def schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 
-def finite(terms: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Loss terms as numbers. Raises `UserError` for one that is none: what comes after it cannot be worth keeping."""
+def finite(terms: Mapping[str, Tensor | float], stage: str = "train", model: str = "nedr") -> dict[str, float]:
+    """Loss terms as numbers. Raises `UserError` for one that is none: what comes after it cannot be worth keeping.
+
+    ``stage`` and ``model`` are those whose settings the remedy names.
+    """
     figures = {name: float(term) for name, term in terms.items()}
     for name, value in figures.items():
         if not math.isfinite(value):
             raise UserError(
-                f"the loss '{name}' has become {value}; last.pt is from before: lower the learning rate, or set "
-                f"train.clip=1 or precision=float32, and go on with --resume"
+                f"the loss '{name}' has become {value}; last.pt is from before: lower "
+                f"{model if stage == 'train' else stage}.learning_rate, or set {stage}.clip=1 or precision=float32, "
+                f"and go on with --resume"
             )
     return figures

@@ -140,6 +140,15 @@ def test_every_entry_is_complete(name):
         assert {b.train, b.test} <= {"", "all"}
 
 
+def test_what_is_held_out_of_a_training_set_is_not_trained_on():
+    splits = BENCHMARKS["ITS"].splits
+    training, validation = (set(benchmarks.unroll(splits[name])) for name in ("train", "validation"))
+    assert not training & validation
+    assert training | validation == set(benchmarks.unroll(splits["all"]))
+    assert not validation & set(benchmarks.unroll(BENCHMARKS["SOTS-indoor"].numbers))
+    assert all(BENCHMARKS["ITS"].to_train_on(split) for split in splits)
+
+
 def test_the_agreed_splits_and_groups():
     splits = {name: b.test for name, b in BENCHMARKS.items() if b.test}
     assert splits == {

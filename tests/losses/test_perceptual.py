@@ -62,6 +62,13 @@ def test_it_is_a_ruler(file):
     assert not any(module.training for module in loss.features.modules())
 
 
+def test_making_it_draws_no_random_numbers(file):
+    """It is made when it is first needed: a resumed run would else go on with other numbers."""
+    before = torch.get_rng_state()
+    PerceptualLoss("vgg16", ["relu1_1"], str(file))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_unknown_layer():
     with pytest.raises(UserError, match=r"vgg16 has no layer 'relu3_4'; did you mean 'relu3_3'"):
         PerceptualLoss("vgg16", ["relu3_4"])

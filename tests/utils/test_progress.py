@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from utils.config import Stage
@@ -13,7 +15,9 @@ def test_steps_and_pictures_are_counted_over_stages_and_processes():
         assert not at.stage_ends
         at.advance()
     assert (at.stage_ends, at.last_stage, at.step, at.seen, at.global_step) == (True, False, 3, 3 * 2 * 4, 3)
+    at.best = 30.0
     at.next_stage()
+    assert at.best == -math.inf  # another stage's best is no measure for this one's
     at.advance()
     assert (at.last_stage, at.step, at.seen, at.global_step, at.ahead) == (True, 1, 2 * 3 * 4, 4, 0)
     assert [at.due(every) for every in (0, 1, 2)] == [False, True, False]

@@ -166,9 +166,19 @@ def test_part():
 # How large.
 
 
-def choose(monkeypatch, free: float, height: int, width: int, setting: int | str = "auto") -> int | None:
+def test_tiles_that_change_the_numbers_do_not_follow_from_the_free_memory(monkeypatch):
+    """The whole, or a refusal; a side that is set is taken."""
+    assert choose(monkeypatch, 60e9, 5436, 3612, exact=False) is None
+    assert choose(monkeypatch, 1.6e9, 1000, 1000, exact=False) is None
+    with pytest.raises(MemoryError):
+        choose(monkeypatch, 1.4e9, 1000, 1000, exact=False)
+    assert choose(monkeypatch, 0, 1000, 1000, 512, exact=False) == 512
+    assert choose(monkeypatch, 0, 1000, 1000, 0, exact=False) is None
+
+
+def choose(monkeypatch, free: float, height: int, width: int, setting: int | str = "auto", exact=True) -> int | None:
     monkeypatch.setattr(tiling, "free_memory", lambda device: free)
-    return tiling.choose(height, width, "cpu", setting)
+    return tiling.choose(height, width, "cpu", setting, exact)
 
 
 def test_small_pictures_are_taken_whole_where_memory_allows(monkeypatch):

@@ -69,6 +69,13 @@ def test_accumulation_equals_one_big_batch():
         torch.testing.assert_close(p, q)
 
 
+def test_accumulated_losses_are_means_over_the_parts():
+    module, data = net(), batches(3)
+    each = [next(losses(module)(batch)).value.item() for batch in data]
+    terms = updater(module).step(losses(module), data)
+    assert terms["mse"].item() == terms["net"].item() == pytest.approx(sum(each) / 3)
+
+
 def test_gradients_do_not_outlive_a_step():
     module, data = net(), batches(2)
     mover = updater(module, optimiser=torch.optim.SGD)
@@ -182,6 +189,37 @@ def test_a_resumed_run_may_be_given_more_steps():
     longer.load_state_dict(first.state_dict())
     longer.step(losses(module), data)
     assert longer.rates()["net"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 5 / 20)) / 2)
+
+
+def test_a_resumed_run_has_the_rates_betas_and_decay_that_are_set_now():
+    module, data = net(), batches(1)
+    first = Updater({"net": torch.optim.AdamW(module.parameters(), 0.05)}, *told(schedule="cosine"), CPU)
+    first.step(losses(module), data)
+    other = torch.optim.AdamW(module.parameters(), 0.02, betas=(0.5, 0.6), weight_decay=0.3)
+    again = Updater({"net": other}, *told(schedule="constant"), CPU, saved=copy.deepcopy(first.state_dict()))
+    [group] = other.param_groups
+    assert (group["lr"], group["initial_lr"], group["betas"], group["weight_decay"]) == (0.02, 0.02, (0.5, 0.6), 0.3)
+    assert again.schedules["net"].last_epoch == 1
+    assert all(state["step"] == 1 for state in other.state.values())
+    again.step(losses(module), data)
+    assert again.rates() == {"net": 0.02}
+
+
+def test_precision_may_change_over_a_resume():
+    """Without fp16 the scaler has no state, and with it none is refused."""
+    module = net()
+    state = updater(module).state_dict()
+    assert state["scaler"] == {}
+    mover = updater(module)
+    mover.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    mover.load_state_dict(state)
+
+
+def test_the_remedy_for_a_loss_names_settings_of_its_stage():
+    with pytest.raises(UserError, match=r"lower warm_start\.learning_rate, or set warm_start\.clip=1"):
+        finite({"a": float("nan")}, "warm_start", "d4")
+    with pytest.raises(UserError, match=r"lower d4\.learning_rate, or set train\.clip=1"):
+        finite({"a": float("nan")}, "train", "d4")
 
 
 @pytest.mark.parametrize("kind", ["constant", "multistep", "cosine"])
