@@ -47,8 +47,18 @@ def dark_channel(image: Tensor, size: int = DARK_CHANNEL_SIZE) -> Tensor:
     """
     pad = size // 2
     darkest = F.pad(image.amin(1, keepdim=True), (pad, pad, pad, pad), value=1.0)
-    rows = -F.max_pool2d(-darkest, (size, 1), stride=1)  # a square minimum is a row minimum of column minima
-    return -F.max_pool2d(-rows, (1, size), stride=1)
+    return _line_minimum(_line_minimum(darkest, size, 2), size, 3)
+
+
+def _line_minimum(x: Tensor, size: int, dim: int) -> Tensor:
+    """The minimum of every ``size`` neighbours along one side, which becomes ``size`` - 1 shorter; by doubling."""
+    span = 1
+    while span < size:
+        step = min(span, size - span)
+        left = x.shape[dim] - step
+        x = torch.minimum(x.narrow(dim, 0, left), x.narrow(dim, step, left))
+        span += step
+    return x
 
 
 def max_airlight(image: Tensor) -> Tensor:

@@ -101,13 +101,20 @@ def of_densest_haze(image: Tensor, t: Tensor) -> Tensor:
     for power in SHARPNESS:
         mean, deviation = _weighted(x, (t.amin(2, keepdim=True) / t) ** power)
         told += [mean, deviation]
-    far = (t <= t.quantile(FAR, 2, keepdim=True)).to(x.dtype)
+    ordered = t[:, 0].sort(1).values
+    far = (t <= _quantile(ordered, FAR)[..., None]).to(x.dtype)
     told += [(x - 2 * (1 - far)).amax(2), (x + 2 * (1 - far)).amin(2)]
     told += [_intercept(x, t, torch.ones_like(t)), _intercept(x, t, (1 - t) ** 2)]
     far_t, far_x = _mean(t, far), _mean(x, far)
     told += [(far_x - j * far_t) / (1 - far_t).clamp(min=0.05) for j in EXTRAPOLATED]
-    quantiles = torch.stack([t[:, 0].quantile(q, 1) for q in QUANTILES], 1)
-    return torch.cat([*told, quantiles], 1)
+    return torch.cat([*told, *(_quantile(ordered, q) for q in QUANTILES)], 1)
+
+
+def _quantile(ordered: Tensor, share: float) -> Tensor:
+    """As torch.quantile, of rows (N,P) that are sorted: (N,1)."""
+    place = share * (ordered.shape[1] - 1)
+    low, part = int(place), place - int(place)
+    return ordered[:, low : low + 1].lerp(ordered[:, low + (part > 0) : low + (part > 0) + 1], part)
 
 
 def _mean(x: Tensor, weight: Tensor) -> Tensor:
