@@ -133,6 +133,7 @@ def test_a_run_of_two_is_written_once_and_resumed_bit_for_bit(checked):
     assert first["statuses"] == second["statuses"] == [0, 143, 0]  # the signal came to the second alone
     assert first["loaders"] == second["loaders"]
     names = {"config.yml", "settings.yml", "last.pt", "weights.safetensors", "log.txt", "log.jsonl", "tensorboard"}
+    names.add("warm_start.safetensors")
     assert {path.name for path in (folder / "whole").iterdir()} == names
     assert len(list((folder / "whole" / "tensorboard").iterdir())) == 1
     assert said.count("nedr on cpu and 1 more, from step 0") == 3  # and once where one fails

@@ -636,7 +636,7 @@ def test_inexact_tiles_are_taken_where_they_are_set_alone_and_recorded(run, trai
     monkeypatch.setattr(tiling, "free_memory", lambda device: 1e6)
     done = run(*argv, "--output", "scarce")
     assert done.status == 2
-    assert "a.png: 200x96 pixels are too many for the memory of cpu; set test.tile=512" in done.err
+    assert "a.png: 200x96 pixels are too many for the memory of cpu; set test.tile=128" in done.err
 
 
 def test_figures_on_pictures_that_weights_were_chosen_on_are_warned_of(run, pairs, experiment, tmp_path):

@@ -89,7 +89,7 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
 
     arguments = ["--checkpoints", str(experiment), "--hazy", "sample:test/hazy", "--output", str(tmp_path / "out")]
     assert scoring_command.main(arguments) == 0
-    assert len(images.find(tmp_path / "out")) == 6
+    assert len(images.find(tmp_path / "out" / "pictures")) == 6
 
 
 def stop_after(monkeypatch, count):

@@ -142,7 +142,7 @@ def test_no_seam():
 @pytest.mark.parametrize("guided", [False, True])
 def test_dark_channel_prior_in_tiles(guided):
     method = DCP(DCPSettings(guided_filter=guided))
-    assert_same(method, smooth(10, 211, 300), 128, tolerance=0)
+    assert_same(method, smooth(10, 211, 300), 128, tolerance=1e-12 if guided else 0)  # running sums begin at the tile
     assert method.estimate(smooth(10, 211, 300))["transmission"].shape == (1, 1, 211, 300)
 
 

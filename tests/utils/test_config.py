@@ -137,7 +137,7 @@ def test_other_kinds():
         ("data.crop_size=[256]", "needs 2 values in brackets, got 1"),
         ("data.crop_size=[256, 8]", "must be at least 16"),
         ("data.crop_size=large", "needs a whole number"),
-        ("precision=fp61", "float32, bf16, fp16; did you mean 'fp16'"),
+        ("precision=fp61", "float32, tf32, bf16, fp16; did you mean 'fp16'"),
         ("train.schedule=[cosine]", "must be one of constant, multistep, cosine"),
         ("train=4", "'train' is a section"),
         ("nedr=", "'nedr' is a section"),
