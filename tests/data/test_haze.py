@@ -531,3 +531,15 @@ def test_command_line_fails_with_one_line(tmp_path):
 def test_jpeg_format(scenes):
     assert {name.suffix for name in command(scenes, "j", "--format", "jpg")} == {".jpg"}
     assert math.isfinite(images.read(scenes / "j" / "clear" / "0.jpg").mean())
+
+
+def test_dusk_darkens_scene_and_airlight_alike():
+    clear = torch.rand(3, 6, 6)
+    plain, dusk = (draws(20, *told, "airlight=[0.8, 0.8]", clear=clear) for told in ((), DUSK))
+    for item in dusk:
+        assert 0.4 <= item["airlight"].max() / 0.8 <= 0.6
+        torch.testing.assert_close(item["clear"] / clear, (item["airlight"] / 0.8).expand_as(clear))
+    assert all(torch.equal(item["clear"], clear) for item in plain)
+
+
+DUSK = ("light.probability=1", "light.range=[0.4, 0.6]")

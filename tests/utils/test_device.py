@@ -51,3 +51,32 @@ print(faults() - before)
         command = [sys.executable, "-c", program.format(first)]
         faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert faults[1] * 5 < faults[0]
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
+def test_products_on_a_gpu_are_as_exact_as_the_precision_says(monkeypatch, precision, tf32):
+    """Of matrices and of convolutions alike; and the GPU that was asked for is the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", not tf32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    device.prepare(torch.device("cuda", 1), precision)
+    assert current == [torch.device("cuda", 1)]
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+def test_cudnn_does_not_search_where_sizes_vary():
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with device.varied_sizes():
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def test_tf32_wants_a_gpu():
+    with pytest.raises(UserError, match="precision=tf32 needs a GPU"):
+        device.autocast(torch.device("cpu"), "tf32")

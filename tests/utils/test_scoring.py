@@ -210,7 +210,7 @@ def test_too_little_memory_names_picture_size_and_remedy(error):
 
     with pytest.raises(UserError, match=r"a\.png: 17x13.*; shrink it$"):
         scoring.run(exhaust, Pairs(), on_error=raised, remedies=scoring.Remedies("shrink it"))
-    with pytest.raises(UserError, match=r"a\.png: 17x13.*; set test\.tile=512 or take smaller validation"):
+    with pytest.raises(UserError, match=r"a\.png: 17x13.*; set test\.tile=512, or take smaller validation"):
         scoring.score(exhaust, Pairs())
 
 
