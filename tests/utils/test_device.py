@@ -58,12 +58,15 @@ def test_products_on_a_gpu_are_as_exact_as_the_precision_says(monkeypatch, preci
     """Of matrices and of convolutions alike; and the GPU that was asked for is the current one."""
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", not tf32)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
-    device.prepare(torch.device("cuda", 1), precision)
-    assert current == [torch.device("cuda", 1)]
-    assert torch.backends.cuda.matmul.allow_tf32 is tf32
-    assert torch.backends.cudnn.allow_tf32 is tf32
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [part.allow_tf32 for part in parts]
+    try:
+        device.prepare(torch.device("cuda", 1), precision)
+        assert current == [torch.device("cuda", 1)]
+        assert [part.allow_tf32 for part in parts] == [tf32, tf32]
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.allow_tf32 = value
 
 
 def test_cudnn_does_not_search_where_sizes_vary():
