@@ -29,12 +29,13 @@ from tqdm import tqdm
 import models
 from data import benchmarks, images, locate, pairing
 from data.pictures import Folder, Paired, doubts
-from models import testing
-from utils import comparison, config, device, errors, tables
+from models import candidates
+from utils import config, device, errors, memory
 from utils.config import Override
 from utils.errors import UserError
-from utils.evaluation import Candidate, Evaluation, Pictures
-from utils.results import HAZY
+from utils.evaluation import comparison, tables
+from utils.evaluation.results import HAZY
+from utils.evaluation.runner import Candidate, Evaluation, Pictures
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
 TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.compare:
         return compare(args.compare, args.output)
-    device.keep_memory()
+    memory.keep_memory()
     folder, files, overrides = layers(args)
     types = models.settings_types()
     settings = config.load((args.model or models.names())[0], types, files, overrides, used=types)
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {remark}", file=sys.stderr)
     run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
     sets = find(settings.test, output)
-    tested = testing.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
+    tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)
 
 
@@ -148,7 +149,7 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
     return [Pictures("pictures", items, truth=True, remarks=[*remarks, *told, *doubts(items)])]
 
 
-def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -> int:
+def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]) -> int:
     """Every method on every set, beneath the hazy input; the report; the exit status."""
     facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)

@@ -28,14 +28,17 @@ from tqdm import tqdm
 import models
 from data import datasets, images, loading
 from data.cache import Cache
-from utils import capacity, checkpoint, config, device, distributed, errors, resuming, scoring, selection, signals
-from utils.averaging import EMA, buffers_kept, recalibrate
-from utils.compiling import compile_networks
+from utils import batchnorm, checkpoint, config, device, errors, files, memory
+from utils.batchnorm import recalibrate
 from utils.device import autocast
 from utils.errors import UserError
-from utils.logging import RunLog, Silence, Speed
-from utils.progress import Progress
-from utils.updater import Updater, finite
+from utils.evaluation import scoring, selection
+from utils.training import batch_size, distributed, progress, resuming, signals
+from utils.training.compiling import compile_networks
+from utils.training.ema import EMA, buffers_kept
+from utils.training.progress import Progress
+from utils.training.run_log import RunLog, Silence, Speed
+from utils.training.updater import Updater, finite
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list_models:
         print(models.listing())
         return 0
-    device.keep_memory()
+    memory.keep_memory()
     folder = Path(options.checkpoints)
     with distributed.group() as ranks:
         settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
@@ -76,7 +79,7 @@ class Run:
         self.autocast()
         device.prepare(self.device, settings.precision)
         models.check_training(settings)
-        self.at = Progress(config.stages(settings), ranks.world)
+        self.at = Progress(progress.stages(settings), ranks.world)
         kinds = models.METHODS[settings.model].stages
         cache = Cache(settings.data.cache / ranks.local_world, settings.data.border, settings.data.short_side)
         self.datasets = {
@@ -97,7 +100,7 @@ class Run:
         self.method.to(self.device)
         ranks.share(self.method)
         if settings.train.sync_batchnorm and ranks.world > 1:
-            distributed.synchronise(self.method)
+            batchnorm.synchronise(self.method)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
         self.signalled, self.ending, self.terms = 0, 0, {}  # signals: to this process, and as all agreed on
         ranks.start(settings.seed)
@@ -143,18 +146,18 @@ class Run:
             optimisers, self.at.stage, self.settings, self.device, epoch, saved, ranks=self.ranks, ahead=self.at.ahead
         )
 
-    def loader(self, stage: config.Stage, start: int, batches: int) -> DataLoader:
+    def loader(self, stage: progress.Stage, start: int, batches: int) -> DataLoader:
         """So many batches for each process, from position ``start`` of the stage's pictures on."""
         stop, how = start + batches * stage.batch * self.ranks.world, {"pin": self.device.type == "cuda"}
         how |= {"workers": self.settings.data.workers, "rank": self.ranks.rank, "world": self.ranks.world}
         return loading.loader(self.datasets[stage.name], start, stop, stage.batch, **how)
 
-    def train_stage(self, stage: config.Stage) -> None:
+    def train_stage(self, stage: progress.Stage) -> None:
         at, log = self.at, self.settings.log
         waiting = loading.Waiting(self.loader(stage, at.seen, (stage.steps - at.step) * stage.accumulate))
         speed, shown = Speed(at.step, at.per_step, waiting), {"disable": None if self.ranks.first else True}
         bar = tqdm(total=stage.steps, initial=at.step, desc=stage.name, unit="step", **shown)
-        guard = capacity.Guard(self.method, stage, self.settings, self.device, self.ranks)
+        guard = batch_size.Guard(self.method, stage, self.settings, self.device, self.ranks)
         self.method.train()
         with closing(loading.ahead(waiting, self.device)) as batches, bar:
             while not at.stage_ends and (chunk := self.receive(batches, stage.accumulate)):
@@ -212,7 +215,7 @@ class Run:
         """Those of the last step, over all processes. Raises `UserError` where one is no number."""
         return finite(self.ranks.mean(self.terms), self.at.stage.name, self.settings.model)
 
-    def validate(self, stage: config.Stage) -> None:
+    def validate(self, stage: progress.Stage) -> None:
         """Score the averaged weights on the validation pairs and keep them if they are the best of their stage."""
         count, ranks, pairs, step = self.settings.train.recalibrate, self.ranks, self.validation, self.at.global_step
         with self.looking() as method:
@@ -256,7 +259,7 @@ class Run:
     def keep_weights(self) -> None:
         """Put the weights of a stage that is over beside those of the next, under the stage's name."""
         if self.ranks.first and self.weights.exists():
-            with checkpoint.atomic(self.weights.with_stem(self.at.stage.name)) as temporary:
+            with files.atomic(self.weights.with_stem(self.at.stage.name)) as temporary:
                 shutil.copyfile(self.weights, temporary)
 
     def identity(self) -> dict:

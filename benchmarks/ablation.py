@@ -23,9 +23,10 @@ import test
 import train
 from benchmarks import ablation_table
 from data import locate, pairing
-from utils import comparison, config, cost, errors
-from utils.checkpoint import write_text
+from utils import config, errors, files
 from utils.errors import UserError, nearest
+from utils.evaluation import comparison
+from utils.files import write_text
 
 MODULES = ("kan_cid", "idrm", "drem")
 CASES = {
@@ -161,7 +162,7 @@ def _scored(case: Case) -> bool:
         return False
     told, settings = results["methods"].get("nedr", {}), config.to_dict(case.settings)
     weights = case.folder / str(told.get("weights"))
-    if not weights.is_file() or told["sha256"] != cost.sha256(weights):
+    if not weights.is_file() or told["sha256"] != files.sha256(weights):
         return False
     return results["settings"] == {key: settings[key] for key in ("precision", "test")}
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import comparison, tables
-from utils.checkpoint import write_text
-from utils.comparison import Figure, Table
-from utils.results import HAZY
+from utils.evaluation import comparison, tables
+from utils.evaluation.comparison import Figure, Table
+from utils.evaluation.results import HAZY
+from utils.files import write_text
 
 MODULES = {"kan_cid": "KAN-CID", "idrm": "IDRM", "drem": "DREM"}
 DIGITS = {"psnr": 2, "ssim": 4}

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 
 import models
-from models import testing
+from models import candidates
 from models.method import Method
-from utils import config, cost, device, errors
+from utils import config, device, errors, memory
 from utils.errors import UserError
 
 SECONDS = 8.0  # of repeats, of a case that takes less
@@ -57,17 +57,17 @@ def run(method: str, size: str, threads: int) -> dict:
 def measure(named: str, width: int, height: int, threads: int) -> dict[str, float]:
     """Median seconds of dehazing a picture, after one to warm up, and the process's peak memory in bytes."""
     torch.set_num_threads(threads)
-    device.keep_memory()
+    memory.keep_memory()
     place, method = torch.device("cpu"), _load(named)
     hazy = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     tile, taken = method.tile(hazy, "auto"), []
-    cost.reset_peak(place)
+    memory.reset_peak(place)
     method.dehaze(hazy, tile)
     while not taken or (sum(taken) < SECONDS and len(taken) < 9):
         start = time.perf_counter()
         method.dehaze(hazy, tile)
         taken.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(taken), "bytes": cost.peak_memory(place)}
+    return {"seconds": statistics.median(taken), "bytes": memory.peak_memory(place)}
 
 
 def table(methods: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[dict]], threads: int) -> str:
@@ -84,7 +84,7 @@ def _load(named: str) -> Method:
     source, _, settings = (named, "", "") if os.path.exists(named) else named.partition("@")
     names = [source] if source in models.METHODS else []
     test = config.section("test", [] if names else [("weights", [source])])
-    [tested] = testing.prepare(names, None, test, (), [text for text in settings.split(",") if text])
+    [tested] = candidates.prepare(names, None, test, (), [text for text in settings.split(",") if text])
     return tested.method
 
 

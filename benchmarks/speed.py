@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.speed_cases import CROP, WORKERS, Case, Run
 from utils import device, errors
-from utils.checkpoint import write_text
 from utils.errors import UserError
+from utils.files import write_text
 
 ROUNDS = 2
 PRECISIONS = ("float32", "bf16", "fp16")

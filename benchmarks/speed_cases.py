@@ -25,9 +25,10 @@ import models
 from data import datasets, loading
 from data.cache import Cache
 from tests.models.nedr_reference import Game
-from utils import capacity, config, cost, device
-from utils.compiling import compile_networks
-from utils.updater import Updater
+from utils import config, device, memory
+from utils.training import batch_size, progress
+from utils.training.compiling import compile_networks
+from utils.training.updater import Updater
 
 OVERRIDES = ("nedr.variant=released", "nedr.airlight=max", "nedr.encoder_weights=none", "train.ema=0")
 CROP, WORKERS = 256, 2  # pixels of the pictures loaded for training, and processes that do it
@@ -74,19 +75,19 @@ def measure(case: Case, place: torch.device, repeats: int) -> Run:
     if not case.batch:
         case = case._replace(batch=_largest(case, place))
     if case.of == "ours":
-        device.keep_memory()
+        memory.keep_memory()
     act, compare = _reference(case, place) if case.of == "reference" else _ours(case, place)
     if case.compiled:
         act()
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter:
         act()
-    device.release_memory()
-    cost.reset_peak(place)
-    before, seconds, began = cost.peak_memory(place), [], time.perf_counter()
+    memory.release_memory()
+    memory.reset_peak(place)
+    before, seconds, began = memory.peak_memory(place), [], time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < repeats and time.perf_counter() - began < SECONDS):
         seconds.append(_timed(act, place))
-    memory, flops = cost.peak_memory(place) - before, counter.get_total_flops()
-    return Run(seconds, memory, flops, compare and compare(), case.batch)
+    taken = memory.peak_memory(place) - before
+    return Run(seconds, taken, counter.get_total_flops(), compare and compare(), case.batch)
 
 
 def ceiling(place: torch.device, precision: str) -> float:
@@ -143,7 +144,7 @@ def _ours(case: Case, place: torch.device) -> tuple[Callable, Callable | None]:
     if case.compiled:
         compile_networks(method.named_children(), place, lambda line: print(line, file=sys.stderr))
     if case.kind == "step":
-        updater = Updater(method.train().optimisers("train", values), config.stages(values)[0], values, place)
+        updater = Updater(method.train().optimisers("train", values), progress.stages(values)[0], values, place)
         return lambda: updater.step(lambda b: method.losses(b, "train"), [{"hazy": hazy, "clear": clear}]), None
     method.eval()
     tile = 512 if case.kind == "tiled" else None
@@ -168,7 +169,7 @@ def _largest(case: Case, place: torch.device) -> int:
         try:
             _ours(case._replace(batch=n), place)[0]()
         except (MemoryError, RuntimeError) as error:
-            if not device.exhausted(error):
+            if not memory.exhausted(error):
                 raise
             return False
         return True
@@ -178,7 +179,7 @@ def _largest(case: Case, place: torch.device) -> int:
         n *= 2
     if n == 1:
         raise MemoryError("out of memory for a single crop")
-    return capacity.largest(n, fits)
+    return batch_size.largest(n, fits)
 
 
 def _loading(case: Case, repeats: int) -> Run:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import images
 from data.pixels import Pixels
-from utils import tiling
+from utils import memory
 from utils.errors import UserError
 
 EMPTY, BEING_WRITTEN, READY = range(3)
@@ -44,7 +44,7 @@ class Cache:
         self._used = np.zeros(1, np.int64)
         if size == 0:
             return
-        free = tiling.free_memory(torch.device("cpu"))
+        free = memory.free_memory(torch.device("cpu"))
         if size > free:
             raise UserError(
                 f"data.cache={gib:g}: only {free / 2**30:.1f} GiB of memory are free, which the network needs, too; "

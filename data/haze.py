@@ -25,7 +25,7 @@ from data.cache import Cache
 from data.pixels import Pixels
 from utils import config, errors, physics
 from utils.errors import UserError
-from utils.metrics import to_8bit
+from utils.rounding import to_8bit
 
 DENSITY = (0.6, 1.8)
 AIRLIGHT = (0.7, 1.0)

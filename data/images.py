@@ -22,7 +22,7 @@ from data import depth as depth_files
 from data import keepsakes
 from data.pixels import Pixels
 from utils.errors import UserError
-from utils.metrics import to_8bit
+from utils.rounding import to_8bit
 
 HEIF = frozenset({".heic", ".heif", ".hif"})
 RAW = frozenset(

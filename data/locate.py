@@ -17,7 +17,7 @@ from data import images, pairing
 from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
 from data.pictures import Folder, Paired, doubts
 from utils.errors import UserError, nearest
-from utils.evaluation import Pictures
+from utils.evaluation.runner import Pictures
 
 LEVELS = 5  # of folders below the data root that are looked through
 RUNS = 10  # of missing numbers that are named

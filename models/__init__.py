@@ -8,13 +8,15 @@ from typing import get_type_hints
 
 import torch
 
+from models import cost
 from models.aknet import AKNet
 from models.dcp import DCP
 from models.kanet import KANet
 from models.method import Method
 from models.nedr import D4, NeDR
-from utils import checkpoint, config, cost, foreign
+from utils import checkpoint, config, foreign
 from utils.errors import UserError, nearest
+from utils.training import progress
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 METHODS: dict[str, type[Method]] = {"nedr": NeDR, "d4": D4, "aknet": AKNet, "kanet": KANet, "dcp": DCP}
@@ -49,7 +51,7 @@ def check_training(settings: config.Settings) -> None:
     method = METHODS[settings.model]
     if not method.stages:
         raise UserError(f"{settings.model} has nothing to train; score it with test.py --model {settings.model}")
-    for stage in config.stages(settings):
+    for stage in progress.stages(settings):
         if stage.name not in method.stages:
             raise UserError(f"{settings.model} has no stage {stage.name}; set {stage.name}.steps=0")
     method.check(settings)

@@ -13,7 +13,7 @@ from timm.layers import BatchNormAct2d, pad_same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.averaging import track
+from utils.batchnorm import track
 
 WIDE = 2**18  # values of a map from which on its margins are folded by hand
 

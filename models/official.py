@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import models
-from utils import checkpoint, config, cost, errors
+from utils import checkpoint, config, errors, files
 from utils.errors import UserError
 
 SHOWN = 3  # names of tensors
@@ -58,7 +58,7 @@ def bring(options: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: imported weights are written as .safetensors; give it such a name")
     name = models.name_of(method)
     settings = dataclasses.replace(config.load(name, models.settings_types()), method=method.settings)
-    origin = {"official": options.file.name, "sha256": cost.sha256(options.file)}
+    origin = {"official": options.file.name, "sha256": files.sha256(options.file)}
     metadata = {"model": name, "settings": config.to_dict(settings)} | origin
     checkpoint.save_weights(output, method.state_dict(), metadata)
     print("\n".join([*describe(options.file, method), f"written to {output}"]))
@@ -69,7 +69,7 @@ def hand_over(options: argparse.Namespace) -> int:
     """Write this project's weights as the authors' code loads them."""
     method, output = models.load(options.file), options.output
     state = method.to_official()
-    with checkpoint.atomic(output) as temporary:
+    with files.atomic(output) as temporary:
         torch.save(state, temporary)
     print("\n".join([*describe(options.file, method), f"written to {output}, in the authors' format"]))
     return 0

@@ -15,6 +15,9 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from utils import batchnorm
+from utils.training import progress
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import picture, tiny, tiny_settings
@@ -22,9 +25,10 @@ from conftest import picture, tiny, tiny_settings
 import models
 import train
 from models.method import Loss, frozen
-from utils import config, distributed, errors
+from utils import errors
 from utils.errors import UserError
-from utils.updater import Updater, finite
+from utils.training import distributed
+from utils.training.updater import Updater, finite
 
 CPU = torch.device("cpu")
 
@@ -58,7 +62,7 @@ def game(ranks: distributed.Ranks, sync: bool, exact: bool = True) -> dict:
     settings = tiny_settings("warm_start.steps=0")
     method = tiny("nedr.kan_cid=false").to(kind).train()
     if sync and ranks.world > 1:
-        distributed.synchronise(method)
+        batchnorm.synchronise(method)
     hazy, clear = (picture(seed, 2, 3, 64, 64).to(kind)[mine] for seed in (1, 2))
     beta, airlight = (torch.tensor(ends).to(kind).view(2, 1, 1, 1)[mine] for ends in ((0.7, 1.7), (0.7, 0.9)))
     method._random_haze = lambda clear: (beta, airlight.expand(-1, 3, 1, 1))
@@ -66,7 +70,7 @@ def game(ranks: distributed.Ranks, sync: bool, exact: bool = True) -> dict:
     for name, optimiser in optimisers.items():
         held = optimiser.param_groups[0]["params"]
         optimiser.register_step_pre_hook(lambda *_, name=name, held=held: gradients.update({name: copied(held)}))
-    updater = Updater(optimisers, config.stages(settings)[0], settings, CPU, ranks=ranks)
+    updater = Updater(optimisers, progress.stages(settings)[0], settings, CPU, ranks=ranks)
     with Double() if exact else contextlib.nullcontext():
         terms = updater.step(lambda batch: method.losses(batch, "train"), [{"hazy": hazy, "clear": clear}])
     ranks.average_statistics(method)
@@ -80,7 +84,7 @@ def steps(ranks: distributed.Ranks) -> dict:
     optimisers = {name: torch.optim.Adam(net.parameters(), 0.1) for name, net in (("a", a), ("b", b))}
     overrides = ["warm_start.steps=0", "train.accumulate=2", "train.clip=0.05", "train.steps=3"]
     settings = tiny_settings(*overrides)
-    updater = Updater(optimisers, config.stages(settings)[0], settings, CPU, ranks=ranks)
+    updater = Updater(optimisers, progress.stages(settings)[0], settings, CPU, ranks=ranks)
     x, mine = torch.randn(6, 4, 4).double(), share(ranks, 4)
 
     def losses(x: torch.Tensor):
@@ -102,7 +106,7 @@ def norms(ranks: distributed.Ranks) -> dict:
     x, weights = torch.randn(4, 3, 6, 6).double(), torch.randn(4, 5, 6, 6).double()
     keys = list(net.state_dict())
     if ranks.world > 1:
-        distributed.synchronise(net)
+        batchnorm.synchronise(net)
     mine = slice(None) if ranks.world == 1 else [slice(0, 3), slice(3, 4)][ranks.rank]
     x = x[mine].clone().requires_grad_()
     for _ in range(2):

@@ -18,10 +18,11 @@ import train
 from data import images
 from models.layers import BatchNorm
 from models.nedr.discriminator import Discriminator
-from utils import checkpoint, config, device, distributed
-from utils.averaging import EMA
-from utils.compiling import compile_networks
-from utils.updater import Updater
+from utils import batchnorm, checkpoint, config, device
+from utils.training import progress
+from utils.training.compiling import compile_networks
+from utils.training.ema import EMA
+from utils.training.updater import Updater
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU here")
 
@@ -58,7 +59,7 @@ def batch(count: int = 4, place: torch.device = GPU) -> dict[str, torch.Tensor]:
 
 
 def updater_of(method: models.Method, values: config.Settings) -> tuple[Updater, str]:
-    stage = config.stages(values)[0]
+    stage = progress.stages(values)[0]
     device.prepare(GPU, values.precision)
     return Updater(method.optimisers(stage.name, values), stage, values, GPU), stage.name
 
@@ -90,7 +91,7 @@ def test_steps_in_every_precision(name, precision):
 def test_the_first_losses_are_those_of_a_cpu(name):
     values = settings_of(name)
     device.prepare(GPU, "float32")
-    stage, losses = config.stages(values)[0].name, []
+    stage, losses = progress.stages(values)[0].name, []
     for place in (CPU, GPU):
         torch.manual_seed(0)
         method = started(values).to(place).train()
@@ -146,7 +147,7 @@ def test_synchronised_batch_norm_is_batch_norm_where_there_is_one_process(tmp_pa
     try:
         norm = BatchNorm(8, act=nn.ReLU6()).to(GPU).train()
         other, x = copy.deepcopy(norm), torch.randn(4, 8, 16, 16, device=GPU).mul(3)
-        distributed.synchronise(other)
+        batchnorm.synchronise(other)
         torch.testing.assert_close(other(x), norm(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(other.state_dict(), norm.state_dict(), rtol=1e-4, atol=1e-4)
     finally:

@@ -14,11 +14,12 @@ import torch
 import models
 import train
 from data import datasets
-from utils import checkpoint, config, scoring
+from utils import checkpoint, config
 from utils.device import pick
-from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.updater import schedule
+from utils.evaluation import scoring
+from utils.training.distributed import Ranks
+from utils.training.schedules import schedule
 
 TESTS = Path(__file__).resolve().parent
 TINY = TESTS.parent / "checkpoints" / "tiny" / "config.yml"

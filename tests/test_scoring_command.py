@@ -16,9 +16,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import models
 from data import images
-from models import DCP, NeDR, testing
-from utils import checkpoint, config, errors, evaluation, journal, quality, selection, tiling
+from models import DCP, NeDR, candidates
+from utils import checkpoint, config, errors, memory
 from utils.errors import UserError
+from utils.evaluation import extra_metrics, journal, runner, selection
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {  # name -> (mode, size, how it is saved)
@@ -277,11 +278,11 @@ def test_pictures_named_on_the_command_line_leave_the_configured_truth_out(run, 
 
 def test_better_weights_come_first(tmp_path):
     test = config.load("nedr", models.settings_types()).test
-    for name in reversed(testing.WEIGHTS):
+    for name in reversed(candidates.WEIGHTS):
         (tmp_path / name).touch()
-        assert testing._weights(tmp_path, test, [], print) == [tmp_path / name]
+        assert candidates._weights(tmp_path, test, [], print) == [tmp_path / name]
     test.ema = False  # weights.safetensors holds averaged ones alone
-    assert testing._weights(tmp_path, test, [], print) == [tmp_path / "last.pt"]
+    assert candidates._weights(tmp_path, test, [], print) == [tmp_path / "last.pt"]
 
 
 def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, trained_aknet, tmp_path):
@@ -412,7 +413,7 @@ def benchmarks(tmp_path):
 
 
 def test_benchmarks_by_name_with_a_method_beside_and_two_protocols(run, benchmarks, experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "installed", lambda name: False)
+    monkeypatch.setattr(extra_metrics, "installed", lambda name: False)
     argv = ["--model", "nedr", "dcp", "--checkpoints", experiment, "--output", "out", *benchmarks]
     done = run(*argv, "--benchmarks", "sots_indoor", "HSTS", "RTTS", "--protocols", "ours", "d4", "test.panels=false")
     assert done.status == 0
@@ -433,7 +434,7 @@ def test_benchmarks_by_name_with_a_method_beside_and_two_protocols(run, benchmar
 
 
 def test_without_a_metric_for_real_haze_it_is_said_what_to_install(run, benchmarks, monkeypatch):
-    monkeypatch.setattr(quality, "installed", lambda name: False)
+    monkeypatch.setattr(extra_metrics, "installed", lambda name: False)
     done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
     assert done.status == 0
     assert "pip install fade-python" in done.err
@@ -446,8 +447,8 @@ def test_metrics_of_real_haze_are_used_where_they_are_installed(run, benchmarks,
             raise UserError("niqe: its weights are not here")
         return {name: lambda dehazed, clear: float(dehazed.mean()) for name in names}
 
-    monkeypatch.setattr(quality, "installed", lambda name: name in ("fade", "niqe"))
-    monkeypatch.setattr(quality, "load", load)
+    monkeypatch.setattr(extra_metrics, "installed", lambda name: name in ("fade", "niqe"))
+    monkeypatch.setattr(extra_metrics, "load", load)
     done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
     assert "left out: niqe: its weights are not here" in done.err
     assert row(tmp_path / "results", "dcp", "RTTS")["mean"].keys() == {"fade"}
@@ -541,7 +542,7 @@ def test_dehazed_pictures_keep_profile_and_exif(run, tmp_path, truth):
 def test_what_the_interrupted_run_did_otherwise_is_done_anew(run, pairs, tmp_path, monkeypatch, change):
     argv = ["--model", "dcp", *pairs, "--output", "out", "data.workers=0", "test.panels=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Evaluation, "finish", lambda *_: sys.exit(1))
+        patch.setattr(runner.Evaluation, "finish", lambda *_: sys.exit(1))
         run(*argv)
     if change == "settings":
         argv.append("dcp.guided_filter=false")
@@ -633,7 +634,7 @@ def test_inexact_tiles_are_taken_where_they_are_set_alone_and_recorded(run, trai
     assert row(tmp_path / "tiles", "aknet")["settings"]["tile"] == 128
     assert "aknet: in cross-faded tiles of 128, so not the figures of whole pictures" in done.out
     assert "cross-faded tiles of 128" in (tmp_path / "tiles" / "results.md").read_text()
-    monkeypatch.setattr(tiling, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
     done = run(*argv, "--output", "scarce")
     assert done.status == 2
     assert "a.png: 200x96 pixels are too many for the memory of cpu; set test.tile=128" in done.err

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import re
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from utils import foreign
 from utils.errors import UserError
+from utils.files import atomic
 
 FORMAT = "nedr-dehaze"
 VERSION = 1
@@ -29,30 +29,6 @@ ALONE = (
     "torch.save(w(torch.load(%r, 'cpu', weights_only=False)), 'weights.pth')"
 )
 TORCHSCRIPT = "import torch; torch.save(torch.jit.load(%r, 'cpu').state_dict(), 'weights.pth')"
-
-
-@contextlib.contextmanager
-def atomic(path: Path):
-    """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors: a full disk
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {why}; free some space or change the rights") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically; names of files that are no text are kept as they are."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -271,43 +271,6 @@ class Settings:
     log: Log
     test: Test
     method: Any
-
-
-class Stage(NamedTuple):
-    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` pictures.
-
-    ``schedule``, ``floor``, ``warm_up`` and ``cool_down`` as of `updater.schedule`; ``clip``: largest gradient norm.
-    """
-
-    name: str
-    steps: int
-    batch: int
-    accumulate: int
-    schedule: str
-    floor: float = 0.0
-    warm_up: int = 0
-    cool_down: int = 0
-    clip: float = 0.0
-
-    @property
-    def per_step(self) -> int:
-        return self.batch * self.accumulate
-
-
-def stages(settings: Settings) -> list[Stage]:
-    """The stages of a run that have steps, in order: the supervised warm start, then the method's own game."""
-    warm, train = settings.warm_start, settings.train
-    both = [
-        Stage("warm_start", warm.steps, warm.batch, 1, *_course(warm)),
-        Stage("train", train.steps, train.batch, train.accumulate, *_course(train)),
-    ]
-    if not any(stage.steps for stage in both):
-        raise UserError("warm_start.steps and train.steps are both 0: there is nothing to train; set one of them")
-    return [stage for stage in both if stage.steps]
-
-
-def _course(section: Train | WarmStart) -> tuple:
-    return section.schedule, section.floor, section.warm_up, section.cool_down, section.clip
 
 
 def load(

@@ -1,20 +1,15 @@
 """Where a run computes, and in what precision."""
 
 import contextlib
-import ctypes
-import os
 import platform
 from collections.abc import Iterator
 
 import torch
 
 from utils.errors import UserError
+from utils.memory import EXHAUSTED
 
-# PyTorch's, cuBLAS's and oneDNN's words for a lack of memory. The last ones' could mean more, but seldom do.
-EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 EXHAUSTED += ("could not create a primitive", "could not create a memory object")
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
 def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
@@ -92,32 +87,3 @@ def _is_arm() -> bool:
 def describe(device: torch.device) -> str:
     """The device in words for a report: the GPU's name, or cpu and the kind of machine."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def exhausted(error: Exception) -> bool:
-    """Is this a lack of memory? On a CPU PyTorch has no exception of its own for it."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(words in str(error) for words in EXHAUSTED)
-
-
-def keep_memory() -> None:
-    """Let the C library (glibc) keep freed memory for the next pass, rather than return it and fetch it page by page.
-
-    For programs that compute the same again and again: NeDR's float32 pass over 620x460 pixels takes half as long.
-    `release_memory` still gives back what is free. Nothing is done where the user has set MALLOC_* himself.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**26)):
-            mallopt(option, value)
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system, where the C library can (glibc); costs some 30 ms.
-
-    Between pictures of different sizes its heap frays: 40 of them left NeDR with 2.7 GB resident in place of 0.9.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

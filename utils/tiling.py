@@ -9,13 +9,12 @@ like this is computed on overlapping tiles, which are cross-faded (``blend``): n
 import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from utils.device import release_memory
+from utils import memory
 from utils.errors import UserError
 
 SMALLEST = 128  # pixels: below it a tile is more halo than core
@@ -74,7 +73,7 @@ def apply(
     across, out = _cuts(width, tile, halo, down, blend), None
     for rows in _cuts(height, tile, halo, down, blend):
         if x.device.type == "cpu":
-            release_memory()  # else the heap frays, and each row leaves more of it behind
+            memory.release_memory()  # else the heap frays, and each row leaves more of it behind
         for columns in across:
             y = f(x[..., rows.seen, columns.seen], Window(rows.seen, columns.seen, (height, width)))
             if out is None:
@@ -144,7 +143,7 @@ def choose(
             ) from None
         check(side)
         return side
-    pixels, free = height * width, free_memory(torch.device(device))
+    pixels, free = height * width, memory.free_memory(torch.device(device))
     if not exact:
         if pixels * WHOLE_BYTES > free:
             raise MemoryError
@@ -155,53 +154,6 @@ def choose(
         if pixels * PICTURE_BYTES + min(pixels, side * side) * TILE_BYTES <= free:
             return side
     return SMALLEST
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that may still be taken on ``device``: infinity where nothing is known."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return min(_available(), _group_limit())
-
-
-def _available(file: Path = Path("/proc/meminfo")) -> float:
-    """What Linux thinks can be had without swapping."""
-    for line in _read(file).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return math.inf
-
-
-def _group_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """What the control groups of this process (a container's, a batch system's) leave of their memory limits.
-
-    File cache counts as used there, but gives way: the inactive part of it is added back.
-    """
-    free = math.inf
-    for line in _read(own).splitlines():
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":  # version 2
-            base, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in kinds.split(","):  # version 1
-            base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        group = PurePosixPath(path.lstrip("/"))
-        for folder in {base / group, *(base / above for above in group.parents), base}:
-            most, taken = _read(folder / limit).strip(), _read(folder / used).strip()
-            if most.isdecimal() and taken.isdecimal():  # "max" is no limit
-                stat = dict(entry.split() for entry in _read(folder / "memory.stat").splitlines())
-                free = min(free, int(most) - int(taken) + int(stat.get(cache, 0)))
-    return max(0, free)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 def _cuts(size: int, tile: int, halo: int, down: int, blend: int) -> list[Cut]:

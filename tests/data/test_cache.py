@@ -18,7 +18,7 @@ from data.cache import Cache
 from data.datasets import Pairs, Stream, Synthetic, Unpaired, crop
 from data.loading import loader
 from data.pixels import Pixels, Stack
-from utils import config, tiling
+from utils import config, memory
 from utils.errors import UserError
 
 COUNT, SIZE = 7, 3 * 20 * 24
@@ -207,7 +207,7 @@ def test_a_slice_is_what_is_cut_from_the_numbers(data, height, width, most):
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch):
-    monkeypatch.setattr(tiling, "free_memory", lambda device: 3.26 * 2**30)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 3.26 * 2**30)
     with pytest.raises(UserError, match=r"data\.cache=3\.5: only 3\.3 GiB of memory are free, .*; set a smaller data"):
         Cache(3.5)
     assert Cache(3).used == 0

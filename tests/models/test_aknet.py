@@ -9,9 +9,10 @@ import torch
 from conftest import GOLDEN, _fill, picture
 
 import models
+from models import cost
 from models.aknet import AKNet
 from models.aknet.fusion import hamming
-from utils import config, cost, foreign
+from utils import config, foreign
 from utils.errors import UserError
 
 KEYS = json.loads((GOLDEN / "aknet_keys.json").read_text())

@@ -10,7 +10,8 @@ from conftest import picture
 import models
 from utils import config
 from utils.errors import UserError
-from utils.updater import Updater
+from utils.training import progress
+from utils.training.updater import Updater
 
 PLAIN = ("kanet.sample_weights.kind=none", "kanet.contrastive_weight=0")
 
@@ -34,7 +35,7 @@ def _narrow_vgg(monkeypatch):
 
 
 def updater(method: models.Method, values: config.Settings) -> Updater:
-    return Updater(method.optimisers("train", values), config.stages(values)[0], values, torch.device("cpu"))
+    return Updater(method.optimisers("train", values), progress.stages(values)[0], values, torch.device("cpu"))
 
 
 def step(updater: Updater, method: models.Method) -> dict[str, float]:

@@ -10,7 +10,8 @@ from conftest import picture, tiny
 import models
 from tests.models.nedr_reference import Game
 from utils import config
-from utils.updater import Updater
+from utils.training import progress
+from utils.training.updater import Updater
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_a_training_step_meets_the_reference(game, official_file, monkeypatch):
     beta = torch.tensor([0.9, 1.5]).double().view(2, 1, 1, 1)
     monkeypatch.setattr(method, "_random_haze", lambda clear: (beta, None))
     values = config.load("nedr", models.settings_types(), overrides=["nedr.variant=released", "nedr.airlight=max"])
-    updater = Updater(method.optimisers("train", values), config.stages(values)[0], values, torch.device("cpu"))
+    updater = Updater(method.optimisers("train", values), progress.stages(values)[0], values, torch.device("cpu"))
     ours = updater.step(lambda batch: method.losses(batch, "train"), [{"hazy": hazy, "clear": clear}])
     theirs = game.step(hazy, clear, beta)
     for name, value in theirs.items():

@@ -11,7 +11,8 @@ import models
 from models.encoder import RELEASED
 from utils import config
 from utils.errors import UserError
-from utils.updater import Updater
+from utils.training import progress
+from utils.training.updater import Updater
 
 SMALLEST = (*D4, "data.crop_size=64")
 
@@ -31,7 +32,7 @@ def narrow_vgg(weights=None):
 
 def step(method: models.Method, values: config.Settings, name: str, size: int) -> dict[str, float]:
     """One step of stage ``name`` on the CPU; returns the loss terms, and each optimiser's whole loss by its name."""
-    stage = next(stage for stage in config.stages(values) if stage.name == name)
+    stage = next(stage for stage in progress.stages(values) if stage.name == name)
     updater = Updater(method.optimisers(name, values), stage, values, torch.device("cpu"))
     terms = updater.step(lambda data: method.train().losses(data, name), [batch(size)])
     return {name: term.item() for name, term in terms.items()}

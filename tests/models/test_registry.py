@@ -13,7 +13,8 @@ import models
 from models import official
 from utils import checkpoint, config, foreign
 from utils.errors import UserError
-from utils.updater import Updater, finite
+from utils.training import progress
+from utils.training.updater import Updater, finite
 
 NAMES = models.names()
 TRAINED = [name for name in NAMES if models.METHODS[name].stages]
@@ -79,7 +80,7 @@ def test_a_step_of_training(name, stage):
     batch["density"] = torch.tensor([[0.9], [1.2]])
     optimisers = method.optimisers(stage, told)
     before = [[p.detach().clone() for p in optimiser.param_groups[0]["params"]] for optimiser in optimisers.values()]
-    plan = next(each for each in config.stages(told) if each.name == stage)
+    plan = next(each for each in progress.stages(told) if each.name == stage)
     updater = Updater(optimisers, plan, told, torch.device("cpu"))
     figures = finite(updater.step(lambda batch: method.losses(batch, stage), [batch]))
     assert optimisers.keys() <= figures.keys()

@@ -7,7 +7,8 @@ import torch
 
 import models
 from data import images, pairing
-from utils import checkpoint, config, metrics
+from utils import checkpoint, config
+from utils.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [name for name in models.names() if models.shipped(name)]

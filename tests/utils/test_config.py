@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import models
 from utils import config
 from utils.errors import UserError
+from utils.training import progress
 
 TYPES = models.settings_types()
 QUICK = settings(max_examples=20, deadline=None)
@@ -335,11 +336,11 @@ def test_given_tells_what_was_said(tmp_path):
 
 
 def test_stages():
-    warm, game = config.stages(load("warm_start.steps=5", "train.batch=3", "train.accumulate=4"))
+    warm, game = progress.stages(load("warm_start.steps=5", "train.batch=3", "train.accumulate=4"))
     assert (warm.name, warm.steps, warm.per_step, warm.schedule) == ("warm_start", 5, 4, "cosine")
     assert (game.name, game.steps, game.per_step, game.schedule) == ("train", 2_000_000, 12, "multistep")
-    assert [stage.name for stage in config.stages(load("warm_start.steps=0"))] == ["train"]
-    assert [stage.name for stage in config.stages(load("warm_start.steps=1", "train.steps=0"))] == ["warm_start"]
+    assert [stage.name for stage in progress.stages(load("warm_start.steps=0"))] == ["train"]
+    assert [stage.name for stage in progress.stages(load("warm_start.steps=1", "train.steps=0"))] == ["warm_start"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("null", []), ("", []), ("a.pt", ["a.pt"]), ("[a, b]", ["a", "b"])])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.nedr.residual import DREM
 from models.pyramid import Head
-from utils import tiling
+from utils import memory, tiling
 from utils.errors import UserError
 
 SMALL = settings(max_examples=40, deadline=None)
@@ -177,7 +177,7 @@ def test_tiles_that_change_the_numbers_do_not_follow_from_the_free_memory(monkey
 
 
 def choose(monkeypatch, free: float, height: int, width: int, setting: int | str = "auto", exact=True) -> int | None:
-    monkeypatch.setattr(tiling, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
     return tiling.choose(height, width, "cpu", setting, exact)
 
 
@@ -208,20 +208,20 @@ def test_a_set_tile_is_taken_as_it_is(monkeypatch):
 def test_free_memory_of_a_gpu_counts_what_pytorch_holds_unused(monkeypatch):
     for name, value in {"mem_get_info": (5, 9), "memory_reserved": 4, "memory_allocated": 1}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert tiling.free_memory(torch.device("cuda")) == 8
+    assert memory.free_memory(torch.device("cuda")) == 8
 
 
 def test_free_memory_is_the_least_that_is_known(monkeypatch):
-    monkeypatch.setattr(tiling, "_available", lambda: 7)
+    monkeypatch.setattr(memory, "_available", lambda: 7)
     for limit, free in ((math.inf, 7), (3, 3)):
-        monkeypatch.setattr(tiling, "_group_limit", lambda limit=limit: limit)
-        assert tiling.free_memory(torch.device("cpu")) == free
+        monkeypatch.setattr(memory, "_group_limit", lambda limit=limit: limit)
+        assert memory.free_memory(torch.device("cpu")) == free
 
 
 def test_available_memory(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   5 kB\n")
-    assert tiling._available(tmp_path / "meminfo") == 5 * 1024
-    assert tiling._available(tmp_path / "absent") == math.inf
+    assert memory._available(tmp_path / "meminfo") == 5 * 1024
+    assert memory._available(tmp_path / "absent") == math.inf
 
 
 def group(folder: Path, **files: str) -> None:
@@ -232,23 +232,23 @@ def group(folder: Path, **files: str) -> None:
 
 def test_control_groups_version_2(tmp_path):
     own, root = tmp_path / "cgroup", tmp_path / "fs"
-    assert tiling._group_limit(own, root) == math.inf
+    assert memory._group_limit(own, root) == math.inf
     own.write_text("0::/job/step\n")
-    assert tiling._group_limit(own, root) == math.inf
+    assert memory._group_limit(own, root) == math.inf
     group(root / "job/step", memory__max="max", memory__current="10")
-    assert tiling._group_limit(own, root) == math.inf
+    assert memory._group_limit(own, root) == math.inf
     group(root / "job", memory__max="100", memory__current="70")  # the limit of a group above counts too
-    assert tiling._group_limit(own, root) == 30
+    assert memory._group_limit(own, root) == 30
     group(root / "job", memory__stat="anon 50\ninactive_file 15")
-    assert tiling._group_limit(own, root) == 45
+    assert memory._group_limit(own, root) == 45
     group(root, memory__max="20", memory__current="30")
-    assert tiling._group_limit(own, root) == 0
+    assert memory._group_limit(own, root) == 0
 
 
 def test_control_groups_version_1(tmp_path):
     own, root = tmp_path / "cgroup", tmp_path / "fs"
     own.write_text("3:cpu,cpuacct:/\n2:memory:/docker/abc\n")
-    assert tiling._group_limit(own, root) == math.inf
+    assert memory._group_limit(own, root) == math.inf
     group(root / "memory", memory__limit_in_bytes="100", memory__usage_in_bytes="90")
     group(root / "memory", memory__stat="cache 5\ntotal_inactive_file 5")
-    assert tiling._group_limit(own, root) == 15
+    assert memory._group_limit(own, root) == 15

@@ -1,0 +1,24 @@
+"""What a method costs: parameters, multiply-accumulates, peak memory, and which weights exactly were used."""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+SIDE = 256  # pixels: MACs are given at SIDE x SIDE, as papers do
+
+
+def parameters(module: nn.Module, children: Collection[str]) -> int:
+    """How many numbers were learned in these children of ``module``; buffers are not counted."""
+    return sum(p.numel() for name, p in module.named_parameters() if name.split(".")[0] in children)
+
+
+def macs(dehaze: Callable[[Tensor], Tensor], device: torch.device | str = "cpu", side: int = SIDE) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one picture of ``side`` x ``side`` pixels.
+
+    Half of what PyTorch's FLOP counter counts; element-wise work is not in it, as in other papers' figures.
+    """
+    with FlopCounterMode(display=False) as counter:
+        dehaze(torch.zeros(1, 3, side, side, device=device))
+    return counter.get_total_flops() // 2

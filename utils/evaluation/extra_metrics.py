@@ -1,0 +1,229 @@
+"""Metrics beside PSNR and SSIM: colour and perceptual distances, and quality without ground truth.
+
+All see pictures as they would be saved, 8 bit by rounding. All but CIEDE2000 come from optional packages
+(requirements-extras.txt, which names their licences), imported only when asked for.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+from skimage.color import deltaE_ciede2000, rgb2lab
+from torch import Tensor
+
+from utils import rounding
+from utils.errors import UserError, nearest
+from utils.evaluation import metrics
+
+Figure = Callable[[Tensor, Tensor | None], float]  # of a dehazed and its clear picture, (3,H,W) in [0,1]
+STRIP = 2**18  # pixels that CIEDE2000 takes at a time: scikit-image makes dozens of float64 maps of them
+MODULES = {"lpips": "lpips", "fade-python": "pyfade", "pyiqa": "pyiqa"}  # a package's name in Python
+WEIGHTS = {"lpips": "checkpoints", "pyiqa": "pyiqa"}  # where below PyTorch's hub folder a package looks for them
+_TORCHVISION = "https://download.pytorch.org/models"
+_PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured, and where it comes from.
+
+    ``package`` is what pip has to install, None if nothing; ``weights`` the URL of what that downloads at its first
+    use; ``least`` the shortest side in pixels of which it is defined.
+    """
+
+    name: str
+    title: str
+    needs_clear: bool
+    better: Literal["higher", "lower"]
+    digits: int
+    source: str
+    package: str | None = None
+    weights: str | None = None
+    least: int = 1
+
+
+_ALL = (
+    Metric(
+        "ciede2000",
+        "CIEDE2000",
+        needs_clear=True,
+        better="lower",
+        digits=2,
+        source="mean colour difference: Sharma, Wu, Dalal, Color Research & Application 2005; scikit-image",
+    ),
+    Metric(
+        "lpips",
+        "LPIPS",
+        needs_clear=True,
+        better="lower",
+        digits=4,
+        source="Zhang, Isola, Efros, Shechtman, Wang, CVPR 2018; package lpips, AlexNet, version 0.1",
+        package="lpips",
+        weights=f"{_TORCHVISION}/alexnet-owt-7be5be79.pth",
+        least=31,
+    ),
+    Metric(
+        "fade",
+        "FADE",
+        needs_clear=False,
+        better="lower",
+        digits=3,
+        source="density of fog: Choi, You, Bovik, TIP 2015; package fade-python",
+        package="fade-python",
+        least=16,
+    ),
+    Metric(
+        "niqe",
+        "NIQE",
+        needs_clear=False,
+        better="lower",
+        digits=3,
+        source="Mittal, Soundararajan, Bovik, SPL 2013; package pyiqa",
+        package="pyiqa",
+        weights=f"{_PYIQA}/niqe_modelparameters.mat",
+        least=96,
+    ),
+    Metric(
+        "brisque",
+        "BRISQUE",
+        needs_clear=False,
+        better="lower",
+        digits=2,
+        source="Mittal, Moorthy, Bovik, TIP 2012; package pyiqa",
+        package="pyiqa",
+        weights=f"{_PYIQA}/brisque_svm_weights.pth",
+        least=16,
+    ),
+    Metric(
+        "musiq",
+        "MUSIQ",
+        needs_clear=False,
+        better="higher",
+        digits=2,
+        source="Ke, Wang, Wang, Milanfar, Yang, ICCV 2021; package pyiqa, trained on KonIQ-10k",
+        package="pyiqa",
+        weights=f"{_PYIQA}/musiq_koniq_ckpt-e95806b9.pth",
+        least=32,
+    ),
+)
+METRICS = {each.name: each for each in _ALL}
+_ONE_AT_A_TIME = threading.Lock()  # pyiqa sets cuDNN's global flags while it computes, and puts them back
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name; raises `UserError` with the nearest name if there is none."""
+    if name not in METRICS:
+        raise UserError(f"there is no metric '{name}'{nearest(name, METRICS)}")
+    return METRICS[name]
+
+
+def installed(name: str) -> bool:
+    """Is the package of this metric there? Looks for it without importing it."""
+    package = metric(name).package
+    return package is None or importlib.util.find_spec(MODULES[package]) is not None
+
+
+def load(names: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Figure]:
+    """Functions by name, each called as f(dehazed, clear) with float pictures (3,H,W) in [0,1] on any device.
+
+    ``clear`` may be None where the metric does not need it. Networks compute on ``device``. A figure is nan if a side
+    is shorter than the metric is defined for. Raises `UserError` for unknown names, for packages that are not installed
+    or broken, and for weights that cannot be fetched; the functions do for pictures that cannot be compared.
+    """
+    chosen = [metric(name) for name in dict.fromkeys(names)]
+    missing = [each for each in chosen if not installed(each.name)]
+    if missing:
+        packages = " ".join(dict.fromkeys(each.package for each in missing))
+        names = ", ".join(each.name for each in missing)
+        raise UserError(f"the packages of {names} are not installed; pip install {packages}, or take {names} out")
+    return {each.name: _figure(each, _build(each, torch.device(device))) for each in chosen}
+
+
+def _figure(each: Metric, measure: Callable[..., float]) -> Figure:
+    @torch.no_grad()
+    def figure(dehazed: Tensor, clear: Tensor | None = None) -> float:
+        if each.needs_clear and clear is None:
+            raise UserError(f"{each.name} compares with a clear picture, and there is none; take {each.name} out")
+        pictures = [dehazed, clear] if each.needs_clear else [dehazed]
+        metrics.check(pictures[0], pictures[-1])
+        if min(dehazed.shape[1:]) < each.least:
+            return math.nan
+        return float(measure(*map(rounding.to_8bit, pictures)))
+
+    return figure
+
+
+def _build(each: Metric, device: torch.device) -> Callable[..., float]:
+    """The metric as a function of pictures (H,W,3) uint8."""
+    if each.package is None:
+        return _ciede2000
+    with _quiet():
+        try:
+            module = importlib.import_module(MODULES[each.package])
+        except (ImportError, OSError) as error:  # OSError: a shared library that is not there
+            raise UserError(
+                f"{each.name}: its package cannot be imported ({error}); pip install {each.package}"
+            ) from None
+        try:
+            return BUILDERS[each.package](each.name, module, device)
+        except OSError as error:  # no network; urllib's errors are all of this kind
+            folder = Path(torch.hub.get_dir()) / WEIGHTS[each.package]
+            raise UserError(
+                f"{each.name}: its weights are not here and cannot be fetched ({error}); "
+                f"download {each.weights} elsewhere and put it into {folder}, or take {each.name} out"
+            ) from None
+
+
+def _ciede2000(dehazed: np.ndarray, clear: np.ndarray) -> float:
+    height, width = dehazed.shape[:2]
+    step, total = max(1, STRIP // width), 0.0
+    for start in range(0, height, step):
+        strips = (rgb2lab(picture[start : start + step]) for picture in (clear, dehazed))
+        total += deltaE_ciede2000(*strips).sum()
+    return total / (height * width)
+
+
+def _lpips(name: str, module: ModuleType, device: torch.device) -> Callable[..., float]:
+    network = module.LPIPS(net="alex", version="0.1", verbose=False).to(device).eval()
+    return lambda dehazed, clear: network(*(_batch(picture, device) * 2 - 1 for picture in (dehazed, clear))).item()
+
+
+def _fade(name: str, module: ModuleType, device: torch.device) -> Callable[..., float]:
+    return module.fade
+
+
+def _pyiqa(name: str, module: ModuleType, device: torch.device) -> Callable[..., float]:
+    network = module.create_metric(name, device=device)
+
+    def measure(dehazed: np.ndarray) -> float:
+        with _ONE_AT_A_TIME:
+            return network(_batch(dehazed, device)).item()
+
+    return measure
+
+
+BUILDERS = {"lpips": _lpips, "fade-python": _fade, "pyiqa": _pyiqa}
+
+
+def _batch(picture: np.ndarray, device: torch.device) -> Tensor:
+    """(H,W,3) uint8 as (1,3,H,W) float in [0,1]."""
+    return torch.from_numpy(picture).to(device).permute(2, 0, 1)[None].float() / 255
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the chatter of other people's packages to themselves; a download's progress bar, on stderr, stays."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

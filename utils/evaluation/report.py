@@ -1,0 +1,59 @@
+"""The files of a scoring run: results.json (complete), results.md (for a paper), per_image.csv, and pictures' names."""
+
+import csv
+import io
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from utils.evaluation import tables
+from utils.evaluation.results import Row, flat, keys
+from utils.files import write_text
+
+
+def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
+    """Write results.json, results.md and per_image.csv into ``folder``, each whole or not at all.
+
+    Infinite and undefined figures are the texts "inf" and "nan" in JSON, which has no numbers for them. Raises
+    `UserError` if it cannot write.
+    """
+    write_text(folder / "results.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    write_text(folder / "results.md", tables.markdown(rows, results))
+    write_text(folder / "per_image.csv", _csv(rows))
+
+
+def picture_names(names: Sequence[str]) -> dict[str, str]:
+    """The PNG that each input becomes: a/b.jpg -> a/b.png, or a/b.jpg.png where folder a has two pictures named b."""
+    folders = defaultdict(list)
+    for name in map(PurePosixPath, dict.fromkeys(names)):
+        folders[name.parent].append(name)
+    outputs = {}
+    for folder, members in folders.items():
+        stems = Counter(name.stem.casefold() for name in members)
+        taken = {name.name.casefold() for name in members}  # b.jpg.png must not get the name that b.jpg may need
+        for name in members:
+            alone = stems[name.stem.casefold()] == 1 and name.stem.casefold() not in taken
+            outputs[str(name)] = str(folder / f"{name.stem if alone else name.name}.png")
+    return outputs
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    out = io.StringIO(newline="")
+    columns = ["benchmark", "method", "name", "width", "height", "seconds", *keys(rows)]
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        start = {"benchmark": row.benchmark, "method": row.method}
+        writer.writerows(start | flat(score) for score in row.outcome.scores)
+    return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

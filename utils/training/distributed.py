@@ -1,0 +1,225 @@
+"""Several processes that train together, one a device: started by torchrun, joined by PyTorch's process group.
+
+Alone, without torchrun, there is no process group, and nothing here costs or changes anything.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+
+from utils import checkpoint, device
+from utils.errors import UserError
+
+# Longer than processes ever wait for one that is well (validation, a slow disk), for machines that vanish without a
+# word. A process that merely ends is noticed at once: its connections close, and torchrun ends the others.
+TIMEOUT = timedelta(minutes=10)
+LOST = "another process of this run has ended: its own error, or the signal that torchrun reports, says why"
+_groups = itertools.count()  # so that one process may join several groups, one after the other
+
+
+class Ranks:
+    """The processes of a run, of which this one is number ``rank`` of ``world``.
+
+    ``local`` of ``local_world`` is its number on this machine. All methods but `claim` and `pick` are for all processes
+    to call, in the same order: each waits for the others.
+    """
+
+    def __init__(
+        self, rank: int = 0, world: int = 1, local: int = 0, local_world: int = 1, store: dist.Store | None = None
+    ):
+        self.rank, self.world, self.local, self.local_world, self.store = rank, world, local, local_world, store
+        self.saved = "nothing was saved yet"  # what is left of the run if a process ends
+        self.remark = f" and {world - 1} more" if world > 1 else ""  # about the processes, for the log
+
+    @property
+    def first(self) -> bool:
+        """Is it this one that writes the files?"""
+        return self.rank == 0
+
+    def pick(self, name: str) -> torch.device:
+        """The device that the setting ``device`` names: where it is a GPU, each process of a machine has its own."""
+        return device.pick(name, self.local, self.local_world)
+
+    def claim(self, text: str) -> bool:
+        """Is this the first process to say ``text``? Where that cannot be known, it says it."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.add(f"said/{text}", 1) == 1
+        except RuntimeError:
+            return True
+
+    def agree(self, *numbers: int) -> list[int]:
+        """The largest of each of ``numbers`` over all processes; cheap enough for every step."""
+        if self.world == 1:
+            return list(numbers)
+        largest = torch.tensor(numbers)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def exchange(self, value: Any) -> list:
+        """``value`` (plain values and CPU tensors) of every process, by rank."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def spread(self, work: Callable[[Sequence], list], items: Sequence) -> list:
+        """What ``work`` makes of ``items``, one result for each and in their order; every process does its share."""
+        shares = self.exchange(work(Subset(items, range(self.rank, len(items), self.world))))
+        return [shares[k % self.world][k // self.world] for k in range(len(items))]
+
+    def mean(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Each figure's mean over all processes, as a number; not finite where one of them is not."""
+        every = self.exchange({name: float(value) for name, value in figures.items()})
+        return {name: sum(each[name] for each in every) / self.world for name in figures}
+
+    def check_same(self, value: Any, file: Path) -> None:
+        """Raise `UserError` if processes do not have the same ``value`` of what is in ``file``."""
+        if any(other != value for other in self.exchange(value)):
+            raise UserError(f"{file} is not the same for all processes; its folder must be one that all machines share")
+
+    def share(self, module: nn.Module) -> None:
+        """Give ``module`` the first process's parameters and buffers."""
+        if self.world > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def average_statistics(self, module: nn.Module) -> None:
+        """Replace the running statistics of batch norm in ``module`` by their means over all processes."""
+        if self.world == 1:
+            return
+        norms = [each for each in module.modules() if getattr(each, "running_mean", None) is not None]
+        running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+        if running:
+            flat = torch.cat(running) / self.world
+            dist.all_reduce(flat)
+            torch._foreach_copy_(running, flat.split([len(tensor) for tensor in running]))
+
+    def reducer(self, parameters: Iterable[nn.Parameter]) -> nn.Module:
+        """What a loss goes through before its backward pass, which then leaves the means of ``parameters``' gradients.
+
+        PyTorch's DDP around nothing but the loss: its buckets are sent while the backward pass goes on, for exactly
+        these parameters, whichever networks the loss came through and however often. Alone: what changes nothing.
+        """
+        if self.world == 1:
+            return _Alone()
+        # Of 1x1 convolutions, whose gradients come in another layout than the weights; they are copied.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        how = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(_Around(parameters), **how)
+
+    def states(self, method: nn.Module) -> dict[str, Any]:
+        """What a checkpoint holds of each process: ``random`` states, the first one's and ``others``.
+
+        With the latters' buffers of ``method`` where they differ from the first one's: KA-Net's memory of samples.
+        """
+        random = checkpoint.random_states()
+        if self.world == 1:
+            return {"random": random}
+        first, *others = self.exchange({"random": random, "buffers": _buffers(method)})
+        for other in others:
+            kept = {key: value for key, value in other["buffers"].items() if not value.equal(first["buffers"][key])}
+            other["buffers"] = kept
+        return {"random": first["random"], "others": others}
+
+    def start(self, seed: int, step: int = 0) -> None:
+        """Random numbers of its own for every process but the first, which goes on as a single one does."""
+        if not self.first:
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1))
+
+    def restore(self, state: dict[str, Any], method: nn.Module, seed: int, step: int) -> None:
+        """Go on from `states` that are in a checkpoint of ``step``; a process that has none there starts anew."""
+        self.start(seed, step)
+        every = [{"random": state["random"], "buffers": {}}, *state.get("others", [])]
+        for own in every[self.rank : self.rank + 1]:
+            checkpoint.set_random_states(own["random"])
+            for key, value in own["buffers"].items():
+                method.get_buffer(key).copy_(value)
+        if len(every) != self.world:
+            self.remark += f" (until now {len(every)} in all; random numbers of new ones begin anew)"
+
+
+@contextlib.contextmanager
+def group() -> Iterator[Ranks]:
+    """The processes that torchrun started, joined; without it, this one alone.
+
+    A `UserError` is printed once, whichever processes it comes to, and they leave with status 2. That another process
+    has ended becomes one line of the same kind.
+    """
+    if _environment("WORLD_SIZE", 1) == 1:
+        yield Ranks()
+        return
+    ranks = _join()
+    try:
+        yield ranks
+    except Exception as error:
+        # The group is left to the end of the process, which closes its connections: to end it in order would wait for
+        # the others, who wait for this one.
+        message = f"{LOST}; {ranks.saved}" if _lost(error) else str(error)
+        if not (_lost(error) or isinstance(error, UserError)):
+            raise
+        if ranks.claim(message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    dist.destroy_process_group()
+
+
+def _join() -> Ranks:
+    """Make the process group: NCCL for what is on GPUs, Gloo for the rest."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(f"run{next(_groups)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"cannot join the other processes: {why}; start train.py by torchrun, or alone") from None
+    return Ranks(rank, world, _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1), store)
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
+
+
+def _lost(error: Exception) -> bool:
+    """Does ``error`` say that another process is gone? Gloo's own errors are mere RuntimeErrors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _buffers(method: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers, on the CPU."""
+    parameters = dict(method.named_parameters())
+    return {key: value.cpu() for key, value in method.state_dict().items() if key not in parameters}
+
+
+class _Alone(nn.Identity):
+    """What stands in DDP's place where there is one process."""
+
+    no_sync = contextlib.nullcontext
+
+
+class _Around(nn.Module):
+    """Holds parameters for DDP to see; a loss passes through as it is."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        super().__init__()
+        self.held = nn.ParameterList(parameters)
+        self.unused = nn.Parameter(self.held[0].new_zeros(1))  # there is always one, or DDP warns that there is none
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss

@@ -1,0 +1,113 @@
+"""Where a run stands: in which of its stages, at which step, and how far in the data."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from utils.config import Settings, Train, WarmStart
+from utils.errors import UserError
+
+
+class Stage(NamedTuple):
+    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` pictures.
+
+    ``schedule``, ``floor``, ``warm_up`` and ``cool_down`` as of `updater.schedule`; ``clip``: largest gradient norm.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    accumulate: int
+    schedule: str
+    floor: float = 0.0
+    warm_up: int = 0
+    cool_down: int = 0
+    clip: float = 0.0
+
+    @property
+    def per_step(self) -> int:
+        return self.batch * self.accumulate
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """The stages of a run that have steps, in order: the supervised warm start, then the method's own game."""
+    warm, train = settings.warm_start, settings.train
+    both = [
+        Stage("warm_start", warm.steps, warm.batch, 1, *_course(warm)),
+        Stage("train", train.steps, train.batch, train.accumulate, *_course(train)),
+    ]
+    if not any(stage.steps for stage in both):
+        raise UserError("warm_start.steps and train.steps are both 0: there is nothing to train; set one of them")
+    return [stage for stage in both if stage.steps]
+
+
+def _course(section: Train | WarmStart) -> tuple:
+    return section.schedule, section.floor, section.warm_up, section.cool_down, section.clip
+
+
+@dataclass
+class Progress:
+    """The place of a run in its ``stages``, trained by ``world`` processes.
+
+    ``step`` counts the steps of the present stage, ``seen`` the pictures that they took in all processes: with the
+    number of processes or the batch changed in between, neither follows from the other. ``best`` is the best validation
+    score of the present stage so far.
+    """
+
+    stages: list[Stage]
+    world: int
+    number: int = 0
+    step: int = 0
+    seen: int = 0
+    best: float = -math.inf
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.number]
+
+    @property
+    def per_step(self) -> int:
+        """Pictures that a step takes, in all processes."""
+        return self.stage.per_step * self.world
+
+    @property
+    def ahead(self) -> float:
+        """By how many steps of the present size the data are further than ``step`` says."""
+        return self.seen / self.per_step - self.step
+
+    @property
+    def global_step(self) -> int:
+        """Steps since the run began, over all stages."""
+        return sum(stage.steps for stage in self.stages[: self.number]) + self.step
+
+    @property
+    def stage_ends(self) -> bool:
+        return self.step >= self.stage.steps
+
+    @property
+    def last_stage(self) -> bool:
+        return self.number + 1 == len(self.stages)
+
+    def advance(self) -> None:
+        """One step was taken."""
+        self.step, self.seen = self.step + 1, self.seen + self.per_step
+
+    def next_stage(self) -> None:
+        self.number, self.step, self.seen, self.best = self.number + 1, 0, 0, -math.inf
+
+    def due(self, every: int) -> bool:
+        """Is it time for what is done every so many steps? Never, for 0."""
+        return every > 0 and self.step % every == 0
+
+    def state_dict(self) -> dict:
+        return {"stage": self.stage.name, "step": self.step, "seen": self.seen, "best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from ``state``. Raises `UserError` if its stage has no steps any more."""
+        names = [stage.name for stage in self.stages]
+        if state["stage"] not in names:
+            raise UserError(
+                f"the checkpoint stands in the stage {state['stage']}, which now has no steps; give it some"
+            )
+        self.number, self.step, self.best = names.index(state["stage"]), state["step"], state["best"]
+        self.seen = state.get("seen", self.step * self.stage.per_step)  # of before there could be many processes

@@ -1,0 +1,145 @@
+"""Turns losses into steps: backward, un-scale, clip, step, in the order in which a method yields its losses."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.config import Settings
+from utils.device import autocast
+from utils.errors import UserError
+from utils.training.distributed import Ranks
+from utils.training.progress import Stage
+from utils.training.schedules import schedule
+
+
+class Updater:
+    """Takes the steps of one stage.
+
+    A method's losses name the optimiser, of ``optimisers``, that each of them moves.
+    With several batches a step (gradient accumulation) their gradients are averaged; every optimiser steps
+    during the last batch, so there later losses already see what earlier ones changed, as without accumulation.
+    ``epoch_length`` is the number of pictures in an epoch, in which the schedule's milestones are given; ``saved`` the
+    `state_dict` of an interrupted stage to go on from. With several ``ranks`` every process takes the same step, by
+    the mean of all their gradients. ``ahead``: by how many such steps the stage is further in the data than its number
+    of steps says, since some of them were larger (or, below 0, smaller).
+    """
+
+    def __init__(
+        self,
+        optimisers: dict[str, Optimizer],
+        stage: Stage,
+        settings: Settings,
+        device: torch.device,
+        epoch_length: int = 1,
+        saved: dict | None = None,
+        ranks: Ranks | None = None,
+        ahead: float = 0.0,
+    ):
+        train, ranks = settings.train, ranks or Ranks()
+        shape = {"milestones": train.milestones, "gamma": train.gamma, "ahead": ahead, "floor": stage.floor}
+        shape |= {"warm_up": stage.warm_up, "cool_down": stage.cool_down}
+        epoch = epoch_length / (stage.per_step * ranks.world)
+        self.optimisers = optimisers
+        self.schedules = {
+            name: schedule(optimiser, stage.schedule, stage.steps, epoch, **shape)
+            for name, optimiser in optimisers.items()
+        }
+        self.reducers = {name: ranks.reducer(parameters_of(optimiser)) for name, optimiser in optimisers.items()}
+        self.device, self.precision, self.clip = device, settings.precision, stage.clip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        if saved is not None:
+            self.load_state_dict(saved)
+
+    def step(self, losses: Callable[[dict], Iterator], batches: Iterable[dict]) -> dict[str, Tensor]:
+        """One step on ``batches``; returns the means of its losses (each optimiser's, and their terms), detached."""
+        batches, terms = list(batches), {}
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+        for k, batch in enumerate(batches, 1):
+            stepping, pending, due, found = k == len(batches), losses(batch), [], {}
+            while (loss := self._next(pending)) is not None:
+                reducer = self.reducers[loss.optimiser]
+                with contextlib.nullcontext() if stepping else reducer.no_sync():  # gradients are sent once, summed up
+                    moved = parameters_of(self.optimisers[loss.optimiser])  # no other gradient is computed
+                    value = reducer(self.scaler.scale(loss.value / len(batches)))
+                    value.backward(inputs=moved, retain_graph=loss.shared)
+                found |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
+                due.append(loss.optimiser)
+                while stepping and due and not loss.shared:
+                    self._move(self.optimisers[due.pop(0)])
+            terms = {name: terms.get(name, 0) + term / len(batches) for name, term in found.items()}
+        if stepping:
+            self.scaler.update()
+        for each in self.schedules.values():
+            each.step()
+        return terms
+
+    def _next(self, pending: Iterator):
+        # Reduced precision is for the forward pass: it is entered for each loss and left for its backward pass.
+        with autocast(self.device, self.precision):
+            return next(pending, None)
+
+    def _move(self, optimiser: Optimizer) -> None:
+        if self.clip:
+            self.scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_(parameters_of(optimiser), self.clip)
+        self.scaler.step(optimiser)
+
+    def rates(self) -> dict[str, float]:
+        """The present learning rate of each optimiser."""
+        return {name: optimiser.param_groups[0]["lr"] for name, optimiser in self.optimisers.items()}
+
+    def state_dict(self) -> dict:
+        return {
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self.schedules.items()},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from ``state``: moments and counts are its own; rates, betas, decay and schedule are as set now."""
+        for name, optimiser in self.optimisers.items():
+            if name in state["optimisers"]:  # else its loss had no weight until now, and its moments begin anew
+                _load_moments(optimiser, state["optimisers"][name])
+        counts = next(iter(state["schedules"].values()))  # of steps, in which all are alike
+        for each in self.schedules.values():
+            each.load_state_dict(counts | {"base_lrs": each.base_lrs})
+            rates = zip(each.base_lrs, each.lr_lambdas, strict=True)
+            each._last_lr = [base * factor(each.last_epoch) for base, factor in rates]
+            for group, rate in zip(each.optimizer.param_groups, each._last_lr, strict=True):
+                group["lr"] = rate
+        if state["scaler"]:  # empty, unless precision was fp16
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def _load_moments(optimiser: Optimizer, state: dict) -> None:
+    """What ``optimiser`` has learnt of its parameters, from ``state``; its settings stay."""
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimiser.param_groups]
+    optimiser.load_state_dict(state)
+    for group, settings in zip(optimiser.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
+    """What an optimiser moves."""
+    return [p for group in optimiser.param_groups for p in group["params"]]
+
+
+def finite(terms: Mapping[str, Tensor | float], stage: str = "train", model: str = "nedr") -> dict[str, float]:
+    """Loss terms as numbers. Raises `UserError` for one that is none: what comes after it cannot be worth keeping.
+
+    ``stage`` and ``model`` are those whose settings the remedy names.
+    """
+    figures = {name: float(term) for name, term in terms.items()}
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss '{name}' has become {value}; last.pt is from before: lower "
+                f"{model if stage == 'train' else stage}.learning_rate, or set {stage}.clip=1 or precision=float32, "
+                f"and go on with --resume"
+            )
+    return figures
