@@ -27,8 +27,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import models
-from data import benchmarks, images, locate, pairing
+from data import images, paths
 from data.pictures import Folder, Paired, doubts
+from data.sets import locate, pairing, table
 from models import candidates
 from utils import config, device, errors, memory
 from utils.config import Override
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; ``argv`` as on the command line. Returns 0, or 2 if some pictures could not be used."""
     args = parse(argv)
     if args.list_models or args.list_benchmarks:
-        print(benchmarks.listing() if args.list_benchmarks else models.listing())
+        print(table.listing() if args.list_benchmarks else models.listing())
         return 0
     if args.compare:
         return compare(args.compare, args.output)
@@ -114,7 +115,7 @@ def check_read(given: list[str]) -> None:
 
 def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Override]]:
     """The experiment's folder, its settings file if it has one, and what the command line sets over it."""
-    folder = images.resolve(args.checkpoints) if args.checkpoints else None
+    folder = paths.resolve(args.checkpoints) if args.checkpoints else None
     if folder and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --checkpoints names an experiment's folder, --weights a file")
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
@@ -134,14 +135,14 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
         raise UserError("nothing to dehaze; give --benchmarks NAME, or --hazy PATH, or set test.hazy in config.yml")
     if not test.clear and not test.pictures and not test.metrics:
         raise UserError("test.pictures=false and no ground truth leave nothing to do; give --clear PATH")
-    named = images.find(test.hazy)
+    named = paths.find(test.hazy)
     hazy = list(dict.fromkeys(named))
     results = [(output / part).resolve() for part in RESULTS]
     if any(path.resolve().is_relative_to(folder) for path in hazy for folder in results):
         raise UserError(f"{output} holds earlier results, which are among the hazy pictures; give another --output")
     remarks = [f"{tables.pictures(len(named) - len(hazy))} named twice, taken once"] if len(hazy) < len(named) else []
-    remarks += dict.fromkeys([*images.passed_over(test.hazy), *images.passed_over(test.clear or [])])
-    root = images.folder_of(test.hazy)
+    remarks += dict.fromkeys([*paths.passed_over(test.hazy), *paths.passed_over(test.clear or [])])
+    root = paths.folder_of(test.hazy)
     if not test.clear:
         return [Pictures("pictures", Folder(hazy, root), truth=False, remarks=remarks)]
     pairs, told = pairing.pairs(test.hazy, test.clear)
@@ -153,7 +154,7 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]
     """Every method on every set, beneath the hazy input; the report; the exit status."""
     facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)
-    images.mark_results(run.output, RESULTS)
+    paths.mark_results(run.output, RESULTS)
     for pictures in sets:
         measured = run.measures(pictures)
         for remark in pictures.remarks:

@@ -22,7 +22,7 @@ import models
 import test
 import train
 from benchmarks import ablation_table
-from data import locate, pairing
+from data.sets import locate, pairing
 from utils import config, errors, files
 from utils.errors import UserError, nearest
 from utils.evaluation import comparison

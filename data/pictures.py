@@ -101,3 +101,16 @@ def names(paths: list[Path], root: str | Path | None = None) -> list[str]:
     if root is None or not all(root in path.parents for path in whole):
         root = os.path.commonpath([path.parent for path in whole]) if whole else "."
     return [path.relative_to(root).as_posix() for path in whole]
+
+
+def read_with_depth(clear: Path, depth: Path | None, cache: Cache | None = None) -> tuple[Pixels, Pixels | None]:
+    """Read a picture (3,H,W) and its depth map (1,H,W). Raises `UserError` if their sizes differ."""
+    cache = cache or Cache()
+    picture = cache.picture(clear)
+    if depth is None:
+        return picture, None
+    distance = cache.depth(depth)
+    if distance.shape[1:] != picture.shape[1:]:
+        sizes = [f"{pixels.shape[2]}x{pixels.shape[1]}" for pixels in (picture, distance)]
+        raise UserError(f"{clear} is {sizes[0]} but its depth map {depth} is {sizes[1]}; they must have one size")
+    return picture, distance

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from skimage.filters import median
 from torch import Tensor
 
-from data import haze, images
+from data import images, synthesis
 from utils import errors
 from utils.errors import UserError, nearest
 
@@ -97,13 +97,13 @@ def _write_scene(folder: Path, name: str) -> None:
     if stem.startswith("motorcycle"):
         depth = _shrink(motorcycle_depth(right=stem.endswith("right")))
     else:
-        depth = haze.smooth_depth(height, width, rng)
+        depth = synthesis.smooth_depth(height, width, rng)
     images.write(folder / "clear" / f"{stem}.png", clear)
     if folder.name == "train":
         images.write_depth(folder / "depth" / f"{stem}.png", depth)
     for n, beta in enumerate(DENSITIES, 1):
-        grey = float(rng.uniform(*haze.AIRLIGHT))
-        hazy, _ = haze.add_haze(clear, depth, beta, torch.full((3,), grey))
+        grey = float(rng.uniform(*synthesis.AIRLIGHT))
+        hazy, _ = synthesis.add_haze(clear, depth, beta, torch.full((3,), grey))
         images.write(folder / "hazy" / f"{stem}_{n}.png", hazy)
 
 

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 import models
-from data import images
+from data import images, paths
 from models.nedr.kan import knots
 from utils import config
 
@@ -104,7 +104,7 @@ def pool(tmp_path) -> list[Path]:
     """Seven flat pictures 24x20; number n has brightness 10 n."""
     for n in range(7):
         images.write(tmp_path / "pool" / f"{n}.png", torch.full((3, 20, 24), 10 * n / 255))
-    return images.find(tmp_path / "pool")
+    return paths.find(tmp_path / "pool")
 
 
 @pytest.fixture(autouse=True)

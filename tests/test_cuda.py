@@ -15,7 +15,7 @@ from torch import nn
 
 import models
 import train
-from data import images
+from data import images, paths
 from models.layers import BatchNorm
 from models.nedr.discriminator import Discriminator
 from utils import batchnorm, checkpoint, config, device
@@ -166,5 +166,5 @@ def test_a_whole_training(tmp_path):
     assert train.main([*run, "--resume", *how, "warm_start.steps=3", "train.steps=2"]) == 0
     _, metadata = checkpoint.read_safetensors(tmp_path / "run" / "weights.safetensors")
     assert metadata["step"] == 5
-    hazy = images.read(images.find("sample:test/hazy")[0])[None]
+    hazy = images.read(paths.find("sample:test/hazy")[0])[None]
     assert models.load(tmp_path / "run" / "weights.safetensors").dehaze(hazy).isfinite().all()

@@ -15,8 +15,8 @@ import torch
 import models
 import test as scoring_command
 import train
-from data import images
-from data.benchmarks import BENCHMARKS, GROUPS
+from data import images, paths
+from data.sets.table import BENCHMARKS, GROUPS
 from utils import checkpoint, config
 from utils.errors import UserError
 
@@ -89,7 +89,7 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
 
     arguments = ["--checkpoints", str(experiment), "--hazy", "sample:test/hazy", "--output", str(tmp_path / "out")]
     assert scoring_command.main(arguments) == 0
-    assert len(images.find(tmp_path / "out" / "pictures")) == 6
+    assert len(paths.find(tmp_path / "out" / "pictures")) == 6
 
 
 def stop_after(monkeypatch, count):

@@ -116,7 +116,7 @@ class Sometimes:
 
 @dataclass
 class Haze:
-    """What `data.haze.random_haze` draws from."""
+    """What `data.synthesis.random_haze` draws from."""
 
     density: Interval
     airlight: Annotated[Interval, Ends(0, 2)]

@@ -15,7 +15,8 @@ import yaml
 import models
 import train
 from benchmarks import ablation, ablation_table
-from data import images, pairing, sample
+from data import images, paths, sample
+from data.sets import pairing
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -27,7 +28,7 @@ TINY = ROOT / "checkpoints" / "ablation_tiny" / "config.yml"
 def pictures(tmp_path_factory) -> list[str]:
     """Settings that name two small pairs of the embedded sample set."""
     folder = tmp_path_factory.mktemp("pairs")
-    hazy = sorted(images.find(sample.part("test/hazy")))
+    hazy = sorted(paths.find(sample.part("test/hazy")))
     for path, truth in pairing.pairs("sample:test/hazy", "sample:test/clear")[0]:
         if path in hazy[::3]:
             images.write(folder / "hazy" / path.name, images.read(path)[:, :128, :128])

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import cache, haze, images, pairing
+from data import cache, images, paths, synthesis
 from data.cache import Cache
-from data.datasets import Pairs, Stream, Synthetic, Unpaired, crop
 from data.loading import loader
 from data.pixels import Pixels, Stack
+from data.sets import pairing
+from data.streams import Pairs, Stream, Synthetic, Unpaired, crop
 from utils import config, memory
 from utils.errors import UserError
 
 COUNT, SIZE = 7, 3 * 20 * 24
-ADD_HAZE = functools.partial(haze.random_haze, law=config.section("haze"))
+ADD_HAZE = functools.partial(synthesis.random_haze, law=config.section("haze"))
 CUTS = [functools.partial(crop, shape=(12, 12), rule=rule, flip=True) for rule in ("random", "short_side")]
 
 
@@ -43,7 +44,7 @@ def room(pictures):
 
 def streams(pool, cut, kept):
     """One of every kind."""
-    clear, hazy, depth = (images.find(pool / name) for name in ("clear", "hazy", "depth"))
+    clear, hazy, depth = (paths.find(pool / name) for name in ("clear", "hazy", "depth"))
     made = Synthetic(clear, depth, cut, ADD_HAZE, 1, "hazy", kept)
     yield made
     yield Unpaired(Synthetic(clear, None, cut, ADD_HAZE, 1, "hazy", kept), Stream(clear, cut, 1, "clear", kept))
@@ -96,7 +97,7 @@ def test_workers_change_nothing(pool, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_all_processes_share_what_one_has_decoded(pool, decoded, workers):
-    stream = Stream(images.find(pool / "clear"), CUTS[0], 1, "clear", room(100))
+    stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", room(100))
     batches(stream, workers, stop=COUNT)
     assert decoded.value == COUNT
     batches(stream, workers, COUNT, 5 * COUNT)
@@ -118,7 +119,7 @@ def test_streams_of_the_same_pictures_share_them(pool, decoded):
 
 
 def test_the_budget_is_kept_and_what_is_in_stays(pool, decoded):
-    stream = Stream(images.find(pool / "clear"), CUTS[0], 1, "clear", room(3.9))
+    stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", room(3.9))
     for epoch in range(4):
         batches(stream, 0, epoch * COUNT, (epoch + 1) * COUNT)
         assert stream.cache.used == 3 * SIZE
@@ -126,7 +127,7 @@ def test_the_budget_is_kept_and_what_is_in_stays(pool, decoded):
 
 
 def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
-    path = images.find(pool / "clear")[0]
+    path = paths.find(pool / "clear")[0]
     for kept in (room(100), Cache(), Cache(0)):
         for _ in range(2):
             assert torch.equal(kept.picture(path)[:], images.read(path))
@@ -138,7 +139,7 @@ def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
 
 
 def test_what_a_stream_hands_out_is_its_own(pool):
-    stream = Stream(images.find(pool / "clear"), lambda image, rng: image[:], 1, "clear", room(100))
+    stream = Stream(paths.find(pool / "clear"), lambda image, rng: image[:], 1, "clear", room(100))
     first = stream[0]["clear"].clone()
     for _ in range(3):
         item = stream[0]["clear"]
@@ -147,7 +148,7 @@ def test_what_a_stream_hands_out_is_its_own(pool):
 
 
 def test_a_picture_may_be_a_depth_map_too(pool):
-    path = images.find(pool / "depth")[0]
+    path = paths.find(pool / "depth")[0]
     kept = room(100)
     kept.add([path], [path])
     for _ in range(2):
@@ -170,7 +171,7 @@ def test_only_8_bit_is_kept(tmp_path):
 
 
 def test_broken_files_are_refused_every_time(pool):
-    path = images.find(pool / "clear")[0]
+    path = paths.find(pool / "clear")[0]
     path.write_bytes(b"junk")
     kept = room(100)
     kept.add([path], [path])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import datasets, haze, images
-from data.datasets import Stream, Synthetic, Unpaired, crop
+from data import datasets, images, paths, synthesis
 from data.loading import loader
 from data.pictures import Folder
+from data.streams import Stream, Synthetic, Unpaired, crop
 from utils import config
 from utils.errors import UserError
 
@@ -249,8 +249,8 @@ def test_outdoor_pictures_take_their_share(scenes, pool):
 
 
 def test_synthetic_without_depth_and_refusals(scenes):
-    add_haze = functools.partial(haze.random_haze, law=section("haze"))
-    clear, depth = images.find(scenes / "clear"), images.find(scenes / "depth")
+    add_haze = functools.partial(synthesis.random_haze, law=section("haze"))
+    clear, depth = paths.find(scenes / "clear"), paths.find(scenes / "depth")
     rest = functools.partial(crop, shape=(16, 16), rule="random", flip=True), add_haze, 3, "synthetic"
     assert Synthetic(clear, None, *rest)[0]["transmission"].shape == (1, 16, 16)
     with pytest.raises(UserError, match=r"4\.png: no depth map"):
@@ -315,7 +315,7 @@ def test_what_is_passed_over_is_told(pool, scenes):
     """Unread kinds of files, once a folder, and results of an earlier run."""
     (pool[0].parent / "7.NEF").touch()
     images.write(scenes / "clear" / "out" / "pictures" / "0.png", torch.rand(3, 30, 40))
-    images.mark_results(scenes / "clear" / "out", ["pictures"])
+    paths.mark_results(scenes / "clear" / "out", ["pictures"])
     dataset = training(pool[0].parent, scenes / "clear")
     assert ["earlier run" in dataset.remarks[0], "1 NEF" in dataset.remarks[1]] == [True, True]
     assert dataset.epoch_length == 7

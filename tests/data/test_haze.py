@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import haze, haze_set, images, pairing
+from data import degradations, haze, images, paths, synthesis
+from data.sets import pairing
 from utils import config
 from utils.errors import UserError
 
@@ -26,7 +27,7 @@ sizes = st.integers(1, 40)
 @settings(max_examples=40, deadline=None)
 @given(seeds, sizes, sizes)
 def test_smooth_depth_is_a_depth(seed, height, width):
-    depth = haze.smooth_depth(height, width, np.random.default_rng(seed))
+    depth = synthesis.smooth_depth(height, width, np.random.default_rng(seed))
     assert depth.shape == (1, height, width)
     assert depth.dtype == torch.float32
     assert depth.min() > 0
@@ -35,7 +36,7 @@ def test_smooth_depth_is_a_depth(seed, height, width):
 
 def test_smooth_depth_recedes_and_is_smooth():
     for seed in range(20):
-        depth = haze.smooth_depth(200, 300, np.random.default_rng(seed))[0]
+        depth = synthesis.smooth_depth(200, 300, np.random.default_rng(seed))[0]
         assert depth[:50].mean() > depth[-50:].mean()
         assert depth.diff(dim=0).abs().max() < 0.05
         assert depth.diff(dim=1).abs().max() < 0.05
@@ -46,7 +47,7 @@ def test_smooth_depth_recedes_and_is_smooth():
 def test_haze_is_the_closed_form(seed, beta, grey):
     generator = torch.Generator().manual_seed(seed)
     clear, depth = torch.rand(3, 4, 5, generator=generator), torch.rand(1, 4, 5, generator=generator)
-    hazy, t = haze.add_haze(clear, depth, beta, torch.full((3,), grey))
+    hazy, t = synthesis.add_haze(clear, depth, beta, torch.full((3,), grey))
     want_t = np.exp(-beta * depth.numpy())
     np.testing.assert_allclose(t.numpy(), want_t, atol=1e-6)
     np.testing.assert_allclose(hazy.numpy(), clear.numpy() * want_t + grey * (1 - want_t), atol=1e-6)
@@ -56,8 +57,8 @@ def test_haze_is_the_closed_form(seed, beta, grey):
 
 def test_no_haze_and_dense_haze():
     clear, depth, light = torch.rand(3, 6, 6), torch.rand(1, 6, 6) + 0.1, torch.tensor([0.8, 0.9, 1.0])
-    torch.testing.assert_close(haze.add_haze(clear, depth, 0.0, light)[0], clear)
-    torch.testing.assert_close(haze.add_haze(clear, depth, 1e4, light)[0], light.view(3, 1, 1).expand(3, 6, 6))
+    torch.testing.assert_close(synthesis.add_haze(clear, depth, 0.0, light)[0], clear)
+    torch.testing.assert_close(synthesis.add_haze(clear, depth, 1e4, light)[0], light.view(3, 1, 1).expand(3, 6, 6))
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,7 +67,7 @@ def test_random_haze_keeps_its_ranges(seed, colour, given_depth):
     clear = torch.rand(3, 8, 9)
     depth = torch.rand(1, 8, 9) if given_depth else None
     law = config.section("haze", ["density=[0.5, 1.0]", "airlight=[0.6, 0.9]", f"colour={colour}"])
-    item = haze.random_haze(clear, depth, np.random.default_rng(seed), law)
+    item = synthesis.random_haze(clear, depth, np.random.default_rng(seed), law)
     assert {key: tuple(value.shape) for key, value in item.items()} == {
         "hazy": (3, 8, 9),
         "clear": (3, 8, 9),
@@ -78,7 +79,7 @@ def test_random_haze_keeps_its_ranges(seed, colour, given_depth):
     assert 0.5 <= item["density"] <= 1.0
     assert item["airlight"].max() - item["airlight"].min() <= 2 * colour + 1e-6
     assert 0.6 - colour - 1e-6 <= item["airlight"].min()
-    again = haze.add_haze(
+    again = synthesis.add_haze(
         clear, -item["transmission"].log() / item["density"], item["density"].item(), item["airlight"]
     )
     torch.testing.assert_close(again[0], item["hazy"], atol=1e-5, rtol=0)
@@ -87,14 +88,14 @@ def test_random_haze_keeps_its_ranges(seed, colour, given_depth):
 def test_random_haze_without_colour_is_grey_and_repeats():
     clear = torch.rand(3, 8, 9)
     law = config.section("haze")
-    first, second = (haze.random_haze(clear, None, np.random.default_rng(3), law) for _ in range(2))
+    first, second = (synthesis.random_haze(clear, None, np.random.default_rng(3), law) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["airlight"].unique().numel() == 1
 
 
 def draws(count, *overrides, clear=None):
     law, clear = config.section("haze", overrides), torch.rand(3, 6, 6) if clear is None else clear
-    return [haze.random_haze(clear, None, np.random.default_rng(seed), law) for seed in range(count)]
+    return [synthesis.random_haze(clear, None, np.random.default_rng(seed), law) for seed in range(count)]
 
 
 def test_airlight_is_cut_at_one_and_coloured_at_times():
@@ -137,17 +138,17 @@ def test_noise_is_as_large_as_rounding():
 def test_outdoor_depth(size):
     clear = torch.rand(3, *size)
     for seed in range(5):
-        one, two = (haze.outdoor_depth(clear, np.random.default_rng(seed)) for _ in range(2))
+        one, two = (synthesis.outdoor_depth(clear, np.random.default_rng(seed)) for _ in range(2))
         assert one.shape == (1, *size)
         assert torch.equal(one, two)
         assert one.isfinite().all()
-        assert haze.LEAST_DEPTH <= one.min() <= one.max() == 1
+        assert synthesis.LEAST_DEPTH <= one.min() <= one.max() == 1
 
 
 def test_outdoor_depth_grows_upwards():
     """On the whole: the ground is near and the top of the picture far."""
     clear = torch.full((3, 80, 100), 0.5)
-    maps = torch.stack([haze.outdoor_depth(clear, np.random.default_rng(seed)) for seed in range(40)]).mean((0, 1))
+    maps = torch.stack([synthesis.outdoor_depth(clear, np.random.default_rng(seed)) for seed in range(40)]).mean((0, 1))
     assert maps[:20].mean() > 2 * maps[-20:].mean()
 
 
@@ -178,27 +179,29 @@ def scene(seed=0, height=24, width=32):
 @given(fractions, st.floats(0.1, 10), st.integers(0, 99))
 def test_illumination(factor, gamma, seed):
     x, _ = scene(seed, 5, 6)
-    np.testing.assert_allclose(haze.illuminate(x, factor, gamma), factor * x.double().numpy() ** gamma, atol=1e-6)
-    assert torch.equal(haze.illuminate(x, 1.0, 1.0), x)
+    np.testing.assert_allclose(
+        degradations.illuminate(x, factor, gamma), factor * x.double().numpy() ** gamma, atol=1e-6
+    )
+    assert torch.equal(degradations.illuminate(x, 1.0, 1.0), x)
 
 
 @settings(max_examples=50, deadline=None)
 @given(fractions, st.floats(-1, 1), st.floats(-1, 1))
 def test_airlight_colour(grey, warmth, green):
     light = torch.full((3, 1, 1), grey)
-    red, _, blue = tinted = haze.tint(light, warmth, green).flatten()
+    red, _, blue = tinted = degradations.tint(light, warmth, green).flatten()
     assert tinted.min() >= 0
     assert tinted.max() <= 1
     assert (red - blue).item() == pytest.approx(grey * warmth, abs=1e-6)
-    assert torch.equal(haze.tint(light, 0.0, 0.0), light)
-    colder = haze.tint(light, -warmth, green).flatten()
+    assert torch.equal(degradations.tint(light, 0.0, 0.0), light)
+    colder = degradations.tint(light, -warmth, green).flatten()
     torch.testing.assert_close(colder, tinted.flip(0))
 
 
 def test_airlight_colour_by_hand():
     light = torch.full((3, 1, 1), 0.5)
-    torch.testing.assert_close(haze.tint(light, 0.5, 0.1).flatten(), torch.tensor([0.5, 0.45, 0.25]))
-    torch.testing.assert_close(haze.tint(light, -0.5, 0.1).flatten(), torch.tensor([0.25, 0.45, 0.5]))
+    torch.testing.assert_close(degradations.tint(light, 0.5, 0.1).flatten(), torch.tensor([0.5, 0.45, 0.25]))
+    torch.testing.assert_close(degradations.tint(light, -0.5, 0.1).flatten(), torch.tensor([0.25, 0.45, 0.5]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -206,7 +209,7 @@ def test_airlight_colour_by_hand():
 def test_second_scattering(first, second, seed):
     clear, _ = scene(seed, 5, 6)
     light, t = torch.tensor([0.8, 0.6, 0.4]).view(3, 1, 1), torch.full((1, 5, 6), first)
-    hazy, through = haze.scatter_again(clear, t, light, second)
+    hazy, through = degradations.scatter_again(clear, t, light, second)
     torch.testing.assert_close(hazy, torch.tensor([1, 0.75, 0.5]).view(3, 1, 1) * clear * second + light * (1 - second))
     torch.testing.assert_close(through, t * second)
 
@@ -216,13 +219,13 @@ def test_second_scattering(first, second, seed):
 def test_two_scatterings_in_grey_light_are_one_of_their_product(grey, first, second, seed):
     clear, depth = scene(seed, 5, 6)
     light = torch.full((3, 1, 1), grey + 1e-3).clamp(max=1)
-    hazy, t = haze.scatter_again(*haze.add_haze(clear, depth, first, light), light, second)
+    hazy, t = degradations.scatter_again(*synthesis.add_haze(clear, depth, first, light), light, second)
     torch.testing.assert_close(hazy, clear * t + light * (1 - t))
-    assert torch.equal(haze.scatter_again(clear, t, light, 1.0)[0], clear)
+    assert torch.equal(degradations.scatter_again(clear, t, light, 1.0)[0], clear)
 
 
 def test_second_scattering_in_the_dark():
-    dark = haze.scatter_again(torch.rand(3, 4, 4), torch.ones(1, 4, 4), torch.zeros(3, 1, 1), 0.9)[0]
+    dark = degradations.scatter_again(torch.rand(3, 4, 4), torch.ones(1, 4, 4), torch.zeros(3, 1, 1), 0.9)[0]
     assert torch.equal(dark, torch.zeros(3, 4, 4))
 
 
@@ -232,28 +235,28 @@ def test_blur_is_the_gaussian_where_nothing_else_comes_through(sigma):
     oracle = scipy.ndimage.gaussian_filter(
         clear.double().numpy(), sigma, axes=(1, 2), radius=int(3 * sigma + 0.5), mode="nearest"
     )
-    np.testing.assert_allclose(haze.blur(clear, torch.zeros(1, 24, 32), sigma), oracle, atol=1e-6)
+    np.testing.assert_allclose(degradations.blur(clear, torch.zeros(1, 24, 32), sigma), oracle, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.1, 50), fractions, fractions)
 def test_blur_keeps_what_is_even_and_what_is_near(sigma, value, t):
     even = torch.full((3, 4, 7), value)
-    torch.testing.assert_close(haze.blur(even, torch.full((1, 4, 7), t), sigma), even)
+    torch.testing.assert_close(degradations.blur(even, torch.full((1, 4, 7), t), sigma), even)
     clear, _ = scene(0, 4, 7)
-    assert torch.equal(haze.blur(clear, torch.ones(1, 4, 7), sigma), clear)
+    assert torch.equal(degradations.blur(clear, torch.ones(1, 4, 7), sigma), clear)
 
 
 def test_blur_grows_with_the_haze():
     clear, _ = scene()
-    moved = [(haze.blur(clear, torch.full((1, 24, 32), t), 1.5) - clear).abs().mean() for t in (0.9, 0.5, 0.1)]
+    moved = [(degradations.blur(clear, torch.full((1, 24, 32), t), 1.5) - clear).abs().mean() for t in (0.9, 0.5, 0.1)]
     assert moved[0] < moved[1] < moved[2]
 
 
 @pytest.mark.parametrize(("level", "shot", "read"), [(0.25, 0.04, 0.0), (0.5, 0.0, 0.02), (0.5, 0.03, 0.01)])
 def test_noise_has_the_variance_that_it_says(level, shot, read):
     grey = torch.full((3, 200, 200), level)
-    moved = haze.add_noise(grey, np.random.default_rng(0), shot, read) - grey
+    moved = degradations.add_noise(grey, np.random.default_rng(0), shot, read) - grey
     assert moved.var().item() == pytest.approx(shot**2 * level + read**2, rel=0.02)
     assert abs(moved.mean().item()) < 3e-4
     assert abs((moved[:, 1:] * moved[:, :-1]).mean().item()) < 1e-5
@@ -261,32 +264,34 @@ def test_noise_has_the_variance_that_it_says(level, shot, read):
 
 def test_no_noise_is_no_change():
     clear, _ = scene()
-    assert torch.equal(haze.add_noise(clear, np.random.default_rng(0), 0.0, 0.0), clear)
+    assert torch.equal(degradations.add_noise(clear, np.random.default_rng(0), 0.0, 0.0), clear)
 
 
 def test_jpeg():
     smooth = F.interpolate(torch.rand(1, 3, 4, 4), (64, 48), mode="bicubic")[0].clamp(0, 1)
-    errors = [(haze.compress(smooth, quality) - smooth).square().mean().sqrt().item() for quality in (100, 60, 5)]
+    errors = [
+        (degradations.compress(smooth, quality) - smooth).square().mean().sqrt().item() for quality in (100, 60, 5)
+    ]
     assert errors[0] < 0.005
     assert errors[0] < errors[1] < errors[2]
     even = torch.full((3, 17, 9), 0.5)
-    torch.testing.assert_close(haze.compress(even, 50), even, atol=3 / 255, rtol=0)
+    torch.testing.assert_close(degradations.compress(even, 50), even, atol=3 / 255, rtol=0)
 
 
 def test_the_haze_alone_is_the_law():
     clear, depth = scene()
     alone = only("haze")
-    alone.haze.density = haze.DENSITY
+    alone.haze.density = synthesis.DENSITY
     for seed in range(10):
-        item = haze.degrade(clear, depth, np.random.default_rng(seed), alone)
+        item = degradations.degrade(clear, depth, np.random.default_rng(seed), alone)
         assert torch.equal(item["clear"], clear)
         assert 0.6 <= item["density"] <= 1.8
         assert 0.7 <= item["airlight"].min() == item["airlight"].max() <= 1.0
         torch.testing.assert_close(item["transmission"], torch.exp(-item["density"] * depth))
-        law = haze.add_haze(clear, depth, item["density"].item(), item["airlight"])
+        law = synthesis.add_haze(clear, depth, item["density"].item(), item["airlight"])
         torch.testing.assert_close((item["hazy"], item["transmission"]), law)
-        made_up = haze.degrade(clear, None, np.random.default_rng(seed), alone)
-        depth_made_up = haze.smooth_depth(24, 32, np.random.default_rng(seed))
+        made_up = degradations.degrade(clear, None, np.random.default_rng(seed), alone)
+        depth_made_up = synthesis.smooth_depth(24, 32, np.random.default_rng(seed))
         torch.testing.assert_close(made_up["transmission"], torch.exp(-made_up["density"] * depth_made_up))
 
 
@@ -297,7 +302,7 @@ def test_degradations_follow_one_another():
     values.illumination.factor, values.illumination.gamma = (0.7, 0.7), (1.3, 1.3)
     values.colour.warmth, values.colour.green = (0.2, 0.2), (0.0, 0.0)
     values.second_scattering.transmission = (0.75, 0.75)
-    item = haze.degrade(clear, depth, np.random.default_rng(0), values)
+    item = degradations.degrade(clear, depth, np.random.default_rng(0), values)
     J, d = clear.double().numpy(), depth.double().numpy()
     A = 0.7 * np.array([0.8, 0.8 * 0.92, 0.8 * 0.8]).reshape(3, 1, 1) ** 1.3
     t = np.exp(-1.5 * d)
@@ -324,7 +329,8 @@ def test_degrade_keeps_shapes_and_ranges_whatever_the_settings(data, seed, with_
     clear, depth = scene(seed, height, width)
     before = clear.clone()
     first, second = (
-        haze.degrade(clear, depth if with_depth else None, np.random.default_rng(seed), values) for _ in range(2)
+        degradations.degrade(clear, depth if with_depth else None, np.random.default_rng(seed), values)
+        for _ in range(2)
     )
     assert {key: tuple(value.shape) for key, value in first.items()} == {
         "hazy": (3, height, width),
@@ -343,7 +349,7 @@ def test_degrade_keeps_shapes_and_ranges_whatever_the_settings(data, seed, with_
 def test_nothing_happens_with_probability_zero():
     clear, depth = scene()
     for seed in range(5):
-        item = haze.degrade(clear, depth, np.random.default_rng(seed), only())
+        item = degradations.degrade(clear, depth, np.random.default_rng(seed), only())
         assert torch.equal(item["hazy"], clear)
         assert item["density"] == 0
         assert torch.equal(item["transmission"], torch.ones_like(depth))
@@ -359,7 +365,7 @@ def test_probability_one_is_always_and_a_half_is_half_the_time(name):
         part.illumination.factor, part.airlight = (0.5, 0.6), (0.8, 0.8)
 
     def made(values):
-        return [haze.degrade(clear, depth, np.random.default_rng(seed), values)["hazy"] for seed in range(100)]
+        return [degradations.degrade(clear, depth, np.random.default_rng(seed), values)["hazy"] for seed in range(100)]
 
     without, on, some = made(rest), made(always), made(half)
     assert not any(torch.equal(*pair) for pair in zip(without, on, strict=True))
@@ -373,7 +379,7 @@ def test_switching_one_off_leaves_the_others_as_they_were():
     clear, depth = scene()
     for seed in range(20):
         item, without = (
-            haze.degrade(clear, depth, np.random.default_rng(seed), only(*names))
+            degradations.degrade(clear, depth, np.random.default_rng(seed), only(*names))
             for names in (NAMES, set(NAMES) - {"jpeg", "blur", "noise"})
         )
         for key in ("transmission", "airlight", "density"):
@@ -382,7 +388,7 @@ def test_switching_one_off_leaves_the_others_as_they_were():
 
 def test_default_degradations_look_like_haze():
     clear = F.interpolate(torch.rand(1, 3, 6, 6), (64, 64), mode="bicubic")[0].clamp(0, 1)
-    items = [haze.degrade(clear, None, np.random.default_rng(n), defaults()) for n in range(60)]
+    items = [degradations.degrade(clear, None, np.random.default_rng(n), defaults()) for n in range(60)]
     contrast = torch.stack([item["hazy"].std() / clear.std() for item in items])
     brightness = torch.stack([item["hazy"].mean() for item in items])
     assert 0.2 < contrast.median() < 0.8
@@ -418,7 +424,7 @@ def scenes(tmp_path):
 
 
 def command(scenes, output, *more):
-    haze_set.main(
+    haze.main(
         ["--clear", str(scenes / "rgb"), "--output", str(scenes / output), "--per-image", "2", "--workers", "0", *more]
     )
     return {path.relative_to(scenes / output): path.read_bytes() for path in (scenes / output).rglob("*.*")}
@@ -428,7 +434,7 @@ def test_command_writes_the_haze_that_the_names_tell(scenes):
     depth_options = ["--depth", str(scenes / "depth"), "--mirror", "--border", "3", "--density", "0.9", "0.9"]
     files = command(scenes, "out", *depth_options)
     assert len(files) == 3 + 3 + 6
-    for path in images.find(scenes / "out" / "depth"):
+    for path in paths.find(scenes / "out" / "depth"):
         whole = images.read_depth(scenes / "depth" / path.name).flip(2)[:, 3:-3, 3:-3]
         torch.testing.assert_close(images.read_depth(path), whole / whole.max(), atol=1e-4, rtol=0)
     pairs = pairing.pairs(scenes / "out" / "hazy", scenes / "out" / "clear")[0]
@@ -473,7 +479,7 @@ def test_command_with_degradations(scenes):
 def test_command_takes_several_sources(scenes):
     """As the shell hands over rgb/*.png."""
     whole = command(scenes, "whole", "--depth", str(scenes / "depth"))
-    names = {kind: [str(path) for path in images.find(scenes / kind)] for kind in ("rgb", "depth")}
+    names = {kind: [str(path) for path in paths.find(scenes / kind)] for kind in ("rgb", "depth")}
     some = command(scenes, "some", "--clear", *names["rgb"], names["rgb"][0], "--depth", *names["depth"])
     assert some == whole
 
@@ -522,7 +528,7 @@ def test_command_writes_nothing_among_its_inputs(scenes):
 
 
 def test_command_line_fails_with_one_line(tmp_path):
-    call = [sys.executable, "-m", "data.haze", "--clear", str(tmp_path), "--output", str(tmp_path / "out")]
+    call = [sys.executable, "-m", "data.synthesis", "--clear", str(tmp_path), "--output", str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*no pictures.*\n", done.stderr)

@@ -10,7 +10,7 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms
 
-from data import images
+from data import images, paths
 from utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -250,7 +250,7 @@ def test_whole_numbers_of_any_size_are_depth(tmp_path, dtype, scale):
 
 def test_pfm_depth(tmp_path):
     saved(tmp_path / "a.pfm", Image.fromarray(DEPTH.astype(np.float32)), format="PPM")
-    assert tmp_path / "a.pfm" in images.find(tmp_path, images.DEPTH_EXTENSIONS)
+    assert tmp_path / "a.pfm" in paths.find(tmp_path, paths.DEPTH_EXTENSIONS)
     torch.testing.assert_close(images.read_depth(tmp_path / "a.pfm")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
 
 
@@ -435,8 +435,8 @@ def touch(folder: Path, *names: str) -> list[Path]:
 def test_find_sorts_naturally_and_below(tmp_path):
     want = touch(tmp_path, "1.png", "2.JPG", "10.png", "b/1.Tif", "b/02.png", "b/10.webp")
     touch(tmp_path, "notes.txt", "._1.png", ".hidden/1.png", "depth.npy")
-    assert images.find(tmp_path) == want
-    assert images.find(tmp_path / "1.png") == [tmp_path / "1.png"]
+    assert paths.find(tmp_path) == want
+    assert paths.find(tmp_path / "1.png") == [tmp_path / "1.png"]
 
 
 def test_find_follows_links_but_not_in_circles(tmp_path):
@@ -444,27 +444,27 @@ def test_find_follows_links_but_not_in_circles(tmp_path):
     (tmp_path / "all").mkdir()
     (tmp_path / "all" / "real").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "back").symlink_to(tmp_path / "all")
-    assert images.find(tmp_path / "all") == [tmp_path / "all" / "real" / "1.png"]
+    assert paths.find(tmp_path / "all") == [tmp_path / "all" / "real" / "1.png"]
 
 
 def test_flist(tmp_path, monkeypatch):
     touch(tmp_path, "here/b.png", "lists/a.png")
     (tmp_path / "lists" / "x.flist").write_bytes(b"\xef\xbb\xbf# a comment\r\n\r\nhere/b.png\r\na.png\r\n")
     monkeypatch.chdir(tmp_path)
-    assert images.find("lists/x.flist") == [Path("here/b.png"), Path("lists/a.png")]
+    assert paths.find("lists/x.flist") == [Path("here/b.png"), Path("lists/a.png")]
     (tmp_path / "y.flist").write_text("here/b.png\ngone.png\nalso.png\n")
     with pytest.raises(UserError, match=r"2 of its 3 files are absent, the first gone\.png"):
-        images.find("y.flist")
+        paths.find("y.flist")
     (tmp_path / "y.flist").write_text("# nothing\n")
     with pytest.raises(UserError, match="names no files"):
-        images.find("y.flist")
+        paths.find("y.flist")
 
 
 def test_a_flist_names_files_that_begin_with_a_comment_sign(tmp_path, monkeypatch):
     touch(tmp_path, "# O-HAZY NTIRE 2018/01.png", "#2.png", "a.png")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.flist").write_text("# O-HAZY NTIRE 2018/01.png\n# a remark\n#2.png\n#a.png\na.png\n")
-    assert images.find("x.flist") == [Path("# O-HAZY NTIRE 2018/01.png"), Path("#2.png"), Path("a.png")]
+    assert paths.find("x.flist") == [Path("# O-HAZY NTIRE 2018/01.png"), Path("#2.png"), Path("a.png")]
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ def test_a_flist_is_read_as_programs_write_it(tmp_path, monkeypatch, line, name)
     touch(tmp_path, name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.flist").write_text(f"{line}\n", encoding="utf-8")
-    assert images.find("x.flist") == [Path(name)]
+    assert paths.find("x.flist") == [Path(name)]
 
 
 @pytest.mark.parametrize(
@@ -503,49 +503,49 @@ def test_what_a_flist_cannot_mean_is_said_with_its_line(tmp_path, monkeypatch, l
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.flist").write_text(lines)
     with pytest.raises(UserError, match=message):
-        images.find("x.flist")
+        paths.find("x.flist")
 
 
 def test_several_sources_are_one_and_name_a_picture_once(tmp_path):
     touch(tmp_path, "b/2.png", "b/1.png", "a.png")
     (tmp_path / "x.flist").write_text("a.png\nb/1.png\na.png\n")
-    assert len(images.find(tmp_path / "x.flist")) == 3  # a list may say so: more often in training, truths of several
-    found = images.find([tmp_path / "b" / "2.png", str(tmp_path / "x.flist"), tmp_path / "b"])
+    assert len(paths.find(tmp_path / "x.flist")) == 3  # a list may say so: more often in training, truths of several
+    found = paths.find([tmp_path / "b" / "2.png", str(tmp_path / "x.flist"), tmp_path / "b"])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["b/2.png", "a.png", "b/1.png"]
 
 
 def test_find_refusals(tmp_path):
     with pytest.raises(UserError, match=r"patterns are not looked up here: name the folder .*hazy, or a \.flist"):
-        images.find(tmp_path / "hazy" / "*.png")
+        paths.find(tmp_path / "hazy" / "*.png")
     with pytest.raises(UserError, match="no such file or folder"):
-        images.find("x" * 400)
+        paths.find("x" * 400)
     touch(tmp_path, "hazy/notes.txt")
     with pytest.raises(UserError, match="did you mean 'hazy'"):
-        images.find(tmp_path / "hasy")
+        paths.find(tmp_path / "hasy")
     with pytest.raises(UserError, match="no pictures"):
-        images.find(tmp_path / "hazy")
+        paths.find(tmp_path / "hazy")
     with pytest.raises(UserError, match=r"nor a \.flist"):
-        images.find(tmp_path / "hazy" / "notes.txt")
+        paths.find(tmp_path / "hazy" / "notes.txt")
     with pytest.raises(UserError, match="did you mean 'test/hazy'"):
-        images.find("sample:test/hazi")
+        paths.find("sample:test/hazi")
 
 
 def test_what_is_not_read_is_counted_by_kind(tmp_path):
     touch(tmp_path, "a/1.HEIC", "a/b/2.heic", "a/3.CR2", "a/4.jpg", "a/notes.txt", "a/._5.heic", "a/.old/6.nef")
-    extensions = images.EXTENSIONS - images.HEIF
-    assert images.find(tmp_path / "a", extensions) == [tmp_path / "a/4.jpg"]
-    (remark,) = images.passed_over(tmp_path / "a", extensions)
+    extensions = paths.EXTENSIONS - paths.HEIF
+    assert paths.find(tmp_path / "a", extensions) == [tmp_path / "a/4.jpg"]
+    (remark,) = paths.passed_over(tmp_path / "a", extensions)
     assert remark.startswith(
         f"{tmp_path / 'a'}: passed over 1 CR2, 2 HEIC, of kinds that are not read; HEIC is read with"
     )
     assert "convert them to PNG" in remark
-    assert images.passed_over(tmp_path / "a" / "4.jpg") == []
+    assert paths.passed_over(tmp_path / "a" / "4.jpg") == []
     (tmp_path / "a/4.jpg").unlink()
     with pytest.raises(UserError, match=r"no pictures in this folder or below; .*1 CR2, 2 HEIC, of .*; wanted: "):
-        images.find(tmp_path / "a", extensions)
+        paths.find(tmp_path / "a", extensions)
     with pytest.raises(UserError, match=r"3\.CR2: 1 CR2, of kinds that are not read; convert"):
-        images.find(tmp_path / "a/3.CR2")
-    assert images.passed_over(touch(tmp_path, "b/1.npy", "b/2.jxl")[0].parent, images.DEPTH_EXTENSIONS) == [
+        paths.find(tmp_path / "a/3.CR2")
+    assert paths.passed_over(touch(tmp_path, "b/1.npy", "b/2.jxl")[0].parent, paths.DEPTH_EXTENSIONS) == [
         f"{tmp_path / 'b'}: passed over 1 JXL, of kinds that are not read; convert them to PNG, TIFF or JPEG"
     ]
 
@@ -553,19 +553,19 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path):
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
     pytest.importorskip("pillow_heif")
     path = saved(tmp_path / "a.heic", Image.new("RGB", (32, 16), (200, 100, 50)))
-    assert images.find(tmp_path) == [path]
+    assert paths.find(tmp_path) == [path]
     torch.testing.assert_close(images.read(path).mean((1, 2)), torch.tensor([200, 100, 50]) / 255, atol=0.02, rtol=0)
 
 
 def test_results_are_passed_over(tmp_path):
     own = touch(tmp_path, "1.png", "out/2.png", "out/pictures of mine/3.png", "pictures/4.png")
     touch(tmp_path, "out/pictures/1.png", "out/panels/1.png")
-    images.mark_results(tmp_path / "out", ["pictures", "panels"])
-    assert images.find(tmp_path) == own
-    (remark,) = images.passed_over(tmp_path)
+    paths.mark_results(tmp_path / "out", ["pictures", "panels"])
+    assert paths.find(tmp_path) == own
+    (remark,) = paths.passed_over(tmp_path)
     assert "and 1 more such folders: results of an earlier run" in remark
-    assert images.find(tmp_path / "out/pictures") == [tmp_path / "out/pictures/1.png"]  # by its own name it is taken
+    assert paths.find(tmp_path / "out/pictures") == [tmp_path / "out/pictures/1.png"]  # by its own name it is taken
     for path in own:
         path.unlink()
     with pytest.raises(UserError, match=r"no pictures in this folder or below; .*results of an earlier run"):
-        images.find(tmp_path / "out")
+        paths.find(tmp_path / "out")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from data import images, pairing
+from data import images, paths
 from data.loading import loader
 from data.pictures import Folder, Paired
+from data.sets import pairing
 from utils.errors import UserError
 
 
@@ -45,8 +46,7 @@ def test_only_the_border_that_is_asked_for_is_cut(tmp_path, border):
 
 def test_folder_names(pool, tmp_path):
     images.write(tmp_path / "pool" / "deep" / "1.png", torch.rand(3, 4, 4))
-    paths = images.find(tmp_path / "pool")
-    dataset = Folder(paths, tmp_path / "pool")
+    dataset = Folder(paths.find(tmp_path / "pool"), tmp_path / "pool")
     assert len(dataset) == 8
     assert dataset.names[-2:] == ["6.png", "deep/1.png"]
     assert dataset[7]["hazy"].shape == (3, 4, 4)

@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-from data import images, pairing, sample
+from data import images, paths, sample
+from data.sets import pairing
 from utils.errors import UserError
 
 
@@ -18,26 +19,24 @@ def contents(folder):
 
 def test_layout_and_pairs(folder):
     for part in sample.PARTS:
-        assert images.find(folder / part)
+        assert paths.find(folder / part)
     assert len(pairing.pairs(folder / "test/hazy", folder / "test/clear")[0]) == 6
     assert len(pairing.pairs(folder / "train/hazy", folder / "train/clear")[0]) == 12
-    clear = images.find(folder / "train/clear")
-    for picture, depth in zip(clear, pairing.match_depth(clear, images.find(folder / "train/depth")), strict=True):
+    clear = paths.find(folder / "train/clear")
+    for picture, depth in zip(clear, pairing.match_depth(clear, paths.find(folder / "train/depth")), strict=True):
         assert images.read(picture).shape[1:] == images.read_depth(depth).shape[1:]
 
 
 def test_held_out_scenes_are_not_trained_on(folder):
     scenes = {
-        split: {
-            path.stem.removesuffix("_left").removesuffix("_right") for path in images.find(folder / split / "clear")
-        }
+        split: {path.stem.removesuffix("_left").removesuffix("_right") for path in paths.find(folder / split / "clear")}
         for split in ("train", "test")
     }
     assert scenes == {"train": {"astronaut", "rocket", "motorcycle"}, "test": {"coffee", "chelsea"}}
 
 
 def test_haze_grows_with_the_number(folder):
-    for clear in images.find(folder / "test/clear"):
+    for clear in paths.find(folder / "test/clear"):
         truth = images.read(clear)
         errors = [(images.read(folder / f"test/hazy/{clear.stem}_{n}.png") - truth).abs().mean() for n in (1, 2, 3)]
         assert 0.03 < errors[0] < errors[1] < errors[2]
@@ -68,7 +67,7 @@ def test_other_folders_are_never_replaced(tmp_path):
 
 def test_source_names(folder, monkeypatch):
     monkeypatch.setattr(sample, "FOLDER", folder)
-    assert images.find("sample:test/clear") == [folder / "test/clear/chelsea.png", folder / "test/clear/coffee.png"]
+    assert paths.find("sample:test/clear") == [folder / "test/clear/chelsea.png", folder / "test/clear/coffee.png"]
 
 
 def test_motorcycle_depth_fits_its_pictures():

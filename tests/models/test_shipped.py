@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import models
-from data import images, pairing
+from data import images
+from data.sets import pairing
 from utils import checkpoint, config
 from utils.evaluation import metrics
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.pairing import match_depth, pairs
+from data.sets.pairing import match_depth, pairs
 from utils.errors import UserError
 
 

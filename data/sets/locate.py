@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from data import images, pairing
-from data.benchmarks import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
+from data import images, paths
 from data.pictures import Folder, Paired, doubts
+from data.sets import pairing
+from data.sets.table import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
 from utils.errors import UserError, nearest
 from utils.evaluation.runner import Pictures
 
@@ -76,7 +77,7 @@ def find(names: Sequence[str], root: str | Path) -> list[Found]:
     that are absent are left out with a remark. Raises `UserError` for an unknown name, a set that is not there, a hazy
     picture without its one ground truth, and sizes that do not agree. Reads headers only.
     """
-    wanted, top = _wanted(names), images.resolve(root)
+    wanted, top = _wanted(names), paths.resolve(root)
     if not top.is_dir():
         raise UserError(f"{top}: a file, not a data root; name the folder that holds the sets")
     places = _look(list(wanted), top)
@@ -267,7 +268,7 @@ def _folders(root: Path, training: bool) -> list[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     """Sorted; hidden folders and links that lead back up are left out."""
     subfolders, pictures, real = [], 0, Path(os.path.realpath(folder))
-    made = images.results(folder)
+    made = paths.results(folder)
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed holds no benchmark
         for entry in entries:
             if entry.is_dir():
@@ -282,7 +283,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in images.EXTENSIONS
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in paths.EXTENSIONS
 
 
 def _holds_pictures(folder: Path, ending: str) -> bool:
@@ -334,7 +335,7 @@ def _gather(benchmark: Benchmark, split: str, places: list[Place]) -> Found:
     others = [*place.truths[1:], *(other.hazy for other in places[1:] if other.whole and other not in parts)]
     found.remarks.extend(f"there is also {other}; not used" for other in others)
     folders = dict.fromkeys(folder for part in parts for folder in (part.hazy, *part.truths[:1]))
-    unread = {folder: images.describe_unread(map(str, os.listdir(folder))) for folder in folders}
+    unread = {folder: paths.describe_unread(map(str, os.listdir(folder))) for folder in folders}
     found.remarks.extend(f"{folder}: passed over {text}" for folder, text in unread.items() if text)
     return found
 
@@ -365,7 +366,7 @@ def _hazy(place: Place) -> list[Path]:
 def _pictures(folder: Path) -> list[Path]:
     """Those in the folder itself or in its parts, 2 before 10."""
     parts = set(_parts(folder))
-    return [path for path in images.find(folder) if path.parent in parts]
+    return [path for path in paths.find(folder) if path.parent in parts]
 
 
 def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import benchmarks, locate
-from data.benchmarks import BENCHMARKS, GROUPS, GT, RULES, SCENE
-from data.locate import find
 from data.pictures import Folder, Paired
+from data.sets import locate, table
+from data.sets.locate import find
+from data.sets.table import BENCHMARKS, GROUPS, GT, RULES, SCENE
 from utils.errors import UserError
 
 NAMES = {  # a hazy picture and its ground truth, as the set names number n
@@ -88,7 +88,7 @@ def save(path: Path, size=(4, 3), **options) -> Path:
     return path
 
 
-def entry(name: str) -> benchmarks.Benchmark:
+def entry(name: str) -> table.Benchmark:
     """That of a set, or of the one that a split is of."""
     return BENCHMARKS.get(name) or BENCHMARKS[name.partition(":")[0]]
 
@@ -96,7 +96,7 @@ def entry(name: str) -> benchmarks.Benchmark:
 def number(name: str, n: int) -> int:
     """The n-th number of the split that papers score, or of the one that is named."""
     splits = entry(name).splits
-    numbers = benchmarks.unroll(splits["train" if ":" in name else "test" if "test" in splits else "all"])
+    numbers = table.unroll(splits["train" if ":" in name else "test" if "test" in splits else "all"])
     return numbers[n] if numbers else n + 1
 
 
@@ -134,18 +134,18 @@ def test_every_entry_is_complete(name):
         ("max", False, 10) if name == "SOTS-indoor" else ("dark_channel", True, 10 if name == "ITS" else 0)
     )
     if b.numbers:
-        assert len(benchmarks.unroll(b.numbers)) * b.each == b.hazy
-        assert all(set(benchmarks.unroll(part)) <= set(benchmarks.unroll(b.numbers)) for part in b.splits.values())
+        assert len(table.unroll(b.numbers)) * b.each == b.hazy
+        assert all(set(table.unroll(part)) <= set(table.unroll(b.numbers)) for part in b.splits.values())
     else:
         assert {b.train, b.test} <= {"", "all"}
 
 
 def test_what_is_held_out_of_a_training_set_is_not_trained_on():
     splits = BENCHMARKS["ITS"].splits
-    training, validation = (set(benchmarks.unroll(splits[name])) for name in ("train", "validation"))
+    training, validation = (set(table.unroll(splits[name])) for name in ("train", "validation"))
     assert not training & validation
-    assert training | validation == set(benchmarks.unroll(splits["all"]))
-    assert not validation & set(benchmarks.unroll(BENCHMARKS["SOTS-indoor"].numbers))
+    assert training | validation == set(table.unroll(splits["all"]))
+    assert not validation & set(table.unroll(BENCHMARKS["SOTS-indoor"].numbers))
     assert all(BENCHMARKS["ITS"].to_train_on(split) for split in splits)
 
 
@@ -160,9 +160,9 @@ def test_the_agreed_splits_and_groups():
     } | dict.fromkeys(["Haze4K", "CSD", "SRRS", "Snow100K-S", "Snow100K-M", "Snow100K-L", "DPDD"], "all")
     for b in BENCHMARKS.values():
         if b.test not in ("", "all"):  # the splits share nothing and leave nothing over
-            both = sorted(benchmarks.unroll(b.train) + benchmarks.unroll(b.test))
-            assert both == sorted(benchmarks.unroll(b.numbers))
-    assert 26 not in benchmarks.unroll(BENCHMARKS["I-HAZE"].numbers)
+            both = sorted(table.unroll(b.train) + table.unroll(b.test))
+            assert both == sorted(table.unroll(b.numbers))
+    assert 26 not in table.unroll(BENCHMARKS["I-HAZE"].numbers)
     assert GROUPS["all"] == tuple(BENCHMARKS)[:14]
     assert not any(BENCHMARKS[name].to_train_on() for parts in GROUPS.values() for name in parts)
     assert all(part in BENCHMARKS for parts in GROUPS.values() for part in parts)
@@ -388,10 +388,10 @@ def test_unread_kinds_of_files_are_told(tmp_path):
 def test_runs_of_numbers(numbers):
     text = locate._runs(sorted(numbers), "01-60")
     if "..." not in text:
-        assert benchmarks.unroll(text) == tuple(sorted(numbers))
+        assert table.unroll(text) == tuple(sorted(numbers))
     else:
         assert text.endswith(f" ... ({len(numbers)} in all)")
-        assert set(benchmarks.unroll(text.partition(" ...")[0])) < numbers
+        assert set(table.unroll(text.partition(" ...")[0])) < numbers
 
 
 @given(st.sampled_from(sorted(BENCHMARKS)), st.randoms(use_true_random=False))
@@ -544,7 +544,7 @@ def test_folders_that_cannot_be_listed_are_passed_by(tmp_path):
 
 
 def test_listing_names_all_and_fits_the_terminal():
-    text = benchmarks.listing()
+    text = table.listing()
     assert max(map(len, text.splitlines())) <= 120
     for name, b in BENCHMARKS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"{b.name} "))

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import datasets, images, locate
-from data.datasets import Pairs, crop
+from data import datasets, images
 from data.loading import loader
-from data.locate import find
+from data.sets import locate
+from data.sets.locate import find
+from data.streams import Pairs, crop
 from utils import config
 from utils.errors import UserError
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data import images
+from data import paths
 from utils.errors import UserError
 
 Sources = str | Path | Sequence[str | Path]  # what a user names: a folder, a .flist, a picture, or several of these
@@ -106,11 +106,11 @@ class Source:
         if not isinstance(source, str | Path):
             if len(source) == 1:
                 return cls.of(source[0])
-            return cls(images.find(source), None, "list", ", ".join(map(str, source)))
-        path, paths = images.resolve(source), images.find(source)
+            return cls(paths.find(source), None, "list", ", ".join(map(str, source)))
+        path, found = paths.resolve(source), paths.find(source)
         if path.is_dir():
-            return cls(paths, path, "folder", str(source))
-        return cls(paths, None, "list" if path.suffix.lower() == ".flist" else "file", str(source))
+            return cls(found, path, "folder", str(source))
+        return cls(found, None, "list" if path.suffix.lower() == ".flist" else "file", str(source))
 
     def folder(self, path: Path) -> Folder:
         """Where a file lies, below the folder of the source if there is one."""
