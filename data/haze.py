@@ -3,7 +3,7 @@
     python -m data.haze --clear CLEAR --depth DEPTH --output OUTPUT --per-image 10
     python -m data.haze --clear CLEAR --output OUTPUT --degradations jpeg.probability=0
 
-The first is in the manner of RESIDE's ITS, the second by the model of several degradations: see `synthesis` and `degradations`.
+The first is in the manner of RESIDE's ITS, the second by the model of several degradations (`degradations`).
 """
 
 import argparse

@@ -113,9 +113,9 @@ class Synthetic(Stream):
     """A stream of clear pictures made hazy on the fly: the items of ``add_haze``, with ``skipped``.
 
     ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` gets the crop and is as `synthesis.random_haze` or
-    `degradations.degrade`. Depth maps are matched to the pictures by name, see `pairing`; without ``depth_paths`` it makes them up. Raises
-    `UserError` at once if a picture has no depth map; a map of another size than its picture is skipped like an
-    unreadable one.
+    `degradations.degrade`. Depth maps are matched to the pictures by name, see `pairing`; without ``depth_paths`` it
+    makes them up. Raises `UserError` at once if a picture has no depth map; a map of another size than its picture is
+    skipped like an unreadable one.
     """
 
     def __init__(

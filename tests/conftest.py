@@ -20,7 +20,8 @@ from utils import config
 torch.set_num_threads(1)  # on a busy machine threads wait for each other, five times as long as the work takes
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = ("nedr.base_channels=8", "nedr.encoder_weights=none", "data.crop_size=128", "warm_start.steps=5")
+TINY = ("nedr.base_channels=8", "nedr.idrm_hidden=32", "nedr.drem_growth=8", "nedr.encoder_weights=none")
+TINY += ("data.crop_size=128", "warm_start.steps=5")
 D4 = ("nedr.kan_cid=false", "nedr.idrm=false", "nedr.drem=false")
 
 _spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")

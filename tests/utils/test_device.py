@@ -34,7 +34,7 @@ def test_kept_memory_is_not_fetched_anew():
     """Page faults of a computation that is repeated: none, if its memory was kept."""
     program = """
 import resource, torch
-from utils import device
+from utils import memory
 def work(x):
     for _ in range(4):
         x = torch.cat([x, x.exp()])
