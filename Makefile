@@ -5,8 +5,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO := checkpoints/sample
 # One thread: where another program keeps a core busy, two threads wait for each other ten times as long as they work.
 ONE := OMP_NUM_THREADS=1 $(BIN)/python
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: .venv/ready  ## train NeDR on from the weights that ship, score both beside DCP, dehaze a folder
 	$(ONE) train.py --model nedr --checkpoints $(DEMO) --resume
@@ -19,7 +20,10 @@ demo: .venv/ready  ## train NeDR on from the weights that ship, score both besid
 	@echo "curves:    $(BIN)/tensorboard --logdir $(DEMO)"
 
 test: .venv/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(TESTS) -m "not slow"
+
+test-slow: .venv/ready-dev  ## the tests that take long, alone
+	$(TESTS) -m slow
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check

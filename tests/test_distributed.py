@@ -170,6 +170,7 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(checked):
     assert "Traceback" not in said.partition("torch.distributed.elastic")[0].split("the sky fell")[0]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes_and_survives_one_that_is_killed(checked, monkeypatch):
     """One process for a step, then two again, of which one is killed in their second step."""
     folder, build, loader, calls = checked[0] / "resumed", models.build, train.loading.loader, []

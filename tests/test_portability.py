@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 ELSEWHERE = """
@@ -38,6 +40,7 @@ print(models.load().dehaze(torch.rand(1, 3, 64, 64)).shape)
 """
 
 
+@pytest.mark.slow
 def test_every_module_serves_without_what_is_of_unix_alone():
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -60,6 +60,7 @@ def process(script, *arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
     training = process("train.py", "--model", "nedr", "--checkpoints", experiment)
     output, _ = training.communicate()

@@ -8,6 +8,7 @@ from benchmarks import photographs
 from utils.errors import UserError
 
 
+@pytest.mark.slow
 def test_one_table_of_real_cases(capsys):
     methods = ["dcp", "dcp@dcp.guided_filter=false"]
     assert photographs.main([*methods, "--sizes", "40x30", "30x40"]) == 0

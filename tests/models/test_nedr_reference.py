@@ -41,6 +41,7 @@ def test_ours_meets_the_reference_at_another_size(game, official_file):
     torch.testing.assert_close(models.load(official_file).dehaze(x), game.eval().net_h2c(x)[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_step_meets_the_reference(game, official_file, monkeypatch):
     """Losses, and what the step did to every network, in float64: there rounding leaves seven places."""
     game, method = copy.deepcopy(game).train().double(), models.load(official_file).train().double()

@@ -29,6 +29,7 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
         device.autocast(torch.device("cuda"), "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
 def test_kept_memory_is_not_fetched_anew():
     """Page faults of a computation that is repeated: none, if its memory was kept."""
