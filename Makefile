@@ -28,6 +28,7 @@ test-slow: .venv/ready-dev  ## the tests that take long, alone
 lint: .venv/ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
 
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix

@@ -12,7 +12,8 @@ from models.nedr import official
 from utils import config, foreign
 from utils.errors import UserError
 
-RELEASED = ("nedr.variant=released", "nedr.airlight=max")
+SIZES = ("nedr.idrm_hidden=256", "nedr.drem_growth=64")
+RELEASED = (*SIZES, "nedr.variant=released", "nedr.airlight=max")
 NETWORKS = ("net_h2c", "net_c2h", "net_depth", "discriminator_h2c", "discriminator_c2h")
 DEAD = re.compile(
     r"mcc\.|scratch\.refinenet4\.resConfUnit1\.|cid_\d+\.channel_dependent\.fc\d\.(weight|bias)$|.*\.0\.conv1\."
@@ -124,7 +125,7 @@ def test_what_is_lost_is_said():
 
 
 REFUSED = {
-    "positions": ((), r"nedr\.variant=published: .*train with nedr\.variant=released"),
+    "positions": (SIZES, r"nedr\.variant=published: .*train with nedr\.variant=released"),
     "kan_cid": ((*RELEASED, "nedr.kan_cid=false"), r"kan_cid=false, idrm=true, drem=true: the released code has NeDR"),
     "idrm": ((*RELEASED, "nedr.idrm=false"), "kan_cid=true, idrm=false"),
     "encoder": ((*D4, "nedr.encoder=resnet18"), r"nedr\.encoder=resnet18: the released code has tf_efficientnet_lite3"),
