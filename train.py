@@ -6,7 +6,7 @@
 An experiment is a folder with a config.yml (what differs from configs.yml; key=value lies over both). The run adds
 settings.yml (all settings in force), last.pt (everything, to go on from), weights.safetensors (for test.py; the best
 validated ones of the present stage, or the latest), warm_start.safetensors (those of a warm start that is over),
-log.txt, log.jsonl and tensorboard/. What may change over a resume stands in utils/resuming.py.
+log.txt, log.jsonl and tensorboard/. What may change over a resume stands in utils/training/resuming.py.
 CUDA_VISIBLE_DEVICES chooses the GPU; torchrun --nproc_per_node N train.py ... takes N of them (docs/distributed.md).
 """
 

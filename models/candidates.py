@@ -26,7 +26,7 @@ class Tested(NamedTuple):
 
     ``name`` is the method's, and the weights' folder with it where several are of one method; ``asked`` are the
     test-time settings that the user gave, and presets of benchmarks do not go over them. ``chosen_on``: the pictures
-    that the weights were chosen on, as of `utils.selection`, if they were and say so.
+    that the weights were chosen on, as of `utils.evaluation.selection`, if they were and say so.
     """
 
     name: str
