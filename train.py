@@ -266,11 +266,12 @@ class Run:
         return {"model": self.settings.model, "settings": config.to_dict(self.settings)}
 
     def save(self) -> None:
-        """Write last.pt; what is not finite is not saved (`finite`)."""
+        """Write last.pt; losses and weights that are not finite are not saved."""
         self.losses()
         state = self.identity() | self.at.state_dict() | self.ranks.states(self.method)
         state |= {"networks": self.method.state_dict(), "ema": self.ema.state_dict()}
         state |= {"updater": self.updater.state_dict()}
+        checkpoint.check_finite(state["networks"], self.last)
         if self.ranks.first:
             checkpoint.save(self.last, state)
         self.remember()

@@ -315,6 +315,24 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(experiment):
     assert (experiment / "last.pt").read_bytes() == before
 
 
+def test_weights_that_are_no_numbers_are_not_exported(experiment, monkeypatch):
+    """However long the log waits: without validation pairs the latest weights replace the ones before."""
+    quiet = ["warm_start.steps=0", "data.validation_hazy=", "data.validation_clear=", "log.every=1000"]
+    assert run(experiment, *quiet, "train.steps=1") == 0
+    before = (experiment / "weights.safetensors").read_bytes(), (experiment / "last.pt").read_bytes()
+    step = train.Updater.step
+
+    def diverging(updater, losses, batches):
+        terms = step(updater, losses, batches)
+        updater.optimisers["generators"].param_groups[0]["params"][0].data.fill_(float("nan"))
+        return {name: torch.zeros(()) for name in terms}
+
+    monkeypatch.setattr(train.Updater, "step", diverging)
+    with pytest.raises(UserError, match="not written, and what it held stays"):
+        run(experiment, "--resume", *quiet, "train.steps=2", "train.ema=0")
+    assert before == ((experiment / "weights.safetensors").read_bytes(), (experiment / "last.pt").read_bytes())
+
+
 def test_training_can_begin_with_the_weights_of_a_file(experiment, tmp_path):
     steps = ["warm_start.steps=0", "train.steps=1", "data.validation_hazy="]
     assert run(experiment, *steps) == 0

@@ -6,7 +6,7 @@ import random
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,20 @@ def halved(weights: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {k: v.to(dtype) if v.dim() > 1 and v.is_floating_point() else v for k, v in weights.items()}
 
 
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UserError`, before ``path`` is touched, where a weight is NaN or infinite."""
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"{path}: not written, and what it held stays: {bad[0]}{more} of {len(weights)} weights hold NaN or "
+            f"infinity; training has diverged: lower the learning rate or set train.clip=1, and go on with --resume"
+        )
+
+
 def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write inference weights as safetensors; ``metadata`` (JSON-able) goes into the header."""
+    """Write inference weights as safetensors; ``metadata`` (JSON-able) goes into the header. See `check_finite`."""
+    check_finite(weights, path)
     header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(metadata)}
     with atomic(path) as temporary:
         safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, temporary, header)

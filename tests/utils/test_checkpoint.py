@@ -299,3 +299,13 @@ def test_load_strict_refuses_and_changes_nothing(change, message):
     with pytest.raises(UserError, match=message):
         checkpoint.load_strict(module, state, "it")
     assert equal(dict(module.state_dict()), before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_never_replace_good_ones(tmp_path, bad):
+    file, good = tmp_path / "weights.safetensors", {"a": torch.ones(3), "steps": torch.tensor(7)}
+    checkpoint.save_weights(file, good, {"step": 1})
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"not written, and what it held stays: a of 2 weights hold NaN or infinity"):
+        checkpoint.save_weights(file, good | {"a": torch.tensor([1, bad, 1])}, {"step": 2})
+    assert file.read_bytes() == before
