@@ -126,11 +126,11 @@ class Method(nn.Module):
     def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """What the method finds in hazy pictures (N,3,H,W) whose sides suit the networks.
 
-        ``clear`` (N,3,H,W) in [0,1] and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight``
-        (N,3,1,1). With ``tile``, the side of tiles in pixels, memory must stay bounded. Here tiles are taken through
-        `restore` with a quarter of their side around them and cross-faded, so that what the networks take from the
-        whole picture is a tile's own; a method whose computation can be taken apart overrides this with tiles that
-        give the numbers of the whole.
+        ``clear`` (N,3,H,W) in [0,1] and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight``.
+        With ``tile``, the side of tiles in pixels, memory must stay bounded. Here tiles are taken through `restore`
+        with a quarter of their side around them and cross-faded, so that what the networks take from the whole picture
+        is a tile's own; a method whose computation can be taken apart overrides this with tiles that give the numbers
+        of the whole.
         """
         if tile is None:
             return {"clear": self.restore(hazy)}
@@ -201,9 +201,8 @@ class Method(nn.Module):
     def estimate(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """The clear pictures as of `dehaze`, and what else the method finds in hazy ones (N,3,H,W), by name.
 
-        ``clear`` (N,3,H,W) and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight`` (N,3,1,1).
-        Sides that do not suit the networks are padded by reflection, to the right and below, and all maps cropped
-        again.
+        ``clear`` (N,3,H,W) and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight`` (N,3,1,1). Sides
+        that do not suit the networks are padded by reflection, to the right and below, and all maps cropped again.
         """
         _check(hazy)
         tiling.check(tile)
