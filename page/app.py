@@ -25,7 +25,8 @@ LIGHT = "Transmission: share of light that comes through the haze (white: all)"
 CSS = """
 #words { min-height: 0 }
 #words p { padding: .5em .8em; border-left: 4px solid #e65100 }
-#samples .grid-container { grid-template-columns: repeat(3, 1fr) !important }
+#samples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
+#samples .gallery-item, #samples .thumbnail-item { width: 100% !important; min-width: 0 !important }
 #fetch { position: absolute; left: -9999px }
 footer { display: none !important }
 """
@@ -55,6 +56,10 @@ class Page:
         choice = gr.Dropdown(choices=names, value=names[0] if names else None, visible=len(names) > 1)
         together = gr.Button(f"Download all {len(names)} (zip)", visible=len(names) > 1)
         return choice, gr.Button(interactive=bool(names)), together, _words(refused)
+
+    def drop_one(self, files: list[str] | None, event: gr.DeletedFileData, request: gr.Request) -> tuple:
+        """A file was crossed out of the list, which may still have it."""
+        return self.take([file for file in files or [] if file != event.file.path], request)
 
     def example(self, event: gr.SelectData, request: gr.Request) -> tuple:
         return self.take([str(_samples()[event.index])], request)
@@ -159,7 +164,7 @@ def _controls(methods: list[str]) -> Controls:
     samples, plain = [str(path) for path in _samples()], {"allow_preview": False, "buttons": [], "interactive": False}
     return Controls(
         gr.File(label="Photographs", file_count="multiple", height=150, elem_id="drop"),
-        gr.Gallery(samples, label="Or try one of these", columns=3, height=150, elem_id="samples", **plain),
+        gr.Gallery(samples, label="Or try one of these", columns=3, height=115, elem_id="samples", **plain),
         gr.Dropdown(label="Shown", visible=False, elem_id="choice"),
         gr.Radio(methods, value=methods[0], label="Method", elem_id="method"),
         gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info=STRENGTH, elem_id="strength"),
@@ -189,6 +194,7 @@ def _connect(page: Page, controls: Controls, results: Results) -> None:
     show = dict(fn=page.show, inputs=[choice, method, strength, words], outputs=[shown, haze, words], **heavy)
     for event in (drop.upload, drop.clear):
         event(page.take, drop, taken, **quiet).then(**show)
+    drop.delete(page.drop_one, drop, taken, **quiet).then(**show)
     samples.select(page.example, None, taken, **quiet).then(**show)
     for event in (choice.input, method.input):
         event(**show)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -25,25 +25,38 @@ class Visitor:
 
     def __init__(self, root: Path):
         self.folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=root))
-        self.pictures: dict[str, Path] = {}
+        self._taken: dict[Path, Path] = {}  # by the file that the server made of the upload
         self.view: work.View | None = None
         self._shown: list[Path] = []
         self.seen = time.monotonic()
 
     def take(self, files: Sequence[str | Path], megapixels: float) -> list[str]:
-        """Take these pictures in place of those that are here; returns what is refused, in words."""
-        uploads, self.pictures, self.view = self.new_folder(), {}, None
-        for other in self.folder.iterdir():
-            if other != uploads:
-                shutil.rmtree(other, ignore_errors=True)
+        """Take these pictures in place of those that are here; returns what is refused, in words.
 
-        def take(path: Path) -> None:
-            work.check(path, megapixels)
-            own = _free(uploads / path.name)
-            shutil.copyfile(path, own)  # another visitor's upload of the same bytes may be the same file
-            self.pictures[own.name] = own
+        Those among them that were taken before stay as they are: the server's own copies may be gone by now.
+        """
+        uploads, before, self.view = self.new_folder(), self._taken, None
+        self._taken = {}
 
-        return work.each([Path(file) for file in files], take, lambda done: True)
+        def take(source: Path) -> None:
+            if source in before:
+                self._taken[source] = before[source]
+                return
+            work.check(source, megapixels)
+            # A copy, since another visitor's upload of the same bytes may be the same file.
+            self._taken[source] = shutil.copyfile(source, _free(uploads / source.name, self.pictures))
+
+        refused = work.each([Path(file) for file in files], take, lambda done: True)
+        kept = {path.parent for path in self._taken.values()}
+        for folder in self.folder.iterdir():
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        return refused
+
+    @property
+    def pictures(self) -> dict[str, Path]:
+        """The visitor's pictures by name."""
+        return {path.name: path for path in self._taken.values()}
 
     def show(self, image: Tensor) -> str:
         """A file of a picture (1,C,H,W) for the browser, under a new name, which no cache knows; old ones go."""
@@ -115,10 +128,10 @@ def _delete_old(path: Path) -> None:
         pass
 
 
-def _free(path: Path) -> Path:
-    """``path``, or with a number if there is such a file."""
+def _free(path: Path, names: Collection[str]) -> Path:
+    """``path``, or with a number if its name is among ``names``."""
     number, free = 1, path
-    while free.exists():
+    while free.name in names:
         number += 1
         free = path.with_name(f"{path.stem} ({number}){path.suffix}")
     return free

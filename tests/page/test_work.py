@@ -148,11 +148,26 @@ def test_what_a_visitor_had_goes_with_the_visitor(photo, tmp_path):
     all_.leave("nobody")
 
 
+def test_pictures_taken_before_stay_when_others_join_or_go(photo, tmp_path):
+    visitor, other = Visitors(tmp_path).get("a"), tmp_path / "other.png"
+    Image.new("RGB", (9, 9)).save(other)
+    visitor.take([photo], 60)
+    own = visitor.pictures["sea.JPG"]
+    photo.unlink()  # the server's copy was swept up
+    assert visitor.take([photo, other], 60) == []
+    assert visitor.pictures["sea.JPG"] == own
+    assert visitor.take([other], 60) == []
+    assert list(visitor.pictures) == ["other.png"]
+    assert not own.exists()
+    assert visitor.take([], 60) == []
+    assert list(visitor.folder.iterdir()) == []
+
+
 def test_new_pictures_take_the_place_of_the_old(photo, tmp_path):
     visitor = Visitors(tmp_path).get("a")
     visitor.take([photo], 60)
     old = visitor.pictures["sea.JPG"], visitor.show(picture(1, 1, 3, 8, 8))
-    visitor.take([photo], 60)
+    visitor.take([shutil.copy(photo, tmp_path)], 60)
     assert not any(os.path.exists(each) for each in old)
     for _ in range(30):
         visitor.show(picture(1, 1, 3, 8, 8))
