@@ -79,7 +79,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listening.close()
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"{host}, port {port}: the page cannot be served there ({why}); give another --port") from error
+        told = f"the page cannot be served there ({why}); give another --host or --port"
+        raise UserError(f"{host}, port {port}: {told}") from error
     return listening
 
 

@@ -24,6 +24,7 @@ STRENGTH = "0: as it is; 1: as found; beyond: more"
 LIGHT = "Transmission: share of light that comes through the haze (white: all)"
 CSS = """
 #words { min-height: 0 }
+#words:has(.progress-level) { min-height: 6em }
 #words p { padding: .5em .8em; border-left: 4px solid #e65100 }
 #samples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important }
 #samples .gallery-item, #samples .thumbnail-item { width: 100% !important; min-width: 0 !important }

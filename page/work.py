@@ -106,8 +106,8 @@ def write_zip(
 def _found(path: Path, method: Method) -> tuple[Tensor, dict[str, Tensor]]:
     try:
         hazy = images.read(path)[None]
-        weight = next(method.parameters(), hazy)
-        found = method.estimate(hazy.to(weight.device), method.tile(hazy, "auto"))
+        there = hazy.to(next(method.parameters(), hazy).device)
+        found = method.estimate(there, method.tile(there, "auto"))
         return hazy, {name: value.float().cpu() for name, value in found.items()}
     except (MemoryError, RuntimeError) as error:
         if device.exhausted(error):

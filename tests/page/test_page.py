@@ -37,6 +37,12 @@ TAKE = """async (url) => {
     return btoa(Array.from(bytes, (each) => String.fromCharCode(each)).join(""));
 }"""
 
+LISTEN = """() => {
+    window.told = "";
+    const note = () => document.querySelectorAll(".progress-level").forEach((each) => window.told += each.innerText);
+    new MutationObserver(note).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
@@ -212,8 +218,10 @@ def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
     assert len(alerts) == 2
     assert alerts[0].startswith("notes.jpg: cannot be read as a picture (of no known picture format")
     assert alerts[1] == "1 more were left out: the page takes 4 at once"
+    page.evaluate(LISTEN)
     with page.expect_download() as download:
         page.click("#save-all")
+    assert "chelsea_1.png" in page.evaluate("window.told")  # the progress bar
     with zipfile.ZipFile(download.value.path()) as archive:
         assert sorted(archive.namelist()) == ["chelsea_1_dehazed.png", "coffee_2_dehazed.png"]
     page.wait_for_function("() => document.querySelector('#words').innerText.includes('broken.png: cannot be read')")
