@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make clean. Needs Python 3.11 or newer and nothing else.
+# make demo | make page | make test | make lint | make clean. Needs Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -7,7 +7,7 @@ DEMO := checkpoints/sample
 ONE := OMP_NUM_THREADS=1 $(BIN)/python
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo page test test-slow lint format clean
 
 demo: .venv/ready  ## train NeDR on from the weights that ship, score both beside DCP, dehaze a folder
 	$(ONE) train.py --model nedr --checkpoints $(DEMO) --resume
@@ -18,6 +18,9 @@ demo: .venv/ready  ## train NeDR on from the weights that ship, score both besid
 	@echo "figures:   $(DEMO)/results/results.json, results.md, per_image.csv; the run's log: $(DEMO)/log.txt"
 	@echo "pictures:  $(DEMO)/results/pictures (scored), $(DEMO)/dehazed/pictures (the folder)"
 	@echo "curves:    $(BIN)/tensorboard --logdir $(DEMO)"
+
+page: .venv/ready-page  ## dehaze photographs in a browser, on this computer
+	.venv/page/bin/python -m page
 
 test: .venv/ready-dev
 	$(TESTS) -m "not slow"
@@ -44,6 +47,14 @@ format: .venv/ready-dev
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# An environment that sees .venv's packages, with gradio and what that wants over them.
+.venv/ready-page: .venv/ready requirements-page.txt
+	$(BIN)/python -m venv .venv/page
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+		"$$(.venv/page/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth"
+	.venv/page/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-page.txt
 	@touch $@
 
 clean:

@@ -71,30 +71,42 @@ def shipped(name: str) -> Path | None:
 def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
     """A trained method from a file, in eval mode: our .pt or .safetensors, or an official one of any method.
 
-    Without ``file`` the weights of NeDR that ship with this project, or those of a method that is named (``d4``).
+    Without ``file`` the weights of NeDR that ship with this project, or those of a method that is named (``d4``;
+    ``dcp`` needs none). Call what comes back with a picture to have it without haze, see `Method.forward`:
+
+    >>> import numpy as np
+    >>> dehaze = load()
+    >>> clear = dehaze(np.full((48, 64, 3), 200, np.uint8))
+    >>> clear.shape, clear.dtype
+    ((48, 64, 3), dtype('uint8'))
+
     Keyword arguments change settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
     ``ema`` prefers the averaged weights where the file has them, ours or official. The networks are those that the
     file holds.
     Raises `UserError` for a missing, damaged or foreign file, and for settings that the method cannot take.
     """
-    path = _path(file)
+    if file in METHODS and not METHODS[file].stages and not Path(file).is_file():  # nothing to train, no weights
+        method = build(config.load(file, settings_types()))
+    else:
+        method = _read(_path(file), ema)
+    change(method, test_time)
+    return method.to(device).eval()
+
+
+def _read(path: Path, ema: bool) -> Method:
+    """The method that a file holds."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a checkpoint file in it, such as {path / 'weights.safetensors'}")
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
-            method = _official(weights, path, ema)
-        else:
-            method = _ours(metadata["model"], metadata["settings"], weights, path)
-    else:
-        state = checkpoint.read(path)
-        if state.get("format") == checkpoint.FORMAT:
-            averaged = state.get("ema", {}).get("weights", {}) if ema else {}
-            method = _ours(state["model"], state["settings"], state["networks"] | averaged, path)
-        else:
-            method = _official(state, path, ema)
-    change(method, test_time)
-    return method.to(device).eval()
+            return _official(weights, path, ema)
+        return _ours(metadata["model"], metadata["settings"], weights, path)
+    state = checkpoint.read(path)
+    if state.get("format") != checkpoint.FORMAT:
+        return _official(state, path, ema)
+    averaged = state.get("ema", {}).get("weights", {}) if ema else {}
+    return _ours(state["model"], state["settings"], state["networks"] | averaged, path)
 
 
 def start(method: Method, file: str | Path | None) -> None:
@@ -145,8 +157,8 @@ def name_of(method: Method) -> str:
 def _path(file: str | Path | None) -> Path:
     """The file that is named, or the weights that ship; which they are goes into the log."""
     name = file or "nedr"
-    if name not in METHODS or Path(name).exists():
-        return Path(file)
+    if name not in METHODS or (file and Path(name).is_file()):  # a folder of that name is no file of weights
+        return Path(file).expanduser()
     path = shipped(name)
     if path is None:
         raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")

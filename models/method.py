@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models import program
+from models.program import Picture
 from utils import config, tiling
 from utils.errors import UserError
 
@@ -124,10 +126,11 @@ class Method(nn.Module):
     def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """What the method finds in hazy pictures (N,3,H,W) whose sides suit the networks.
 
-        ``clear`` (N,3,H,W) in [0,1] and, where the method has one, ``transmission`` (N,1,H,W). With ``tile``, the side
-        of tiles in pixels, memory must stay bounded. Here tiles are taken through `restore` with a quarter of their
-        side around them and cross-faded, so that what the networks take from the whole picture is a tile's own; a
-        method whose computation can be taken apart overrides this with tiles that give the numbers of the whole.
+        ``clear`` (N,3,H,W) in [0,1] and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight``.
+        With ``tile``, the side of tiles in pixels, memory must stay bounded. Here tiles are taken through `restore`
+        with a quarter of their side around them and cross-faded, so that what the networks take from the whole picture
+        is a tile's own; a method whose computation can be taken apart overrides this with tiles that give the numbers
+        of the whole.
         """
         if tile is None:
             return {"clear": self.restore(hazy)}
@@ -147,6 +150,34 @@ class Method(nn.Module):
     def inference_state(self) -> dict[str, Tensor]:
         """The weights that `dehaze` needs."""
         return {key: value for key, value in self.state_dict().items() if key.split(".")[0] in self.inference}
+
+    def __call__(self, image: Picture) -> Picture:  # for type checkers: nn.Module's says Any
+        return super().__call__(image)
+
+    def forward(self, image: Picture) -> Picture:
+        """``image`` without haze, as it was given: a Pillow image, an array (H,W,3) or a tensor (3,H,W) or (N,3,H,W).
+
+        Arrays and tensors hold uint8, or floats in [0,1], and keep their type; a Pillow image comes back as RGB of 8
+        bit. Training does not pass here. Raises TypeError or ValueError for anything else.
+        """
+        return self._answer(image, "clear")
+
+    def transmission(self, image: Picture) -> Picture:
+        """The share of light, in [0,1], that reaches the camera through the haze, pixel by pixel; 1: no haze.
+
+        Of a Pillow image as one in grey (255: 1), of an array (H,W), of a tensor (1,H,W) or (N,1,H,W), floats both.
+        Raises `UserError` if the method finds none, as AKNet and KA-Net, else what `forward` raises.
+        """
+        return self._answer(image, "transmission")
+
+    def _answer(self, image: Picture, name: str) -> Picture:
+        hazy, back = program.opened(image)
+        weight = next(self.parameters(), None)
+        hazy = hazy if weight is None else hazy.to(weight.device, weight.dtype)
+        found = self.estimate(hazy, self.tile(hazy, "auto"))
+        if name not in found:
+            raise UserError(f"{type(self).__name__} finds no {name}; nedr, d4 and dcp do")
+        return back(found[name])
 
     def dehaze(self, hazy: Tensor, tile: int | None = None, ensemble: bool = False) -> Tensor:
         """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
@@ -170,8 +201,8 @@ class Method(nn.Module):
     def estimate(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """The clear pictures as of `dehaze`, and what else the method finds in hazy ones (N,3,H,W), by name.
 
-        ``clear`` (N,3,H,W) and, where the method has one, ``transmission`` (N,1,H,W). Sides that do not suit the
-        networks are padded by reflection, to the right and below, and all maps cropped again.
+        ``clear`` (N,3,H,W) and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight`` (N,3,1,1). Sides
+        that do not suit the networks are padded by reflection, to the right and below, and all maps cropped again.
         """
         _check(hazy)
         tiling.check(tile)

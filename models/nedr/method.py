@@ -306,7 +306,7 @@ class NeDR(Method):
 
     def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         found = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
-        return {"clear": found.clear, "transmission": found.transmission}
+        return {"clear": found.clear, "transmission": found.transmission, "airlight": found.airlight}
 
     def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """As `Method.look`; with a working size the haze is found in a small picture of the whole view.
@@ -323,7 +323,7 @@ class NeDR(Method):
         t = self.to_full_size(t, small, hazy).clamp(*s.transmission_range)
         A = single(found.airlight)
         clear = tiling.apply(lambda part, window: physics.restore(part, window.cut(t), A), hazy, tile=PIECE)
-        return {"clear": clear, "transmission": t}
+        return {"clear": clear, "transmission": t, "airlight": A}
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
         """The field t of the small picture, (N,1,H,W) of the large one; along its edges if settings have it."""

@@ -47,7 +47,7 @@ def assert_same(method: Method, hazy: torch.Tensor, tile: int, tolerance: float 
     if not torch.is_autocast_enabled("cpu"):  # else the order of float32's sums is compared, which is the machine's
         method, hazy = copy.deepcopy(method).double(), hazy.double()
     whole, tiled = method.estimate(hazy), method.estimate(hazy, tile)
-    assert whole.keys() == tiled.keys() == {"clear", "transmission"}
+    assert whole.keys() == tiled.keys() == {"clear", "transmission", "airlight"}
     assert whole["transmission"].std() > 0.02  # else there were nothing to compare
     for name, value in whole.items():
         torch.testing.assert_close(tiled[name], value, rtol=0, atol=tolerance)

@@ -1,0 +1,1 @@
+"""A page that dehazes photographs in a browser, without a network: `python -m page`, or `make page`."""

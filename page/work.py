@@ -1,0 +1,123 @@
+"""What the page does with pictures, whoever asks: check, look, change the strength, write."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from data import images
+from models.method import Method
+from utils import memory, physics
+from utils.errors import UserError
+
+SHOWN = 1280  # pixels of the longer side on the page; what is downloaded has all of them
+SUFFIX = "_dehazed"
+KEPT = frozenset({".jpg", ".jpeg", ".png"})  # the formats in which results are written; others become PNG
+COMPRESSION = 3  # of PNG: a third of the time of Pillow's 6, and files a few percent larger
+
+
+class View(NamedTuple):
+    """A picture as the page shows it, with what the method found in it: all that a change of strength needs."""
+
+    hazy: Tensor  # (1,3,h,w) in [0,1]
+    transmission: Tensor  # (1,1,h,w)
+    airlight: Tensor  # (1,3,1,1)
+
+    def clear(self, strength: float) -> Tensor:
+        return restored(self.hazy, self.transmission, self.airlight, strength)
+
+
+def restored(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float) -> Tensor:
+    """The picture with its haze taken for ``strength`` times as dense, t^strength; at 0 it stays as it is."""
+    return physics.restore(hazy, t**strength, airlight)
+
+
+def check(path: Path, megapixels: float) -> None:
+    """Refuse what is no picture, or too large, from its first bytes. Raises `UserError`."""
+    try:
+        Image.MAX_IMAGE_PIXELS = images.MAX_PIXELS  # Pillow would warn of less than the page takes
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception:  # on broken bytes Pillow raises nearly any kind; the project's own reader finds the words
+        images.decode(path)
+        raise
+    if width * height > megapixels * 1e6:
+        raise UserError(
+            f"{path}: {width}x{height} are {width * height / 1e6:.0f} megapixels, and this page takes {megapixels:g}; "
+            f"shrink it, or dehaze it with test.py"
+        )
+
+
+@torch.no_grad()
+def look(path: Path, method: Method) -> View:
+    """What ``method`` finds in a picture at its full size, made small enough to be shown. Raises `UserError`."""
+    hazy, found = _found(path, method)
+    return View(_small(hazy).clamp(0, 1), _small(found["transmission"]), found["airlight"].float())
+
+
+@torch.no_grad()
+def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
+    """Dehaze a picture at its full size into ``folder``, in its format if that can be written, else as PNG."""
+    hazy, found = _found(path, method)
+    clear = found["clear"] if strength == 1 else restored(hazy, found["transmission"], found["airlight"], strength)
+    ending = path.suffix if path.suffix.lower() in KEPT else ".png"
+    output = folder / f"{path.stem}{SUFFIX}{ending}"
+    images.write(output, clear[0], COMPRESSION, like=path)
+    return output
+
+
+def told(error: UserError, path: Path) -> str:
+    """The error's words with the picture's name in place of where the server keeps it."""
+    return str(error).replace(str(path), path.name)
+
+
+def each(paths: list[Path], do: Callable[[Path], None], going: Callable[[int], bool]) -> list[str]:
+    """``do`` with every picture while ``going`` says so, told how many are done; what could not be done, in words."""
+    refused = []
+    for done, path in enumerate(paths):
+        if not going(done):
+            break
+        try:
+            do(path)
+        except UserError as error:
+            refused.append(told(error, path))
+    return refused
+
+
+def write_zip(
+    archive: Path, paths: list[Path], write: Callable[[Path], Path], going: Callable[[int], bool]
+) -> list[str]:
+    """What ``write`` makes of every picture, in one file; see `each`."""
+    with zipfile.ZipFile(archive, "w") as file:  # stored as they are: pictures are compressed already
+
+        def add(path: Path) -> None:
+            written = write(path)
+            file.write(written, written.name)
+            written.unlink()
+
+        return each(paths, add, going)
+
+
+def _found(path: Path, method: Method) -> tuple[Tensor, dict[str, Tensor]]:
+    try:
+        hazy = images.read(path)[None]
+        there = hazy.to(next(method.parameters(), hazy).device)
+        found = method.estimate(there, method.tile(there, "auto"))
+        return hazy, {name: value.float().cpu() for name, value in found.items()}
+    except (MemoryError, RuntimeError) as error:
+        if memory.exhausted(error):
+            raise UserError(f"{path}: there is too little memory for so many pixels; shrink it") from error
+        raise
+
+
+def _small(x: Tensor) -> Tensor:
+    scale = SHOWN / max(x.shape[2:])
+    if scale >= 1:
+        return x
+    size = [max(1, round(side * scale)) for side in x.shape[2:]]
+    return F.interpolate(x, size, mode="bilinear", antialias=True)

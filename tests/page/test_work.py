@@ -1,0 +1,189 @@
+"""What the page does with pictures and visitors; needs neither gradio nor a browser."""
+
+import os
+import shutil
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import picture
+from PIL import Image, ImageCms
+
+import models
+from data import images
+from page import visitors, work
+from page.visitors import Visitors
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def method():
+    return models.load("dcp")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A JPEG with a profile, EXIF and a tag that turns it by a quarter: 60 x 80 as stored, 80 x 60 upright."""
+    exif = Image.Exif()
+    exif[271], exif[274] = "a maker", 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    smooth = F.interpolate(picture(1, 1, 3, 4, 5), (60, 80), mode="bilinear")[0]  # JPEG keeps no noise
+    pixels = (smooth.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    path = tmp_path / "in" / "sea.JPG"
+    path.parent.mkdir()
+    Image.fromarray(pixels).save(path, "JPEG", exif=exif, icc_profile=profile, quality=95)
+    return path
+
+
+def test_a_view_is_the_picture_made_small(photo, method, monkeypatch):
+    found = method.estimate(images.read(photo)[None])
+    view = work.look(photo, method)
+    torch.testing.assert_close(view.clear(1), found["clear"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(view.clear(0), images.read(photo)[None], atol=1e-6, rtol=0)
+    t = found["transmission"] ** 0.5
+    wanted = ((view.hazy - found["airlight"]) / t + found["airlight"]).clamp(0, 1)
+    torch.testing.assert_close(view.clear(0.5), wanted, atol=1e-6, rtol=0)
+    monkeypatch.setattr(work, "SHOWN", 40)
+    small = work.look(photo, method)
+    assert (small.hazy.shape, small.transmission.shape) == ((1, 3, 40, 30), (1, 1, 40, 30))
+
+
+@pytest.mark.parametrize("strength", [0, 0.7, 1, 1.5])
+def test_what_is_written_has_all_pixels_and_keeps_what_belongs_to_it(photo, method, strength, tmp_path):
+    written = work.write(photo, method, strength, tmp_path / "out")
+    assert written.name == "sea_dehazed.JPG"
+    with Image.open(written) as image:
+        assert (image.format, image.size) == ("JPEG", (60, 80))
+        assert image.info["icc_profile"]
+        assert image.getexif()[271] == "a maker"
+        assert 274 not in image.getexif()
+    expected = work.look(photo, method).clear(strength)[0]
+    assert (images.read(written) - expected).abs().mean() < 0.01  # JPEG
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("bmp", ".png"), ("tiff", ".png"), ("webp", ".png")])
+def test_other_formats_become_png(kind, ending, method, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    Image.new("RGB", (20, 30), "grey").save(path)
+    assert work.write(path, method, 1, tmp_path / "out").name == f"a_dehazed{ending}"
+
+
+def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
+    visitor = Visitors(tmp_path).get("a")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    Image.new("1", (3000, 2000)).save(tmp_path / "large.png")
+    files = [tmp_path / name for name in ("notes.txt", "empty.png", "large.png")]
+    refused = visitor.take([*files, photo, tmp_path / "gone.png"], megapixels=5)
+    assert list(visitor.pictures) == ["sea.JPG"]
+    wanted = ["notes.txt: cannot be read as a picture", "empty.png: the file is empty", "large.png: 3000x2000 are 6 m"]
+    for words, start in zip(refused, [*wanted, "gone.png: no such picture"], strict=True):
+        assert words.startswith(start)
+        assert str(tmp_path) not in words
+    assert "this page takes 5" in refused[2]
+
+
+def test_a_picture_cut_short_is_refused_when_it_is_looked_at(photo, method):
+    photo.write_bytes(photo.read_bytes()[:-100])
+    work.check(photo, 60)
+    with pytest.raises(UserError, match=r"sea\.JPG: cannot be read as a picture"):
+        work.look(photo, method)
+
+
+def test_a_lack_of_memory_is_said(photo, method, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "read", fail)
+    with pytest.raises(UserError, match="too little memory"):
+        work.look(photo, method)
+
+
+def test_pictures_of_one_name_are_told_apart(photo, tmp_path):
+    visitor = Visitors(tmp_path).get("a")
+    (tmp_path / "other").mkdir()
+    shutil.copy(photo, tmp_path / "other")
+    assert visitor.take([photo, tmp_path / "other" / photo.name], 60) == []
+    assert list(visitor.pictures) == ["sea.JPG", "sea (2).JPG"]
+
+
+def test_several_pictures_make_a_zip_of_those_that_can_be_read(photo, method, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(photo.read_bytes()[:-100])
+    seen = []
+
+    def write(path):
+        return work.write(path, method, 1, tmp_path / "out")
+
+    refused = work.write_zip(
+        tmp_path / "a.zip", [photo, broken, photo], write, lambda done: seen.append(done) or done < 2
+    )
+    assert seen == [0, 1, 2]
+    assert len(refused) == 1
+    assert refused[0].startswith("broken.jpg: ")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.namelist() == ["sea_dehazed.JPG"]  # the third was not begun
+        assert archive.testzip() is None
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_visitor_had_goes_with_the_visitor(photo, tmp_path):
+    all_, upload = Visitors(tmp_path / "root"), photo
+    all_.root.mkdir()
+    one, other = all_.get("one"), all_.get("other")
+    for visitor in (one, other):
+        visitor.take([upload], 60)
+    with all_.at_work(one):
+        one.show(picture(1, 1, 3, 8, 8))
+        all_.leave("one")
+        images.write(one.folder / "late.png", picture(1, 3, 8, 8))  # of work that was under way
+    assert not one.folder.exists()
+    with pytest.raises(UserError, match="deleted when the page was left; drop them again"):
+        one.new_folder()
+    assert other.pictures["sea.JPG"].is_file()
+    assert all_.get("one") is not one
+    all_.leave("nobody")
+
+
+def test_pictures_taken_before_stay_when_others_join_or_go(photo, tmp_path):
+    visitor, other = Visitors(tmp_path).get("a"), tmp_path / "other.png"
+    Image.new("RGB", (9, 9)).save(other)
+    visitor.take([photo], 60)
+    own = visitor.pictures["sea.JPG"]
+    photo.unlink()  # the server's copy was swept up
+    assert visitor.take([photo, other], 60) == []
+    assert visitor.pictures["sea.JPG"] == own
+    assert visitor.take([other], 60) == []
+    assert list(visitor.pictures) == ["other.png"]
+    assert not own.exists()
+    assert visitor.take([], 60) == []
+    assert list(visitor.folder.iterdir()) == []
+
+
+def test_new_pictures_take_the_place_of_the_old(photo, tmp_path):
+    visitor = Visitors(tmp_path).get("a")
+    visitor.take([photo], 60)
+    old = visitor.pictures["sea.JPG"], visitor.show(picture(1, 1, 3, 8, 8))
+    visitor.take([shutil.copy(photo, tmp_path)], 60)
+    assert not any(os.path.exists(each) for each in old)
+    for _ in range(30):
+        visitor.show(picture(1, 1, 3, 8, 8))
+    assert len(list(visitor.folder.iterdir())) == visitors.KEEP + 1
+
+
+def test_uploads_that_nobody_fetched_are_swept_up(tmp_path, monkeypatch):
+    all_ = Visitors(tmp_path)
+    mine = all_.get("a").new_folder() / "mine"
+    old, new = tmp_path / "old", tmp_path / "new"
+    for path in (mine, old, new):
+        path.touch()
+    for path in (mine, old):
+        os.utime(path, (time.time() - visitors.LINGER - 1,) * 2)
+    all_.sweep()
+    assert [path.exists() for path in (mine, old, new)] == [True, False, True]
+    monkeypatch.setattr(visitors, "IDLE", -1)
+    all_.sweep()
+    assert not mine.exists()
