@@ -14,6 +14,8 @@ A method without weights, on the embedded samples:
 Finished runs side by side:
     python test.py --compare checkpoints/a checkpoints/b
 An interrupted run, given the same command again, goes on where it stopped.
+
+Exit status: 0, all was done; 2, an error that one line tells, or some pictures could not be used; 130, interrupted.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from utils.evaluation import Candidate, Evaluation, Pictures
 from utils.results import HAZY
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
+FORM = ("format", "quality", "suffix", "strength", "show")  # of the pictures
 TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
 
 
@@ -81,6 +84,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--protocols", help="how PSNR and SSIM are taken: ours (default), d4, dehazeformer, ffa, ...")
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
     parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
+    one = partial(parser.add_argument, metavar="VALUE")
+    one(
+        "--format",
+        help="png, jpg or webp; by default that of the input, and PNG where figures are taken",
+    )
+    one("--quality", help="of JPEG and WebP, 1 to 100 (95)")
+    one("--suffix", help="put at the end of the pictures' names, as _dehazed")
+    one("--strength", help="how much of the haze is taken away: 0 none, 1 what is found (default), up to 4 more")
+    one("--show", help="what is in the pictures: dehazed, side_by_side (hazy, dehazed) or transmission")
+    parser.add_argument("--overwrite", action="store_true", help="make pictures anew that are there already")
     several("--compare", metavar="RUN", help="put the results of finished runs side by side, and leave")
     parser.add_argument("--list-models", action="store_true", help="print size and paper of every model and leave")
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
@@ -119,6 +132,8 @@ def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Over
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
     names = ("weights", "benchmarks", "data_root", "hazy", "clear", "protocols", "metrics", "output")
     given = [(f"test.{name}", getattr(args, name)) for name in names if getattr(args, name)]
+    given += [f"test.{name}={getattr(args, name)}" for name in FORM if getattr(args, name) is not None]
+    given += ["test.overwrite=true"] if args.overwrite else []
     others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
     return folder, files, [*others, *args.settings, *given]  # what config.yml names beside is of other pictures
 
@@ -171,7 +186,8 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
     if found := run.finish(methods, device.describe(run.device)):
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
-    print(f"{tables.pictures(done)} done, see {run.output}")
+    left = f"; {tables.pictures(run.kept)} there already and left so (--overwrite makes them anew)" if run.kept else ""
+    print(f"{tables.pictures(done)} done{tables.pace(run.rows)}{left}; see {run.output}")
     if run.unusable:
         print(f"error: {tables.pictures(run.unusable)} could not be used, as said above", file=sys.stderr)
     return 2 if run.unusable else 0

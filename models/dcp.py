@@ -33,4 +33,4 @@ class DCP(Method):
         if self.settings.guided_filter:
             t = physics.guided_filter(hazy, t, tile=tile)
         t = t.clamp(min=physics.LEAST_TRANSMISSION)
-        return {"clear": tiling.apply(restore, hazy, tile=tile), "transmission": t}
+        return {"clear": tiling.apply(restore, hazy, tile=tile), "transmission": t, "airlight": A}

@@ -38,15 +38,22 @@ class Tested(NamedTuple):
         """The method as it treats this set: with the set's preset, unless other settings were asked for."""
         method, test = self.method, settings.test
         models.change(method, method.preset(**pictures.preset) | self.asked)
+        if test.show == "transmission" or test.strength != 1:
+            method.check_haze(method.estimate(torch.zeros(1, 3, 32, 32, device=device)), _first(test))
 
         def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
             with autocast(device, settings.precision):
                 return verb(hazy, method.tile(hazy, test.tile), *options)
 
+        def dehaze(hazy: Tensor) -> Tensor:
+            if test.show == "transmission":
+                return apply(method.estimate, hazy)["transmission"]
+            return apply(method.dehaze, hazy, test.self_ensemble, test.strength)
+
         return Candidate(
             self.name,
-            dehaze=lambda hazy: apply(method.dehaze, hazy, test.self_ensemble),
-            estimate=lambda hazy: apply(method.estimate, hazy),
+            dehaze=dehaze,
+            estimate=lambda hazy: apply(method.estimate, hazy, test.strength),
             settings={key: getattr(method.settings, key) for key in method.test_time},
             folder=folder,
             chosen_on=self.chosen_on,
@@ -104,6 +111,11 @@ def prepare(
         found += of_name if name in trained else [_build(name, files, overrides)]
     config.check_used([models.name_of(each.method) for each in found], models.settings_types(), overrides)
     return _told_apart(found)
+
+
+def _first(test: config.Test) -> str:
+    """The setting that wants a transmission, as the user gives it."""
+    return "test.show=transmission" if test.show == "transmission" else f"test.strength={test.strength:g}"
 
 
 def _check_all_there(loaded: Sequence[Tested], trained: Sequence[str]) -> None:

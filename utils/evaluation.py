@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import cost, metrics, panels, quality, report, results, scoring, selection, tiling
+from utils import cost, metrics, output, panels, quality, report, results, scoring, selection, tiling
 from utils.config import Settings
 from utils.errors import UserError
 from utils.journal import Journal
@@ -73,6 +73,7 @@ class Evaluation:
         self.rows: list[Row] = []
         self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and picture: its truth's fingerprint
         self.told: set[str] = set()
+        self.kept = 0  # pictures that were there already, and were left as they are
         for name in settings.test.protocols:
             metrics.protocol(name)
         tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
@@ -92,18 +93,22 @@ class Evaluation:
         """Dehaze, measure and save all of a set; pictures that an earlier run did are not done again."""
         names, key = pictures.items.names, f"{pictures.name}/{candidate.name}"
         folder = self.output / "pictures" / pictures.folder / candidate.folder
-        files = {name: folder / file for name, file in report.picture_names(names).items()}
-        keep = self.settings.test.pictures and candidate.name != HAZY
+        test, scored = self.settings.test, self._scored(pictures)
+        output.refuse_hidden(test, scored)
+        files = {name: folder / file for name, file in output.names(names, test, scored).items()}
+        keep = test.pictures and candidate.name != HAZY
         done = {n: s for n, s in self.journal.done(key, names).items() if not keep or files[n].is_file()}
+        there = set() if scored or test.overwrite else {n for n in names if n not in done and files[n].exists()}
+        self.kept += len(there)
         cost.reset_peak(self.device)
         outcome = scoring.run(
             candidate.dehaze,
             pictures.items,
             self._measure(pictures),
-            (lambda item, dehazed: self.write(files[item["name"]], dehazed, like=item["path"])) if keep else None,
+            (lambda item, made: self._save(files[item["name"]], item, made)) if keep else None,
             device=self.device,
             workers=self.settings.data.workers,
-            indices=[k for k, name in enumerate(names) if name not in done],
+            indices=[k for k, name in enumerate(names) if name not in done and name not in there],
             on_score=lambda score: self.journal.add(key, score),
             on_error=self._skip,
             bar=f"{pictures.name}, {candidate.name}",
@@ -120,6 +125,14 @@ class Evaluation:
         elif candidate.estimate and self.settings.test.panels and (pictures.benchmark or pictures.truth):
             self._panels(pictures, candidate, outcome.scores)
         return row
+
+    def _save(self, file: Path, item: dict, made: Tensor) -> None:
+        test = self.settings.test
+        self.write(file, output.shown(item["hazy"], made, test), like=item["path"], quality=test.quality)
+
+    def _scored(self, pictures: Pictures) -> bool:
+        """Are the pictures there for the sake of figures?"""
+        return pictures.truth or pictures.benchmark or bool(self._free(pictures))
 
     @property
     def unusable(self) -> int:

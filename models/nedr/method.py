@@ -22,12 +22,10 @@ from models.nedr.discriminator import Discriminator
 from models.nedr.generators import TRANSMISSION_RANGE, DepthNet, ProductionNet, Removal, RemovalNet
 from models.nedr.working_size import seen_size
 from models.pyramid import STRIDE, initialise
-from utils import config, physics, tiling
+from utils import config, physics
 from utils.checkpoint import load_strict
 from utils.config import Ends, Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
-
-PIECE = 512  # pixels: sides of the pieces in which J is computed with a working size; they lie in the cache
 
 
 @dataclass
@@ -306,7 +304,7 @@ class NeDR(Method):
 
     def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         found = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
-        return {"clear": found.clear, "transmission": found.transmission}
+        return {"clear": found.clear, "transmission": found.transmission, "airlight": found.airlight}
 
     def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """As `Method.look`; with a working size the haze is found in a small picture of the whole view.
@@ -322,8 +320,8 @@ class NeDR(Method):
         t = single(found.transmission)[..., : s.query * size[0], : s.query * size[1]]
         t = self.to_full_size(t, small, hazy).clamp(*s.transmission_range)
         A = single(found.airlight)
-        clear = tiling.apply(lambda part, window: physics.restore(part, window.cut(t), A), hazy, tile=PIECE)
-        return {"clear": clear, "transmission": t}
+        clear = physics.thinned(hazy, t, A)
+        return {"clear": clear, "transmission": t, "airlight": A}
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
         """The field t of the small picture, (N,1,H,W) of the large one; along its edges if settings have it."""
