@@ -9,6 +9,9 @@ Several trained methods side by side:
 Folders, .flists or pictures, by the weights that ship with this project or by your own (--checkpoints, --weights):
     python test.py --hazy photos --output dehazed
     python test.py --hazy photos/*.jpg --output dehazed
+A clip, or a folder of frames, steady over time:
+    python test.py --hazy clip.mp4 --output dehazed
+    python test.py --hazy frames --output dehazed test.temporal=true
 A method without weights, on the embedded samples:
     python test.py --model dcp --hazy sample:test/hazy --clear sample:test/clear
 Finished runs side by side:
@@ -29,9 +32,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import models
-from data import benchmarks, images, locate, pairing
+from data import benchmarks, images, locate, pairing, video
 from data.pictures import Folder, Paired, doubts
-from models import testing
+from models import clips, testing
 from utils import comparison, config, device, errors, tables
 from utils.config import Override
 from utils.errors import UserError
@@ -63,6 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     for remark in device.remarks(place, settings.precision):
         print(f"warning: {remark}", file=sys.stderr)
     run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
+    if named := [images.resolve(each) for each in settings.test.hazy if video.is_clip(each)]:
+        others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
+        clips.check([*named, *others], settings.test)
+        tested = testing.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
+        return clips.run(named, tested, settings, place, output)
     sets = find(settings.test, output)
     tested = testing.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)

@@ -184,6 +184,20 @@ class Method(nn.Module):
         self.check_haze(found, f"test.strength={strength:g}")
         return found | {"clear": physics.thinned(hazy, found["transmission"], found["airlight"], strength)}
 
+    @torch.no_grad()
+    def haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """The haze alone: t (N,1,h,w), of the size at which it is found, and A (N,3,1,1). `fine` takes t to full size.
+
+        Raises `UserError` for a method that finds none.
+        """
+        found = self.look(hazy, tile)
+        self.check_haze(found, "test.temporal=true")
+        return found["transmission"], found["airlight"]
+
+    def fine(self, t: Tensor, hazy: Tensor) -> Tensor:
+        """t of `haze` at the size of ``hazy``, along its edges if the settings have it."""
+        return t
+
     def check_haze(self, found: dict[str, Tensor], wanted_by: str) -> None:
         """Refuse what takes a transmission and an airlight where this method finds none. Raises `UserError`."""
         if not {"transmission", "airlight"} <= found.keys():

@@ -1,6 +1,7 @@
 """Methods made ready for test.py: with their weights, the settings that may change after training, and their cost."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import models
+from models import clips
 from models.method import Method
 from utils import checkpoint, config, cost
 from utils.config import Override
@@ -36,7 +38,7 @@ class Tested(NamedTuple):
 
     def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
         """The method as it treats this set: with the set's preset, unless other settings were asked for."""
-        method, test = self.method, settings.test
+        method, test = self.method.to(device), settings.test
         models.change(method, method.preset(**pictures.preset) | self.asked)
         if test.show == "transmission" or test.strength != 1:
             method.check_haze(method.estimate(torch.zeros(1, 3, 32, 32, device=device)), _first(test))
@@ -45,7 +47,11 @@ class Tested(NamedTuple):
             with autocast(device, settings.precision):
                 return verb(hazy, method.tile(hazy, test.tile), *options)
 
+        frames, number = clips.plan(self, settings, device, pictures.name) if test.temporal else None, itertools.count()
+
         def dehaze(hazy: Tensor) -> Tensor:
+            if frames is not None:
+                return frames.then(hazy, frames.first(hazy, next(number)))
             if test.show == "transmission":
                 return apply(method.estimate, hazy)["transmission"]
             return apply(method.dehaze, hazy, test.self_ensemble, test.strength)

@@ -258,6 +258,9 @@ class Test:
     strength: Annotated[float, Range(0, 4)]
     show: Literal["dehazed", "side_by_side", "transmission"]
     overwrite: bool
+    temporal: bool
+    smoothing: Annotated[float, Range(0, 60)]
+    every: Count
 
 
 @dataclass

@@ -99,6 +99,13 @@ class Evaluation:
         keep = test.pictures and candidate.name != HAZY
         done = {n: s for n, s in self.journal.done(key, names).items() if not keep or files[n].is_file()}
         there = set() if scored or test.overwrite else {n for n in names if n not in done and files[n].exists()}
+        if test.temporal and (there or done):  # every frame is needed for those after it
+            if there:
+                raise UserError(
+                    f"{folder}: {len(there)} of {len(names)} are there already, and test.temporal=true needs all; "
+                    f"give --overwrite or another --output"
+                )
+            done = {}
         self.kept += len(there)
         cost.reset_peak(self.device)
         outcome = scoring.run(
