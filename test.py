@@ -17,6 +17,7 @@ A method without weights, on the embedded samples:
 Finished runs side by side:
     python test.py --compare checkpoints/a checkpoints/b
 An interrupted run, given the same command again, goes on where it stopped.
+torchrun --nproc_per_node N test.py ... shares the pictures out among N processes, on several machines too.
 
 Exit status: 0, all was done; 2, an error that one line tells, or some pictures could not be used; 130, interrupted.
 """
@@ -35,7 +36,7 @@ import models
 from data import benchmarks, images, locate, pairing, video
 from data.pictures import Folder, Paired, doubts
 from models import clips, testing
-from utils import comparison, config, device, errors, tables
+from utils import comparison, config, device, distributed, errors, tables
 from utils.config import Override
 from utils.errors import UserError
 from utils.evaluation import Candidate, Evaluation, Pictures
@@ -54,23 +55,30 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.compare:
         return compare(args.compare, args.output)
+    with distributed.group() as ranks:
+        return evaluate(args, ranks)
+
+
+def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
+    """All but what leaves at once. Each of several processes does its share, and the first one tells of all."""
     device.keep_memory()
     folder, files, overrides = layers(args)
     types = models.settings_types()
     settings = config.load((args.model or models.names())[0], types, files, overrides, used=types)
     check_read(args.settings)
-    place = device.pick(settings.device)
+    place = ranks.pick(settings.device)
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
     device.prepare(place, settings.precision)
     output = Path(settings.test.output or (folder or Path()) / "results").expanduser()
+    say = partial(tqdm.write, file=sys.stderr) if ranks.first else lambda line: None
     for remark in device.remarks(place, settings.precision):
-        print(f"warning: {remark}", file=sys.stderr)
-    run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
+        say(f"warning: {remark}")
+    run = Evaluation(settings, place, output, images.write, say, ranks)
     if named := [images.resolve(each) for each in settings.test.hazy if video.is_clip(each)]:
         others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
         clips.check([*named, *others], settings.test)
         tested = testing.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
-        return clips.run(named, tested, settings, place, output)
+        return ranks.agree(clips.run(named[ranks.rank :: ranks.world], tested, settings, place, output))[0]
     sets = find(settings.test, output)
     tested = testing.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)
@@ -175,7 +183,8 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
     """Every method on every set, beneath the hazy input; the report; the exit status."""
     facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)
-    images.mark_results(run.output, RESULTS)
+    if run.ranks.first:
+        images.mark_results(run.output, RESULTS)
     for pictures in sets:
         measured = run.measures(pictures)
         for remark in pictures.remarks:
@@ -191,7 +200,10 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[testing.Tested]) -
     def methods() -> dict[str, dict]:
         return {each.name: facts[each.name] | each.cost(run.device) for each in tested}
 
-    if found := run.finish(methods, device.describe(run.device)):
+    found = run.finish(methods, device.describe(run.device))
+    if not run.ranks.first:
+        return 2 if run.unusable else 0
+    if found:
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
     left = f"; {tables.pictures(run.kept)} there already and left so (--overwrite makes them anew)" if run.kept else ""
