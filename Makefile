@@ -13,7 +13,7 @@ demo: .venv/ready  ## train NeDR on from the weights that ship, score both besid
 	$(ONE) train.py --model nedr --checkpoints $(DEMO) --resume
 	$(ONE) test.py --model nedr dcp --weights $(DEMO)/weights.safetensors checkpoints/nedr/weights.safetensors \
 		--hazy sample:test/hazy --clear sample:test/clear --output $(DEMO)/results
-	$(ONE) test.py --hazy sample:test/hazy --output $(DEMO)/dehazed
+	$(ONE) test.py --hazy sample:test/hazy --output $(DEMO)/dehazed --overwrite
 	@echo
 	@echo "figures:   $(DEMO)/results/results.json, results.md, per_image.csv; the run's log: $(DEMO)/log.txt"
 	@echo "pictures:  $(DEMO)/results/pictures (scored), $(DEMO)/dehazed/pictures (the folder)"

@@ -9,11 +9,17 @@ Several trained methods side by side:
 Folders, .flists or pictures, by the weights that ship with this project or by your own (--checkpoints, --weights):
     python test.py --hazy photos --output dehazed
     python test.py --hazy photos/*.jpg --output dehazed
+A clip, or a folder of frames, steady over time:
+    python test.py --hazy clip.mp4 --output dehazed
+    python test.py --hazy frames --output dehazed test.temporal=true
 A method without weights, on the embedded samples:
     python test.py --model dcp --hazy sample:test/hazy --clear sample:test/clear
 Finished runs side by side:
     python test.py --compare checkpoints/a checkpoints/b
 An interrupted run, given the same command again, goes on where it stopped.
+torchrun --nproc_per_node N test.py ... shares the pictures out among N processes, on several machines too.
+
+Exit status: 0, all was done; 2, an error that one line tells, or some pictures could not be used; 130, interrupted.
 """
 
 import argparse
@@ -27,11 +33,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import models
-from data import images, paths
+from data import images, paths, video
 from data.pictures import Folder, Paired, doubts
 from data.sets import locate, pairing, table
-from models import candidates
-from utils import config, device, errors, memory
+from models import candidates, clips
+from utils import config, device, distributed, errors, memory
 from utils.config import Override
 from utils.errors import UserError
 from utils.evaluation import comparison, tables
@@ -39,6 +45,7 @@ from utils.evaluation.results import HAZY
 from utils.evaluation.runner import Candidate, Evaluation, Pictures
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
+FORM = ("format", "quality", "suffix", "strength", "show")  # of the pictures
 TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
 
 
@@ -50,18 +57,30 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.compare:
         return compare(args.compare, args.output)
+    with distributed.group() as ranks:
+        return evaluate(args, ranks)
+
+
+def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
+    """All but what leaves at once. Each of several processes does its share, and the first one tells of all."""
     memory.keep_memory()
     folder, files, overrides = layers(args)
     types = models.settings_types()
     settings = config.load((args.model or models.names())[0], types, files, overrides, used=types)
     check_read(args.settings)
-    place = device.pick(settings.device)
+    place = ranks.pick(settings.device)
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
     device.prepare(place, settings.precision)
     output = Path(settings.test.output or (folder or Path()) / "results").expanduser()
+    say = partial(tqdm.write, file=sys.stderr) if ranks.first else lambda line: None
     for remark in device.remarks(place, settings.precision):
-        print(f"warning: {remark}", file=sys.stderr)
-    run = Evaluation(settings, place, output, images.write, partial(tqdm.write, file=sys.stderr))
+        say(f"warning: {remark}")
+    run = Evaluation(settings, place, output, images.write, say, ranks)
+    if named := [paths.resolve(each) for each in settings.test.hazy if video.is_clip(each)]:
+        others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
+        clips.check([*named, *others], settings.test)
+        tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
+        return ranks.agree(clips.run(named[ranks.rank :: ranks.world], tested, settings, place, output))[0]
     sets = find(settings.test, output)
     tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)
@@ -83,6 +102,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--protocols", help="how PSNR and SSIM are taken: ours (default), d4, dehazeformer, ffa, ...")
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
     parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
+    one = partial(parser.add_argument, metavar="VALUE")
+    one(
+        "--format",
+        help="png, jpg or webp; by default that of the input, and PNG where figures are taken",
+    )
+    one("--quality", help="of JPEG and WebP, 1 to 100 (95)")
+    one("--suffix", help="put at the end of the pictures' names, as _dehazed")
+    one("--strength", help="how much of the haze is taken away: 0 none, 1 what is found (default), up to 4 more")
+    one("--show", help="what is in the pictures: dehazed, side_by_side (hazy, dehazed) or transmission")
+    parser.add_argument("--overwrite", action="store_true", help="make pictures anew that are there already")
     several("--compare", metavar="RUN", help="put the results of finished runs side by side, and leave")
     parser.add_argument("--list-models", action="store_true", help="print size and paper of every model and leave")
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
@@ -121,6 +150,8 @@ def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Over
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
     names = ("weights", "benchmarks", "data_root", "hazy", "clear", "protocols", "metrics", "output")
     given = [(f"test.{name}", getattr(args, name)) for name in names if getattr(args, name)]
+    given += [f"test.{name}={getattr(args, name)}" for name in FORM if getattr(args, name) is not None]
+    given += ["test.overwrite=true"] if args.overwrite else []
     others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
     return folder, files, [*others, *args.settings, *given]  # what config.yml names beside is of other pictures
 
@@ -154,7 +185,8 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]
     """Every method on every set, beneath the hazy input; the report; the exit status."""
     facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)
-    paths.mark_results(run.output, RESULTS)
+    if run.ranks.first:
+        paths.mark_results(run.output, RESULTS)
     for pictures in sets:
         measured = run.measures(pictures)
         for remark in pictures.remarks:
@@ -170,10 +202,14 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]
     def methods() -> dict[str, dict]:
         return {each.name: facts[each.name] | each.cost(run.device) for each in tested}
 
-    if found := run.finish(methods, device.describe(run.device)):
+    found = run.finish(methods, device.describe(run.device))
+    if not run.ranks.first:
+        return 2 if run.unusable else 0
+    if found:
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
-    print(f"{tables.pictures(done)} done, see {run.output}")
+    left = f"; {tables.pictures(run.kept)} there already and left so (--overwrite makes them anew)" if run.kept else ""
+    print(f"{tables.pictures(done)} done{tables.pace(run.rows)}{left}; see {run.output}")
     if run.unusable:
         print(f"error: {tables.pictures(run.unusable)} could not be used, as said above", file=sys.stderr)
     return 2 if run.unusable else 0

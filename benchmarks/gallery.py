@@ -20,8 +20,7 @@ from benchmarks import scenes
 from data import images, sample, synthesis
 from models.method import Method
 from utils import errors, rounding
-from utils.evaluation import panels
-from utils.evaluation.runner import metrics
+from utils.evaluation import metrics, panels
 
 METHODS = ("nedr", "dcp")
 WIDE = 270  # pixels of each picture; five stand side by side

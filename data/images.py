@@ -22,6 +22,8 @@ from utils.rounding import to_8bit
 MAX_PIXELS = 500_000_000
 JPEG_QUALITY = 95
 JPEG_EXIF = 65533  # bytes that a JPEG has room for
+WRITTEN = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+WRITTEN |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 
 
 def read(path: str | Path) -> Tensor:
@@ -73,16 +75,22 @@ def depth_pixels(values: Tensor) -> Pixels:
     return Pixels(values, ((np.arange(256) + 0.5) / (int(values.max()) + 0.5)).astype(np.float32))
 
 
-def write(path: str | Path, image: Tensor, compress_level: int = 6, like: str | Path | None = None) -> None:
-    """Write (3,H,W) or (1,H,W), float in [0,1], as 8 bit by rounding: PNG, or JPEG if ``path`` ends in .jpg.
+def write(
+    path: str | Path,
+    image: Tensor,
+    compress_level: int = 6,
+    like: str | Path | None = None,
+    quality: int = JPEG_QUALITY,
+) -> None:
+    """Write (3,H,W) or (1,H,W), float in [0,1], as 8 bit by rounding: PNG, JPEG, WebP or TIFF, as the name ends.
 
     ``like`` is the picture that it was made from, whose colours and EXIF it keeps (`data.keepsakes`). Folders are made,
-    and the file appears whole or not at all. Values outside [0,1] are clamped.
+    and the file appears whole or not at all. Values outside [0,1] are clamped. ``quality``: of JPEG and WebP.
     """
     pixels = to_8bit(image)
     pixels = pixels[..., 0] if len(image) == 1 else pixels
     kept = {} if like is None or len(image) == 1 else keepsakes.of(like, image.shape[-2:])
-    _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level, **kept)
+    _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level, quality, **kept)
 
 
 def write_depth(path: str | Path, depth: Tensor) -> None:
@@ -162,19 +170,22 @@ def _single_channel(path: Path) -> np.ndarray:
     return pixels
 
 
-def _save(path: Path, image: Image.Image, compress_level: int = 6, **kept: bytes) -> None:
-    formats = {".png": ("PNG", {"compress_level": compress_level})}
-    formats[".jpg"] = formats[".jpeg"] = ("JPEG", {"quality": JPEG_QUALITY})
-    if path.suffix.lower() not in formats:
-        raise UserError(f"{path}: pictures are written as .png or .jpg; give it such a name")
-    format, options = formats[path.suffix.lower()]
-    options |= {k: v for k, v in kept.items() if format == "PNG" or k != "exif" or len(v) <= JPEG_EXIF}
+def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int = JPEG_QUALITY, **kept: bytes) -> None:
+    if path.suffix.lower() not in WRITTEN:
+        raise UserError(f"{path}: pictures are written as .png, .jpg, .webp or .tif; give it such a name")
+    format = WRITTEN[path.suffix.lower()]
+    options = {"PNG": {"compress_level": compress_level}, "TIFF": {"compression": "tiff_deflate"}}
+    options = options.get(format, {"quality": quality})
+    options |= {k: v for k, v in kept.items() if format != "JPEG" or k != "exif" or len(v) <= JPEG_EXIF}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part, format=format, **options)
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # WebP ends at 16383 pixels a side, JPEG at 65535
         with contextlib.suppress(OSError):
             part.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); check rights and space") from error
+        why = getattr(error, "strerror", None) or error
+        small = max(image.size) < 16384 or format not in ("WEBP", "JPEG")
+        remedy = "check rights and space" if small else f"{format} is not for so large pictures; write PNG"
+        raise UserError(f"{path}: cannot be written ({why}); {remedy}") from error

@@ -1,6 +1,7 @@
 """Methods made ready for test.py: with their weights, the settings that may change after training, and their cost."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import models
-from models import cost
+from models import clips, cost
 from models.method import Method
 from utils import checkpoint, config, files
 from utils.config import Override
@@ -37,17 +38,28 @@ class Tested(NamedTuple):
 
     def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
         """The method as it treats this set: with the set's preset, unless other settings were asked for."""
-        method, test = self.method, settings.test
+        method, test = self.method.to(device), settings.test
         models.change(method, method.preset(**pictures.preset) | self.asked)
+        if test.show == "transmission" or test.strength != 1:
+            method.check_haze(method.estimate(torch.zeros(1, 3, 32, 32, device=device)), _first(test))
 
         def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
             with autocast(device, settings.precision):
                 return verb(hazy, method.tile(hazy, test.tile), *options)
 
+        frames, number = clips.plan(self, settings, device, pictures.name) if test.temporal else None, itertools.count()
+
+        def dehaze(hazy: Tensor) -> Tensor:
+            if frames is not None:
+                return frames.then(hazy, frames.first(hazy, next(number)))
+            if test.show == "transmission":
+                return apply(method.estimate, hazy)["transmission"]
+            return apply(method.dehaze, hazy, test.self_ensemble, test.strength)
+
         return Candidate(
             self.name,
-            dehaze=lambda hazy: apply(method.dehaze, hazy, test.self_ensemble),
-            estimate=lambda hazy: apply(method.estimate, hazy),
+            dehaze=dehaze,
+            estimate=lambda hazy: apply(method.estimate, hazy, test.strength),
             settings={key: getattr(method.settings, key) for key in method.test_time},
             folder=folder,
             chosen_on=self.chosen_on,
@@ -105,6 +117,11 @@ def prepare(
         found += of_name if name in trained else [_build(name, files, overrides)]
     config.check_used([models.name_of(each.method) for each in found], models.settings_types(), overrides)
     return _told_apart(found)
+
+
+def _first(test: config.Test) -> str:
+    """The setting that wants a transmission, as the user gives it."""
+    return "test.show=transmission" if test.show == "transmission" else f"test.strength={test.strength:g}"
 
 
 def _check_all_there(loaded: Sequence[Tested], trained: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from models import program
 from models.program import Picture
-from utils import config, tiling
+from utils import config, physics, tiling
 from utils.errors import UserError
 
 
@@ -179,34 +179,61 @@ class Method(nn.Module):
             raise UserError(f"{type(self).__name__} finds no {name}; nedr, d4 and dcp do")
         return back(found[name])
 
-    def dehaze(self, hazy: Tensor, tile: int | None = None, ensemble: bool = False) -> Tensor:
+    def dehaze(self, hazy: Tensor, tile: int | None = None, ensemble: bool = False, strength: float = 1.0) -> Tensor:
         """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
 
         ``tile`` computes in tiles of that many pixels a side, at least 128, to bound memory (see `tile`); None:
         the whole picture at once. ``ensemble`` averages over the eight flips and quarter turns of the picture
         (geometric self-ensemble; Lim et al., EDSR, CVPRW 2017), in eight times the time and the memory of one.
-        Raises `UserError` for another shape and for smaller tiles.
+        ``strength`` as of `estimate`. Raises `UserError` for another shape and for smaller tiles.
         """
         if not ensemble:
-            return self.estimate(hazy, tile)["clear"]
+            return self.estimate(hazy, tile, strength)["clear"]
         _check(hazy)
         total = torch.zeros_like(hazy)
         for turns in range(4):
             for flips in ([], [3]):
-                clear = self.estimate(hazy.rot90(turns, (2, 3)).flip(flips), tile)["clear"]
+                clear = self.estimate(hazy.rot90(turns, (2, 3)).flip(flips), tile, strength)["clear"]
                 total += clear.flip(flips).rot90(-turns, (2, 3))
         return total / 8
 
     @torch.no_grad()
-    def estimate(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+    def estimate(self, hazy: Tensor, tile: int | None = None, strength: float = 1.0) -> dict[str, Tensor]:
         """The clear pictures as of `dehaze`, and what else the method finds in hazy ones (N,3,H,W), by name.
 
         ``clear`` (N,3,H,W) and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight`` (N,3,1,1). Sides
         that do not suit the networks are padded by reflection, to the right and below, and all maps cropped again.
+        ``strength``: how much of the haze is taken away, J = (I - A) / t^strength + A; 0 gives ``hazy`` back. Raises
+        `UserError` for another one than 1 where there is no transmission.
         """
         _check(hazy)
         tiling.check(tile)
-        return self.look(hazy, tile)
+        found = self.look(hazy, tile)
+        if strength == 1:
+            return found
+        self.check_haze(found, f"test.strength={strength:g}")
+        return found | {"clear": physics.thinned(hazy, found["transmission"], found["airlight"], strength)}
+
+    @torch.no_grad()
+    def haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """The haze alone: t (N,1,h,w), of the size at which it is found, and A (N,3,1,1). `fine` takes t to full size.
+
+        Raises `UserError` for a method that finds none.
+        """
+        found = self.look(hazy, tile)
+        self.check_haze(found, "test.temporal=true")
+        return found["transmission"], found["airlight"]
+
+    def fine(self, t: Tensor, hazy: Tensor) -> Tensor:
+        """t of `haze` at the size of ``hazy``, along its edges if the settings have it."""
+        return t
+
+    def check_haze(self, found: dict[str, Tensor], wanted_by: str) -> None:
+        """Refuse what takes a transmission and an airlight where this method finds none. Raises `UserError`."""
+        if not {"transmission", "airlight"} <= found.keys():
+            raise UserError(
+                f"{wanted_by}: {type(self).__name__} finds no transmission; leave it out, or take nedr, d4 or dcp"
+            )
 
     def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """What `find` gives for pictures of any size: padded for it, and cropped again."""

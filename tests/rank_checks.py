@@ -25,9 +25,8 @@ from conftest import picture, tiny, tiny_settings
 import models
 import train
 from models.method import Loss, frozen
-from utils import errors
+from utils import distributed, errors
 from utils.errors import UserError
-from utils.training import distributed
 from utils.training.updater import Updater, finite
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ import train
 from data import datasets
 from utils import checkpoint, config
 from utils.device import pick
+from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.evaluation import scoring
-from utils.training.distributed import Ranks
 from utils.training.schedules import schedule
 
 TESTS = Path(__file__).resolve().parent

@@ -188,7 +188,7 @@ def test_a_mistake_as_a_process_is_one_line(tmp_path):
 
 
 def test_dehazes_pictures_of_every_kind_and_size(run, photos, tmp_path):
-    assert run("--model", "dcp", "--hazy", photos).status == 0
+    assert run("--model", "dcp", "--hazy", photos, "--format", "png").status == 0
     out = tmp_path / "results" / "pictures"
     expected = {name: f"{Path(name).with_suffix('')}.png" for name in FORMATS}
     expected |= {f"deeper/twin.{kind}": f"deeper/twin.{kind}.png" for kind in ("png", "jpg")}
@@ -202,10 +202,10 @@ def test_dehazes_pictures_of_every_kind_and_size(run, photos, tmp_path):
 
 def test_one_picture_and_a_list(run, photos, tmp_path):
     assert run("--model", "dcp", "--hazy", photos / "turned.jpg", "--output", "one").status == 0
-    assert pictures(tmp_path / "one") == {"pictures/turned.png"}
+    assert pictures(tmp_path / "one") == {"pictures/turned.jpg"}
     (tmp_path / "some.flist").write_text("photos/grey.png\nphotos/deeper/twin.jpg\n")
     assert run("--model", "dcp", "--hazy", "some.flist", "--output", "two").status == 0
-    assert pictures(tmp_path / "two" / "pictures") == {"grey.png", "deeper/twin.png"}
+    assert pictures(tmp_path / "two" / "pictures") == {"grey.png", "deeper/twin.jpg"}
 
 
 def test_several_paths_as_the_shell_hands_them_over(run, photos, tmp_path):
@@ -213,7 +213,7 @@ def test_several_paths_as_the_shell_hands_them_over(run, photos, tmp_path):
     argv = ["--hazy", photos / "turned.jpg", photos / "grey.png", "some.flist", photos / "deeper"]
     done = run("--model", "dcp", *argv, "dcp.guided_filter=false", "--output", "out")
     assert done.status == 0
-    wanted = {"turned.png", "grey.png", "thin.png", "deeper/twin.png.png", "deeper/twin.jpg.png"}
+    wanted = {"turned.jpg", "grey.png", "thin.png", "deeper/twin.png", "deeper/twin.jpg"}
     assert pictures(tmp_path / "out" / "pictures") == wanted
     done = run("--model", "dcp", "--hazy", "some.flist", "--output", "list")
     assert pictures(tmp_path / "list" / "pictures") == {"grey.png", "thin.png"}
@@ -241,7 +241,7 @@ def test_a_network_takes_any_size(run, photos, experiment, tmp_path):
     done = run("--checkpoints", experiment, "--hazy", "some.flist", "--output", "out")
     assert (done.status, done.err) == (0, "")
     sizes = {path.name: Image.open(path).size for path in (tmp_path / "out" / "pictures").iterdir()}
-    assert sizes == {"one.png": (1, 1), "thin.png": (1, 33), "turned.png": (20, 30)}
+    assert sizes == {"one.png": (1, 1), "thin.png": (1, 33), "turned.jpg": (20, 30)}
 
 
 def test_a_checkpoint_is_scored_where_it_lies(run, pairs, experiment, seen):
@@ -352,7 +352,7 @@ def test_a_pair_of_different_sizes_is_skipped(run, pairs, tmp_path):
 
 def test_results_never_become_inputs(run, photos):
     """Not those of the same output, nor of another; only where their own folder is named."""
-    argv = ["--model", "dcp", "--hazy", photos, "--output"]
+    argv = ["--model", "dcp", "--hazy", photos, "--overwrite", "--output"]
     for n, output in enumerate(("out", "out", "out2")):
         done = run(*argv, photos / output)
         assert (done.status, f"{len(FORMATS)} pictures done" in done.out) == (0, True)
@@ -532,7 +532,7 @@ def test_dehazed_pictures_keep_profile_and_exif(run, tmp_path, truth):
         paint(tmp_path / folder / "a.jpg", "RGB", (24, 36), {"icc_profile": profile, "exif": exif})
     argv = ["--clear", "clear", "test.panels=false"] if truth else []
     assert run("--model", "dcp", "--hazy", "hazy", "--output", "out", *argv).status == 0
-    with Image.open(tmp_path / "out/pictures/a.png") as dehazed:
+    with Image.open(tmp_path / f"out/pictures/a.{'png' if truth else 'jpg'}") as dehazed:
         assert dehazed.size == (36, 24)
         assert dehazed.info["icc_profile"] == profile
         assert dict(dehazed.getexif()) == {ExifTags.Base.Make: "Maker"}
@@ -615,9 +615,9 @@ def test_mixed_up_folders_are_noticed(run, pairs, tmp_path):
 def test_tiles_and_self_ensemble_reach_the_method(run, photos, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        DCP, "dehaze", lambda self, hazy, tile=None, ensemble=False: seen.append((tile, ensemble)) or hazy
+        DCP, "dehaze", lambda self, hazy, tile, ensemble, strength: seen.append((tile, ensemble)) or hazy
     )
-    argv = ["--model", "dcp", "--hazy", photos / "grey.png", "test.panels=false"]
+    argv = ["--model", "dcp", "--hazy", photos / "grey.png", "--overwrite"]
     for settings in ([], ["test.tile=128"], ["test.tile=0", "test.self_ensemble=true"]):
         run(*argv, *settings)
     assert seen == [(None, False), (128, False), (None, True)]  # nothing else: no figure, so no operations to count

@@ -18,6 +18,7 @@ DARK_CHANNEL_SIZE = 15  # pixels
 LEAST_TRANSMISSION = 0.1  # DCP's t0 (section 4.4): in a sky t comes out near 0, or below, and J black
 GUIDE_RADIUS = 40  # pixels
 GUIDE_EPS = 1e-3
+PIECE = 512  # pixels: sides of the pieces in which J is computed at full size; they lie in the cache
 
 
 def transmission(depth: Tensor, density: Tensor) -> Tensor:
@@ -33,6 +34,16 @@ def scatter(clear: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
 def restore(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
     """J = (I - A) / t + A, clamped to [0,1]: the scattering model turned round. ``t`` must be positive."""
     return unbounded(hazy, t, airlight).clamp(0, 1)
+
+
+def thinned(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float = 1.0) -> Tensor:
+    """J as of `restore` with t^strength: 0 gives the hazy picture, 1 the clear one. In pieces; t is positive."""
+
+    def restored(piece: Tensor, window: tiling.Window) -> Tensor:
+        part = window.cut(t)
+        return restore(piece, part if strength == 1 else part**strength, airlight)
+
+    return tiling.apply(restored, hazy, tile=PIECE)
 
 
 def unbounded(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:

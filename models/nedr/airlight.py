@@ -45,8 +45,7 @@ class StatisticsAirlight(nn.Module):
         self.layers = nn.Sequential(nn.Linear(count, 128), nn.ReLU(), nn.Linear(128, 3))
 
     def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
-        size = [side // 2 for side in t.shape[2:]]
-        small, field = (F.interpolate(x, size, mode="bilinear", antialias=True) for x in (hazy, t.detach()))
+        small, field = halved(hazy), halved(t.detach())
         low, high = self.bounds
         told = torch.cat([of_picture(hazy), of_densest_haze(small, field)], 1)
         raw = low + (high - low) * self.layers(self.standardise(told)).sigmoid()
@@ -108,6 +107,11 @@ def of_densest_haze(image: Tensor, t: Tensor) -> Tensor:
     far_t, far_x = _mean(t, far), _mean(x, far)
     told += [(far_x - j * far_t) / (1 - far_t).clamp(min=0.05) for j in EXTRAPOLATED]
     return torch.cat([*told, *(_quantile(ordered, q) for q in QUANTILES)], 1)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Half the size, antialiased."""
+    return F.interpolate(x, [side // 2 for side in x.shape[2:]], mode="bilinear", antialias=True)
 
 
 def _quantile(ordered: Tensor, share: float) -> Tensor:

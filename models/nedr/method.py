@@ -22,12 +22,10 @@ from models.nedr.discriminator import Discriminator
 from models.nedr.generators import TRANSMISSION_RANGE, DepthNet, ProductionNet, Removal, RemovalNet
 from models.nedr.working_size import seen_size
 from models.pyramid import STRIDE, initialise
-from utils import config, physics, tiling
+from utils import config, physics
 from utils.checkpoint import load_strict
 from utils.config import Ends, Interval, Range, Rate, Weight, check_interval
 from utils.errors import UserError
-
-PIECE = 512  # pixels: sides of the pieces in which J is computed with a working size; they lie in the cache
 
 
 @dataclass
@@ -314,16 +312,29 @@ class NeDR(Method):
         The field t is taken to the full size, where J = (I - A) / t + A is computed in pieces: what it costs beside
         that does not grow with the picture.
         """
-        size = seen_size(*hazy.shape[2:], self.settings.working_size)
-        if size is None:
+        if seen_size(*hazy.shape[2:], self.settings.working_size) is None:
             return super().look(hazy, tile)
-        s, small = self.settings, F.interpolate(hazy, size, mode="bilinear", antialias=True).clamp(0, 1)
+        t, A, small = self._seen_small(hazy, tile)
+        t = self.to_full_size(t, small, hazy)
+        return {"clear": physics.thinned(hazy, t, A), "transmission": t, "airlight": A}
+
+    def haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        if seen_size(*hazy.shape[2:], self.settings.working_size) is None:
+            return super().haze(hazy, tile)
+        return self._seen_small(hazy, tile)[:2]
+
+    def fine(self, t: Tensor, hazy: Tensor) -> Tensor:
+        if t.shape[2:] == hazy.shape[2:]:
+            return t
+        return self.to_full_size(t, F.interpolate(hazy, t.shape[2:], mode="bilinear", antialias=True), hazy)
+
+    def _seen_small(self, hazy: Tensor, tile: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """t and A as found in the small picture of the whole view, and that picture."""
+        s, size = self.settings, seen_size(*hazy.shape[2:], self.settings.working_size)
+        small = F.interpolate(hazy, size, mode="bilinear", antialias=True).clamp(0, 1)
         found = self.removal.find(self.padded(small), s.airlight, tile, s.query)
         t = single(found.transmission)[..., : s.query * size[0], : s.query * size[1]]
-        t = self.to_full_size(t, small, hazy).clamp(*s.transmission_range)
-        A = single(found.airlight)
-        clear = tiling.apply(lambda part, window: physics.restore(part, window.cut(t), A), hazy, tile=PIECE)
-        return {"clear": clear, "transmission": t, "airlight": A}
+        return t, single(found.airlight), small
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
         """The field t of the small picture, (N,1,H,W) of the large one; along its edges if settings have it."""
@@ -331,9 +342,11 @@ class NeDR(Method):
         if s.guided_radius:
             if t.shape[2:] != small.shape[2:]:
                 small = F.interpolate(hazy, t.shape[2:], mode="bilinear", antialias=True)
-            return physics.fast_guided_filter(hazy, small, t, s.query * s.guided_radius)
-        t = F.interpolate(t, hazy.shape[2:], mode="bilinear", align_corners=False)
-        return physics.guided_filter(hazy, t) if s.guided_filter else t
+            t = physics.fast_guided_filter(hazy, small, t, s.query * s.guided_radius)
+        else:
+            t = F.interpolate(t, hazy.shape[2:], mode="bilinear", align_corners=False)
+            t = physics.guided_filter(hazy, t) if s.guided_filter else t
+        return t.clamp(*s.transmission_range)
 
     # The supervised stage: haze made by the haze law, so everything is known.
 

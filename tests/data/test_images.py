@@ -344,7 +344,7 @@ def test_write_rounds_and_reads_back(tmp_path, channels):
 def test_write_jpeg_and_refusals(tmp_path):
     images.write(tmp_path / "a.jpg", torch.full((3, 8, 8), 0.5))
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
-    with pytest.raises(UserError, match=r"\.png or \.jpg"):
+    with pytest.raises(UserError, match=r"\.png, \.jpg, \.webp or \.tif"):
         images.write(tmp_path / "a.bmp", torch.zeros(3, 2, 2))
     with pytest.raises(UserError, match="cannot be written"):
         images.write(tmp_path / "a.jpg" / "b.png", torch.zeros(3, 2, 2))

@@ -177,6 +177,15 @@ class Test:
     tile: Literal["auto"] | CountOrZero
     pictures: bool
     panels: bool
+    format: Literal["auto", "png", "jpg", "webp"]
+    quality: Annotated[int, Range(1, 100)]
+    suffix: str | None
+    strength: Annotated[float, Range(0, 4)]
+    show: Literal["dehazed", "side_by_side", "transmission"]
+    overwrite: bool
+    temporal: bool
+    smoothing: Annotated[float, Range(0, 60)]
+    every: Count
 
 
 @dataclass

@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.evaluation.scoring import Score
 
 NAME = "progress.jsonl"
+PART = "progress.{}.jsonl"  # of the other processes of a run
 FIELDS = {"row", *(field.name for field in dataclasses.fields(Score))}
 
 
@@ -20,22 +21,29 @@ class Journal:
     ``identity`` (JSON-able) says all that the figures depend on. If the file is of the same identity, ``resumed`` is
     the number of pictures in it; if it is of another one, it is begun anew and ``replaced`` is True. A last line that
     was cut short by the interruption does not count. Raises `UserError` if the file cannot be written.
+
+    Of several processes the first takes into its file what all of an interrupted run noted; then the others, of
+    ``rank`` 1 and so on, begin files of their own, and are told what is ``known``.
     """
 
-    def __init__(self, folder: Path, identity: Any):
-        self.path = folder / NAME
+    def __init__(self, folder: Path, identity: Any, rank: int = 0, known: dict | None = None):
+        self.path = folder / (PART.format(rank) if rank else NAME)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        lines = self._read()
-        same = bool(lines) and lines[0] == {"identity": digest}
-        self.replaced = bool(lines) and not same
-        scores = [(line["row"], _score(line)) for line in lines[1:] if same and line.keys() == FIELDS]
-        self.scores = {(row, score.name): score for row, score in scores}
+        parts = [] if rank else sorted(folder.glob(PART.format("*")))
+        files = [] if rank else [lines for lines in map(_read, (self.path, *parts)) if lines]
+        same = [lines for lines in files if lines[0] == {"identity": digest}]
+        self.replaced = bool(files) and not same
+        scores = [(line["row"], _score(line)) for lines in same for line in lines[1:] if line.keys() == FIELDS]
+        self.scores = {(row, score.name): score for row, score in scores} if known is None else known
         self.resumed = len(self.scores)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "w", encoding="utf-8") as file:  # anew, without what was cut short
                 file.write(json.dumps({"identity": digest}) + "\n")
-                file.writelines(_line(row, score) for (row, _), score in self.scores.items())
+                if not rank:
+                    file.writelines(_line(row, score) for (row, _), score in self.scores.items())
+            for part in parts:
+                part.unlink()
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{self.path}: cannot be written ({why}); check rights and space") from None
@@ -53,18 +61,19 @@ class Journal:
         """The run is complete and its report is written: forget the way there."""
         self.path.unlink(missing_ok=True)
 
-    def _read(self) -> list[dict]:
+
+def _read(path: Path) -> list[dict]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    lines = []
+    for line in text.splitlines():
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return []
-        lines = []
-        for line in text.splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return lines if all(isinstance(line, dict) for line in lines) else []
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines if all(isinstance(line, dict) for line in lines) else []
 
 
 def _line(row: str, score: Score) -> str:

@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,18 +25,22 @@ def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
     write_text(folder / "per_image.csv", _csv(rows))
 
 
-def picture_names(names: Sequence[str]) -> dict[str, str]:
-    """The PNG that each input becomes: a/b.jpg -> a/b.png, or a/b.jpg.png where folder a has two pictures named b."""
+def picture_names(names: Sequence[str], kind: Callable[[str], str] = lambda name: ".png") -> dict[str, str]:
+    """The file that each input becomes: a/b.jpg -> a/b.png, or a/b.jpg.png where a has two that would be b.png.
+
+    ``kind`` gives the end of the new name, of the old one.
+    """
     folders = defaultdict(list)
     for name in map(PurePosixPath, dict.fromkeys(names)):
         folders[name.parent].append(name)
     outputs = {}
     for folder, members in folders.items():
-        stems = Counter(name.stem.casefold() for name in members)
+        ends = {name: kind(name.name) for name in members}
+        wanted = Counter((name.stem + ends[name]).casefold() for name in members)
         taken = {name.name.casefold() for name in members}  # b.jpg.png must not get the name that b.jpg may need
         for name in members:
-            alone = stems[name.stem.casefold()] == 1 and name.stem.casefold() not in taken
-            outputs[str(name)] = str(folder / f"{name.stem if alone else name.name}.png")
+            alone = wanted[(name.stem + ends[name]).casefold()] == 1 and name.stem.casefold() not in taken
+            outputs[str(name)] = str(folder / f"{name.stem if alone else name.name}{ends[name]}")
     return outputs
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import memory, tiling
+from utils import memory, output, tiling
 from utils.config import Settings
+from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.evaluation import extra_metrics, metrics, panels, report, results, scoring, selection
 from utils.evaluation.journal import Journal
@@ -67,13 +68,21 @@ class Evaluation:
     """
 
     def __init__(
-        self, settings: Settings, device: torch.device, output: Path, write: Callable, say: Callable[[str], None]
+        self,
+        settings: Settings,
+        device: torch.device,
+        output: Path,
+        write: Callable,
+        say: Callable[[str], None],
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.settings, self.device, self.output, self.write, self.say = settings, device, output, write, say
         self.further = extra_metrics.load(settings.test.metrics, device)
         self.rows: list[Row] = []
         self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and picture: its truth's fingerprint
         self.told: set[str] = set()
+        self.kept = 0  # pictures that were there already, and were left as they are
         for name in settings.test.protocols:
             metrics.protocol(name)
         tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
@@ -82,8 +91,17 @@ class Evaluation:
         """Look for what an interrupted run of the same ``identity``, sets and settings has done."""
         states = [[each.name, [_state(path) for path in each.items.files]] for each in sets]
         own = {"sets": states, "settings": repr(self.settings)}
-        versions = {"versions": metrics.versions(), "device": str(self.device)}
-        self.journal = Journal(self.output, dict(identity) | own | versions)
+        versions = {"versions": metrics.versions(), "device": self.device.type}
+        identity, ranks = dict(identity) | own | versions, self.ranks
+        if self.settings.test.temporal and ranks.world > 1:
+            raise UserError(
+                "test.temporal=true: frames follow each other, so one process does them; start without torchrun"
+            )
+        if ranks.first:
+            self.journal = Journal(self.output, identity)
+        known = ranks.exchange(self.journal.scores if ranks.first else None)[0]
+        if not ranks.first:
+            self.journal = Journal(self.output, identity, ranks.rank, known)
         if self.journal.resumed:
             self.say(f"going on where an interrupted run stopped: {self.journal.resumed} pictures are done")
         elif self.journal.replaced:
@@ -93,34 +111,77 @@ class Evaluation:
         """Dehaze, measure and save all of a set; pictures that an earlier run did are not done again."""
         names, key = pictures.items.names, f"{pictures.name}/{candidate.name}"
         folder = self.output / "pictures" / pictures.folder / candidate.folder
-        files = {name: folder / file for name, file in report.picture_names(names).items()}
-        keep = self.settings.test.pictures and candidate.name != HAZY
+        test, scored = self.settings.test, self._scored(pictures)
+        output.refuse_hidden(test, scored)
+        files = {name: folder / file for name, file in output.names(names, test, scored).items()}
+        keep = test.pictures and candidate.name != HAZY
         done = {n: s for n, s in self.journal.done(key, names).items() if not keep or files[n].is_file()}
+        there = set() if scored or test.overwrite else {n for n in names if n not in done and files[n].exists()}
+        if test.temporal and (there or done):  # every frame is needed for those after it
+            if there:
+                raise UserError(
+                    f"{folder}: {len(there)} of {len(names)} are there already, and test.temporal=true needs all; "
+                    f"give --overwrite or another --output"
+                )
+            done = {}
+        done, there = self.ranks.exchange((done, there))[0]  # before any process writes a file
+        self.kept += len(there)
+        todo = [k for k, name in enumerate(names) if name not in done and name not in there]
         memory.reset_peak(self.device)
         outcome = scoring.run(
             candidate.dehaze,
             pictures.items,
             self._measure(pictures),
-            (lambda item, dehazed: self.write(files[item["name"]], dehazed, like=item["path"])) if keep else None,
+            (lambda item, made: self._save(files[item["name"]], item, made)) if keep else None,
             device=self.device,
             workers=self.settings.data.workers,
-            indices=[k for k, name in enumerate(names) if name not in done],
+            indices=todo[self.ranks.rank :: self.ranks.world],
             on_score=lambda score: self.journal.add(key, score),
             on_error=self._skip,
-            bar=f"{pictures.name}, {candidate.name}",
+            bar=f"{pictures.name}, {candidate.name}" if self.ranks.first else None,
             remedies=self._remedies,
         )
+        peak = self._gather(pictures, outcome)
         scores = done | {score.name: score for score in outcome.scores}
         outcome.scores = [scores[name] for name in names if name in scores]
         self._look_for_choice(pictures, candidate, outcome.scores)
-        about = (_in_force(candidate, outcome.scores), pictures.remarks, memory.peak_memory(self.device), len(done))
+        about = (_in_force(candidate, outcome.scores), pictures.remarks, peak, len(done))
         row = Row(pictures.name, candidate.name, pictures.expected, outcome, *about)
         self.rows.append(row)
         if candidate.name == HAZY:
             self._look_for_equal(pictures, outcome.scores)
-        elif candidate.estimate and self.settings.test.panels and (pictures.benchmark or pictures.truth):
+        elif (
+            self.ranks.first
+            and candidate.estimate
+            and self.settings.test.panels
+            and (pictures.benchmark or pictures.truth)
+        ):
             self._panels(pictures, candidate, outcome.scores)
         return row
+
+    def _gather(self, pictures: Pictures, outcome: scoring.Outcome) -> int:
+        """Put into ``outcome`` what all processes did, in place; -> the largest peak of their memory."""
+        own = (outcome, self.truths[pictures.name], memory.peak_memory(self.device))
+        every = self.ranks.exchange(own)
+        others = [each for rank, (each, _, _) in enumerate(every) if rank != self.ranks.rank]
+        for _, truths, _ in every:
+            self.truths[pictures.name] |= truths
+        for each in others:
+            outcome.scores, outcome.skipped = outcome.scores + each.scores, outcome.skipped + each.skipped
+            for stage, seconds in each.seconds.items():
+                join = max if stage in ("wall", "waiting") else sum
+                outcome.seconds[stage] = join((outcome.seconds[stage], seconds))
+            for told in each.skipped:
+                self._skip(told)
+        return max(peak for _, _, peak in every)
+
+    def _save(self, file: Path, item: dict, made: Tensor) -> None:
+        test = self.settings.test
+        self.write(file, output.shown(item["hazy"], made, test), like=item["path"], quality=test.quality)
+
+    def _scored(self, pictures: Pictures) -> bool:
+        """Are the pictures there for the sake of figures?"""
+        return pictures.truth or pictures.benchmark or bool(self._free(pictures))
 
     @property
     def unusable(self) -> int:
@@ -136,9 +197,11 @@ class Evaluation:
         ``methods`` is asked, for a report only, what each method is and costs.
         """
         found = None
-        if any(row.method == HAZY for row in self.rows) or self.settings.test.benchmarks:
+        figures = any(row.method == HAZY for row in self.rows) or self.settings.test.benchmarks
+        if figures and self.ranks.first:
             found = results.build(self.rows, self.settings, methods(), device)
             report.write(self.output, self.rows, found)
+        self.ranks.exchange(None)  # what is noted is wanted until the report is there
         self.journal.close()
         return found
 
@@ -198,7 +261,7 @@ class Evaluation:
                 self.say(f"left out: {error}")
         return found
 
-    def _skip(self, error: UserError) -> None:
+    def _skip(self, error: UserError | str) -> None:
         if str(error) not in self.told:  # every method meets it again
             self.told.add(str(error))
             self.say(f"skipped: {error}")

@@ -45,6 +45,14 @@ def pictures(count: int | str) -> str:
     return "1 picture" if count in (1, "1") else f"{count} pictures"
 
 
+def pace(rows: Sequence[Row]) -> str:
+    """How long the pictures of all methods took, and each of them; empty where there were none."""
+    rows = [row for row in rows if row.method != HAZY]
+    seconds = sum(row.outcome.seconds["wall"] for row in rows)
+    count = sum(len(row.outcome.scores) - row.resumed for row in rows)
+    return f" in {seconds:.1f} s ({seconds / count:.2f} s each)" if count else ""
+
+
 def _screen_table(members: Sequence[Row]) -> list[str]:
     """The methods on one set; the protocol stands over its PSNR and SSIM."""
     shown, width = keys(members), max(len(row.method) for row in members)

@@ -22,9 +22,9 @@ from utils import checkpoint, memory
 from utils.batchnorm import SyncBatchNorm
 from utils.config import Settings
 from utils.device import autocast, describe
+from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.memory import exhausted, release_memory
-from utils.training.distributed import Ranks
 from utils.training.progress import Stage
 from utils.training.updater import Updater, parameters_of
 

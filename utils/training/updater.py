@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from utils.config import Settings
 from utils.device import autocast
+from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.training.distributed import Ranks
 from utils.training.progress import Stage
 from utils.training.schedules import schedule
 

@@ -10,10 +10,10 @@ from conftest import picture, tiny, tiny_settings
 from torch import nn
 
 from models.method import Loss, Method
-from utils import batchnorm, memory
+from utils import batchnorm, distributed, memory
 from utils.errors import UserError
 from utils.memory import exhausted
-from utils.training import batch_size, distributed, progress
+from utils.training import batch_size, progress
 from utils.training.updater import Updater
 
 CPU = torch.device("cpu")

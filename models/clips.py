@@ -1,0 +1,186 @@
+"""test.py on clips: every frame dehazed, steady over time, with the sound and the times of the original."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import video
+from models.temporal import Steady
+from utils import output
+from utils.config import Settings
+from utils.device import autocast
+from utils.errors import UserError
+from utils.evaluation import scoring
+from utils.training import signals
+
+if TYPE_CHECKING:
+    from models.candidates import Tested
+
+FOLDER = "videos"  # of the output
+STOPPED = 130
+
+
+def run(paths: Sequence[Path], tested: Sequence[Tested], settings: Settings, device: torch.device, out: Path) -> int:
+    """Dehaze all ``paths`` by each method; -> the exit status: 0, 2 where one could not be used whole, 130 stopped."""
+    status = 0
+    for path in paths:
+        for each in tested:
+            folder = out / FOLDER / (each.name.replace(":", "-") if len(tested) > 1 else "")
+            try:
+                found = _clip(path, each, settings, device, out if video.is_clip(out) else folder)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                found = 2
+            if found == STOPPED:
+                return found
+            status = max(status, found)
+    return status
+
+
+def check(paths: Sequence[Path], test: object) -> None:
+    """Refuse what does not go with clips. Raises `UserError`."""
+    if others := [path for path in paths if not video.is_clip(path)]:
+        raise UserError(f"{others[0]} is no clip, and {paths[0]} is; give clips and pictures in two commands")
+    if test.clear or test.metrics:
+        raise UserError("clips are dehazed, not scored; leave out --clear and --metrics, or score a folder of frames")
+    if video.is_clip(test.output or "") and len(paths) > 1:
+        raise UserError(f"--output {test.output}: one file for {len(paths)} clips; name a folder")
+    video.library()
+
+
+def _clip(path: Path, tested: Tested, settings: Settings, device: torch.device, out: Path) -> int:
+    reader = video.Reader(path)
+    try:
+        target = out if video.is_clip(out) else out / _name(path, reader, settings.test.suffix)
+        if target.exists() and not settings.test.overwrite:
+            print(f"{target} is there already and left so (--overwrite makes it anew)")
+            return 0
+        if target.suffix.lower() not in video.WRITTEN:
+            raise UserError(f"--output {target}: clips are written as {', '.join(video.WRITTEN)}; give it such a name")
+        for remark in reader.remarks:
+            print(f"{path}: {remark}", file=sys.stderr)
+        made = plan(tested, settings, device, str(path), float(reader.rate))
+        return _convert(reader, target, made, settings, device)
+    finally:
+        reader.close()
+
+
+def _name(path: Path, reader: video.Reader, suffix: str | None) -> str:
+    name = Path(video.name(path, reader))
+    return f"{name.stem}{suffix or ''}{name.suffix}"
+
+
+class Plan(NamedTuple):
+    """How frames (1,3,H,W) are dehazed: ``first`` of each and its number, several at once, ``then`` in order."""
+
+    first: Callable[[Tensor, int], Any]
+    then: Callable[[Tensor, Any], Tensor]
+
+
+def plan(tested: Tested, settings: Settings, device: torch.device, name: str, rate: float = 25.0) -> Plan:
+    """Steady over time; a method that finds no transmission goes frame by frame, which is said.
+
+    What comes out is t where test.show asks for it. ``name`` is told where memory does not suffice.
+    """
+    method, test = tested.method.to(device), settings.test
+    memory = scoring.Remedies("set test.tile=512 or shrink the frames")
+
+    def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
+        item = {"hazy": hazy[0], "name": name}
+        with scoring.enough_memory(item, device, memory), autocast(device, settings.precision):
+            return verb(hazy, *options, method.tile(hazy, test.tile))
+
+    found = method.estimate(torch.zeros(1, 3, 32, 32, device=device))
+    if "airlight" not in found:
+        if test.show == "transmission" or test.strength != 1:
+            method.check_haze(found, f"test.show={test.show}, test.strength={test.strength:g}")
+        print(f"{tested.name} finds no transmission, so it goes frame by frame and may flicker", file=sys.stderr)
+        return Plan(lambda hazy, number: apply(method.dehaze, hazy), lambda hazy, clear: clear)
+    steady = Steady(method, test.smoothing, rate, test.strength, test.every)
+    shown = "transmission" if test.show == "transmission" else "clear"
+    return Plan(partial(apply, steady.find), lambda hazy, haze: apply(steady.follow, hazy, haze)[shown])
+
+
+def _convert(reader: video.Reader, target: Path, each: Plan, settings: Settings, device: torch.device) -> int:
+    """Frame by frame, until the clip ends, breaks or is stopped; what is done until then is a whole file."""
+    height, width = reader.size
+    double = settings.test.show == "side_by_side"
+    crf = round(51 - 0.36 * settings.test.quality)  # 95: 17, hardly to be told from the original; 50: 33
+    writer = video.Writer(target, reader, crf, (height, width * (1 + double)))
+    stopped, count, started, trouble = [], 0, time.perf_counter(), list[str]()
+
+    def stop(number: int) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    bar = tqdm(total=reader.total, desc=target.name, unit="frame", leave=False, disable=None)
+    with signals.handled(stop), bar, closing(_found(reader, writer, each.first, device)) as arriving:
+        try:
+            for frame, hazy, found in arriving:
+                if stopped:
+                    break
+                made = each.then(hazy, found)[0].float()
+                writer.write(output.shown(hazy[0], made, settings.test), frame.pts, frame.duration)
+                count += 1
+                bar.update()
+        except video.UnwrittenError:
+            raise
+        except UserError as error:
+            trouble.append(str(error))
+    writer.close()
+    return _report(reader, target, count, time.perf_counter() - started, stopped, trouble)
+
+
+def _found(
+    reader: video.Reader, writer: video.Writer, first: Callable, device: torch.device
+) -> Iterator[tuple[video.Frame, Tensor, Any]]:
+    """The frames in order, each with what ``first`` gives for it; sound is passed on to ``writer`` on the way.
+
+    On a CPU so many frames at once as PyTorch has threads, each on one: threads that share a frame wait for each other.
+    """
+    threads = torch.get_num_threads()
+    workers = threads if device.type == "cpu" else 1
+    waiting: deque[tuple[video.Frame, Tensor, Future]] = deque()
+    number = 0
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        torch.set_num_threads(1)
+        for each in reader:
+            if not isinstance(each, video.Frame):
+                writer.pass_on(each)
+                continue
+            hazy = each.pixels.to(device)
+            waiting.append((each, hazy, pool.submit(first, hazy, number)))
+            number += 1
+            if len(waiting) > workers:
+                frame, hazy, future = waiting.popleft()
+                yield frame, hazy, future.result()
+        for frame, hazy, future in waiting:
+            yield frame, hazy, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _report(
+    reader: video.Reader, target: Path, count: int, seconds: float, stopped: list[int], trouble: list[str]
+) -> int:
+    of = f" of {reader.total}" if stopped and reader.total else ""
+    pace = f"{count / max(seconds, 1e-9):.1f} frames/s"
+    print(f"{count}{of} frames done in {seconds:.1f} s ({pace}){', stopped' if stopped else ''}; see {target}")
+    for told in [*trouble, *(f"{reader.path}: {what}" for what in reader.broken)]:
+        print(f"error: {told}", file=sys.stderr)
+    return STOPPED if stopped else 2 if trouble or reader.broken else 0

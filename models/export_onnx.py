@@ -1,0 +1,276 @@
+"""NeDR as ONNX files, which run without PyTorch (benchmarks/examples/onnx_dehaze.py).
+
+    python -m models.export_onnx [--weights FILE] [--output DIR] [--fp16]
+
+writes ``network.onnx``: small (1,3,h,w), sides multiples of 32 and at least 128 -> transmission (1,1,h,w) and airlight
+(1,3,1,1); and ``picture.onnx``: hazy (1,3,H,W) of any size whose sides are above the working size -> clear (1,3,H,W)
+and transmission (1,1,H,W), with the resizing and the formula in the graph. Both take pictures in [0,1].
+An extra: `pip install -r requirements-extras.txt`.
+"""
+
+import argparse
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from models.nedr import airlight, kan
+from models.nedr.method import NeDR
+from models.pyramid import STRIDE
+from utils import errors, physics
+from utils.errors import UserError
+
+OPSET = 18
+NETWORK, PICTURE = "network.onnx", "picture.onnx"
+
+
+class Transmission(nn.Module):
+    """small (1,3,h,w) -> t as the method finds it at its working size, and the pooled maps (1,P)."""
+
+    def __init__(self, method: NeDR):
+        super().__init__()
+        self.removal = method.removal
+
+    def forward(self, small: Tensor) -> tuple[Tensor, Tensor]:
+        features, pooled = self.removal.pyramid(small)
+        return self.removal._transmission(features), pooled
+
+
+class Airlight(nn.Module):
+    """small (1,3,h,w), the pooled maps and t -> A (1,3,1,1)."""
+
+    def __init__(self, method: NeDR):
+        super().__init__()
+        self.removal, self.kind = method.removal, method.settings.airlight
+
+    def forward(self, small: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
+        return self.removal.estimate_airlight(small, pooled * 1, t * 1, self.kind)  # else it is left out
+
+
+class Resizing(nn.Module):
+    """hazy (1,3,H,W) -> small, of the size that `working_size.seen_size` says.
+
+    As two matrix products: onnxruntime's own antialiasing is another one, by 2e-3.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def forward(self, hazy: Tensor) -> Tensor:
+        sides = torch._shape_as_tensor(hazy)[2:].double()
+        wanted = (sides * (self.size / sides.min()) / STRIDE).round()
+        wanted = torch.minimum(wanted, (sides / STRIDE).floor()) * STRIDE
+        rows, columns = _taps(sides[0], wanted[0]), _taps(sides[1], wanted[1])
+        return (rows @ hazy @ columns.T).clamp(0, 1)
+
+
+class Rest(nn.Module):
+    """hazy (1,3,H,W), small, t and A -> the clear picture and t at full size."""
+
+    def __init__(self, method: NeDR):
+        super().__init__()
+        self.method = method
+
+    def forward(self, hazy: Tensor, small: Tensor, t: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        t = self.method.to_full_size(t, small, hazy)
+        return physics.restore(hazy, t, A), t
+
+
+def export(method: NeDR, folder: Path) -> tuple[Path, Path]:
+    """Write both graphs into ``folder``. Raises `UserError` for a method that has no working size."""
+    onnx = library()
+    size = _working_size(method)
+    folder.mkdir(parents=True, exist_ok=True)
+    small = torch.rand(1, 3, size, size + STRIDE)
+    hazy, pooled = torch.rand(1, 3, 2 * size, 2 * size + 40), small.new_zeros(1, method.removal.pyramid.pooled)
+    low, high = {2: "h", 3: "w"}, {2: "H", 3: "W"}
+    # In parts, since the exporter takes sizes for fixed behind what resizes.
+    t_part = _trace(onnx, Transmission(method), {"small": (small, low)}, ["t", "pooled"])
+    given = {"small": (small, low), "pooled": (pooled, {}), "t": (small[:, :1], low)}
+    A_part = _trace(onnx, Airlight(method), given, ["A"])
+    given = {"hazy": (hazy, high), "small": (small, low), "t": (small[:, :1], low), "A": (small[:, :, :1, :1], {})}
+    rest = _trace(onnx, Rest(method), given, ["clear", "transmission"])
+    first = _trace(onnx, Resizing(size), {"hazy": (hazy, high)}, ["small"])
+    network = _chain(onnx, [t_part, A_part], ["small"], {"t": [1, 1, "h", "w"], "A": [1, 3, 1, 1]})
+    made = {"clear": [1, 3, "H", "W"], "transmission": [1, 1, "H", "W"]}
+    picture = _chain(onnx, [first, t_part, A_part, rest], ["hazy"], made)
+    paths = folder / NETWORK, folder / PICTURE
+    for model, path in zip((network, picture), paths, strict=True):
+        onnx.save(model, str(path))
+    return paths
+
+
+def library() -> Any:
+    """onnx. Raises `UserError` where it is not installed."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError("the export needs onnx, which is not here; pip install -r requirements-extras.txt") from error
+    return onnx
+
+
+def _working_size(method: Any) -> int:
+    if not isinstance(method, NeDR):
+        raise UserError(f"{type(method).__name__} cannot be exported; name weights of nedr or d4")
+    s = method.settings
+    if s.working_size < method.minimum or s.working_size % STRIDE or s.query != 1 or s.guided_filter:
+        raise UserError(
+            f"{s.block}: the export needs a working size, a multiple of {STRIDE} from {method.minimum} on, query 1 and "
+            f"no guided_filter; give such weights, or nedr.working_size=192 in their training"
+        )
+    return s.working_size
+
+
+def _trace(onnx: Any, module: nn.Module, given: dict[str, tuple[Tensor, dict]], made: list[str]) -> Any:
+    """A graph whose sides may change: what depends on them must be computed in the graph (`_in_graph`)."""
+    inputs, axes = tuple(each for each, _ in given.values()), {name: axes for name, (_, axes) in given.items()}
+    names = {"input_names": list(given), "output_names": made}
+    buffer = io.BytesIO()
+    with torch.no_grad(), _in_graph(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that are fixed: those that do not depend on the sides
+        how = {"dynamic_axes": axes, "opset_version": OPSET, "dynamo": False}
+        torch.onnx.export(module.eval(), inputs, buffer, **how, **names)
+    return onnx.load_from_string(buffer.getvalue())
+
+
+@contextlib.contextmanager
+def _in_graph(module: nn.Module) -> Iterator[None]:
+    """Inside, what takes Python's numbers from a map's size takes them from the size that the graph sees."""
+    drem = getattr(getattr(module, "removal", None), "drem", None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(airlight, "_quantile", _quantile))
+        stack.enter_context(mock.patch.object(airlight, "halved", _halved))
+        stack.enter_context(mock.patch.object(physics, "dark_channel_airlight", _dark_channel_airlight))
+        stack.enter_context(mock.patch.object(kan, "_Activations", _Activations))
+        stack.enter_context(mock.patch.object(physics, "_line_mean", _line_mean))
+        stack.enter_context(mock.patch.object(torch, "ones_like", lambda x: x * 0 + 1))  # else of one fixed size
+        if drem is not None and hasattr(drem, "is_identity") and drem.is_identity():
+            stack.enter_context(mock.patch.object(module.removal, "drem", nn.Identity()))
+        yield
+
+
+class _Activations:
+    """As `kan._Activations`, which writes into parts of a map: that is lost in tracing."""
+
+    @staticmethod
+    def apply(x: Tensor, dtype: torch.dtype) -> Tensor:
+        parts = [F.silu(x)]
+        for centre in kan.CENTRES:
+            u = ((x - centre) / kan.STEP).abs()
+            parts.append((2 - u).relu().pow(3) - 4 * (1 - u).relu().pow(3))
+        return torch.stack(parts, -2).to(dtype)
+
+
+def _line_mean(x: Tensor, radius: int, dim: int) -> Tensor:
+    size = torch._shape_as_tensor(x)[dim]
+    zero = x.narrow(dim, 0, 1).double() * 0
+    upto = torch.cat([zero, x.double().cumsum(dim)], dim)
+    place = torch.arange(size)
+    first, last = (place - radius).clamp(min=0), torch.minimum(place + radius + 1, size)
+    sums = upto.index_select(dim, last) - upto.index_select(dim, first)
+    count = (last - first).double()
+    return (sums / (count.unsqueeze(1) if dim == 2 else count)).to(x.dtype)
+
+
+def _quantile(ordered: Tensor, share: float) -> Tensor:
+    place = share * (torch._shape_as_tensor(ordered)[1:] - 1).double()
+    low = place.floor().long()
+    part = (place - low).to(ordered.dtype)
+    high = low + (part > 0).long()
+    return ordered.index_select(1, low).lerp(ordered.index_select(1, high), part)
+
+
+def _dark_channel_airlight(image: Tensor, cap: float = physics.AIRLIGHT_CAP) -> Tensor:
+    dark = physics.dark_channel(image).flatten(1)
+    k = (0.001 * torch._shape_as_tensor(dark)[1:].double()).floor().long().clamp(min=1)
+    threshold = dark.sort(1, descending=True).values.index_select(1, k - 1)
+    bright = (dark >= threshold).unsqueeze(1)
+    return image.flatten(2).masked_fill(~bright, 0).amax(2)[..., None, None].clamp(max=cap)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Half the size, antialiased: with even sides these are four taps, without those beyond the border."""
+    channels = int(x.shape[1])
+    kernel = torch.tensor([[[[a * b / 64 for b in (1, 3, 3, 1)] for a in (1, 3, 3, 1)]]] * channels)  # a constant
+    how = {"stride": 2, "padding": 1, "groups": channels}
+    return F.conv2d(x, kernel, **how) / F.conv2d(torch.ones_like(x), kernel, **how)
+
+
+def _chain(onnx: Any, parts: list, inputs: list[str], outputs: dict[str, list]) -> Any:
+    """One graph of ``parts``, which take from each other what has the name that they ask for; opset and types alike."""
+    nodes, weights = [], []
+    for number, part in enumerate(parts):
+        graph = onnx.ModelProto.FromString(part.SerializeToString()).graph
+        outside = {each.name for each in (*graph.input, *graph.output)}
+
+        def own(name: str, number: int = number, outside: set[str] = outside) -> str:
+            return name if not name or name in outside else f"p{number}/{name}"
+
+        for weight in graph.initializer:
+            weight.name = own(weight.name)
+        for node in graph.node:
+            node.name = f"p{number}/{node.name or node.output[0]}"
+            node.input[:], node.output[:] = map(own, node.input), map(own, node.output)
+        nodes, weights = [*nodes, *graph.node], [*weights, *graph.initializer]
+    kind = onnx.TensorProto.FLOAT
+    sides = {"hazy": ["H", "W"], "small": ["h", "w"]}
+    taken = [onnx.helper.make_tensor_value_info(name, kind, [1, 3, *sides[name]]) for name in inputs]
+    made = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()]
+    graph = onnx.helper.make_graph(nodes, "nedr", taken, made, weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _taps(size: Tensor, wanted: Tensor) -> Tensor:
+    """(wanted, size): the weights of antialiased bilinear interpolation along one side."""
+    ratio = size / wanted
+    centres = (torch.arange(wanted.long()) + 0.5) * ratio
+    weights = (1 - ((torch.arange(size.long()) + 0.5) - centres.unsqueeze(1)).abs() / ratio).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", metavar="FILE", help="of nedr or d4; by default those that ship")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("onnx"), help="where to (onnx)")
+    parser.add_argument("--fp16", action="store_true", help="weights in half precision, half the size; for GPUs")
+    args = parser.parse_args(argv)
+    method = models.load(args.weights)
+    for path in export(method, args.output):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        if args.fp16:
+            half = halve(path)
+            print(f"{half}: {half.stat().st_size / 1e6:.1f} MB")
+
+
+def halve(path: Path) -> Path:
+    """Write the weights of a graph in half precision beside it, computed with in single: half the size."""
+    onnx = library()
+    model, kept = onnx.load(str(path)), []
+    for weight in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(weight)
+        if values.dtype != "float32" or values.size < 1024:
+            kept.append(weight)
+            continue
+        kept.append(onnx.numpy_helper.from_array(values.astype("float16"), f"{weight.name}/half"))
+        cast = onnx.helper.make_node("Cast", [f"{weight.name}/half"], [weight.name], to=onnx.TensorProto.FLOAT)
+        model.graph.node.insert(0, cast)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    half = path.with_name(f"{path.stem}_fp16.onnx")
+    onnx.save(model, str(half))
+    return half
+
+
+if __name__ == "__main__":
+    errors.run(main)

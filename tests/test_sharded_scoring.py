@@ -1,0 +1,78 @@
+"""test.py under torchrun: two processes share the pictures, and report what one does."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import images, paths
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--model", "dcp", "dcp.guided_filter=false", "test.panels=false"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, processes: int, *argv) -> tuple[int, str, str]:
+    """test.py by torchrun, or alone: its exit status, output and errors."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), ROOT / "test.py", *QUICK, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    for n in range(5):
+        clear = torch.rand(3, 24, 36, generator=torch.Generator().manual_seed(n))
+        images.write(tmp_path / f"clear/{n}.png", clear)
+        images.write(tmp_path / f"hazy/{n}.png", 0.6 * clear + 0.35)
+    return ["--hazy", "hazy", "--clear", "clear"]
+
+
+def figures(folder: Path) -> list:
+    with open(folder / "per_image.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_two_processes_report_what_one_does(tmp_path, pairs):
+    status, alone, _ = run(tmp_path, 1, *pairs, "--output", "one")
+    assert status == 0
+    status, out, err = run(tmp_path, 2, *pairs, "--output", "two")
+    assert status == 0, err
+    assert out.count("5 pictures done") == alone.count("5 pictures done") == 1
+    assert out.count("protocol ours") == 1
+    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert [each["mean"] for each in one["rows"]] == [each["mean"] for each in two["rows"]]
+    for path in paths.find(tmp_path / "one/pictures"):
+        assert path.read_bytes() == (tmp_path / "two/pictures" / path.name).read_bytes()
+    assert not list((tmp_path / "two").glob("progress*"))
+
+
+def test_what_processes_did_is_not_done_again(tmp_path, pairs):
+    """A run that cannot write its report leaves the notes of both; one process goes on with them."""
+    (tmp_path / "out/results.json").mkdir(parents=True)
+    status, _, err = run(tmp_path, 2, *pairs, "--output", "out")
+    assert status != 0
+    assert err.count("cannot write out/results.json") == 1
+    assert len(list((tmp_path / "out").glob("progress*"))) == 2
+    (tmp_path / "out/results.json").rmdir()
+    status, out, err = run(tmp_path, 1, *pairs, "--output", "out")
+    assert (status, "5 pictures done" in out) == (0, True)
+    assert "going on where an interrupted run stopped: 10 pictures are done" in err  # hazy and dehazed
+    assert [row["resumed"] for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]] == [5, 5]
+    assert not list((tmp_path / "out").glob("progress*"))
+
+
+def test_a_bad_picture_is_told_once_wherever_it_falls(tmp_path, pairs):
+    (tmp_path / "hazy/1.png").write_bytes(b"no picture")  # the second process's
+    status, out, err = run(tmp_path, 2, *pairs, "--output", "out")
+    assert status != 0
+    assert "4 pictures done" in out
+    assert err.count("skipped: hazy/1.png") == 1
+    assert len(figures(tmp_path / "out")) == 8
