@@ -169,6 +169,8 @@ class Run:
                         {name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures}
                     )
                     self.log.figures(stage.name, at.global_step, loss=figures, rate=self.updater.rates(), speed=pace)
+                    for remark in self.method.remarks(stage.name, at.step, figures):
+                        self.log.warn_once(remark)
                 if at.due(log.pictures_every) and self.ranks.first:
                     with self.looking() as method:
                         self.log.pictures(at.global_step, method.pictures(chunk[-1]))
