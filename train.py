@@ -28,12 +28,12 @@ from tqdm import tqdm
 import models
 from data import datasets, images, loading
 from data.cache import Cache
-from utils import batchnorm, checkpoint, config, device, distributed, errors, files, memory
+from utils import batchnorm, checkpoint, config, device, errors, files, memory
 from utils.batchnorm import recalibrate
 from utils.device import autocast
 from utils.errors import UserError
 from utils.evaluation import scoring, selection
-from utils.training import batch_size, progress, resuming, signals
+from utils.training import batch_size, distributed, progress, resuming, signals
 from utils.training.compiling import compile_networks
 from utils.training.ema import EMA, buffers_kept
 from utils.training.progress import Progress
@@ -172,6 +172,8 @@ class Run:
                         {name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures}
                     )
                     self.log.figures(stage.name, at.global_step, loss=figures, rate=self.updater.rates(), speed=pace)
+                    for remark in self.method.remarks(stage.name, at.step, figures):
+                        self.log.warn_once(remark)
                 if at.due(log.pictures_every) and self.ranks.first:
                     with self.looking() as method:
                         self.log.pictures(at.global_step, method.pictures(chunk[-1]))

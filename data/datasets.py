@@ -19,13 +19,28 @@ from utils.config import Settings
 from utils.errors import UserError
 
 
-def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Unpaired | Mixed | Stream:
+class Replayed(Dataset):
+    """Item k of ``game`` with item k of ``warm`` beside it, whose names get ``replay_`` in front."""
+
+    remarks: Sequence[str] = ()
+
+    def __init__(self, game: Dataset, warm: Dataset):
+        self.game, self.warm, self.epoch_length = game, warm, game.epoch_length
+
+    def __getitem__(self, k: int) -> dict:
+        item, again = self.game[k], self.warm[k]
+        skipped = item.pop("skipped") + again.pop("skipped")
+        return item | {f"replay_{name}": value for name, value in again.items()} | {"skipped": skipped}
+
+
+def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Dataset:
     """The pictures of a stage of training, as the settings have it; what is odd about them is in its ``remarks``.
 
     ``kind``: ``paired`` hazy and clear pictures of one scene; ``unpaired`` ones, independently shuffled; ``synthetic``
     haze or the ``degraded`` imaging model on clear pictures. Unpaired without data.hazy, the hazy pictures are clear
     ones of another stream, with synthetic haze. The stage ``warm_start`` has clear pictures and depth of its own, and
-    may take a part of its pictures from a pool without depth, outdoors.
+    may take a part of its pictures from a pool without depth, outdoors. With warm_start.replay, unpaired pictures come
+    with those of the warm start.
     ``cache``, of data.cache GiB, is one for all stages; None keeps nothing. Raises `UserError` if they are not to be
     found, or hazy pictures lack their ground truth.
     """
@@ -48,21 +63,26 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         clear, depth = _clear_and_depth(settings, name, find)
         return Synthetic(clear, depth, cut, add_haze, settings.seed, name, cache)
 
+    def supervised(name: str) -> Stream | Mixed:
+        near = synthetic(name, add_haze)
+        if name != "warm_start" or warm.outdoor is None or not warm.outdoor_share:
+            return near
+        far = partial(add_haze, made_up="outdoor")
+        outdoor = Synthetic(find(warm.outdoor), None, cut, far, settings.seed, "outdoor", cache)
+        return Mixed(near, outdoor, warm.outdoor_share)
+
     match kind:
         case "paired":
             pairs, remarks = _pairs(settings, "")
             made = Pairs(pairs, cut, settings.seed, stage, cache)
         case "synthetic":
-            made = synthetic(stage, add_haze)
-            if stage == "warm_start" and warm.outdoor is not None and warm.outdoor_share:
-                far = partial(add_haze, made_up="outdoor")
-                outdoor = Synthetic(find(warm.outdoor), None, cut, far, settings.seed, "outdoor", cache)
-                made = Mixed(made, outdoor, warm.outdoor_share)
+            made = supervised(stage)
         case "degraded":
             made = synthetic(stage, partial(degradations.degrade, settings=settings.degradations))
         case "unpaired":
             clear = stream(_required(data.clear, "data.clear"), "clear")
             made = Unpaired(synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy"), clear)
+            made = Replayed(made, supervised("warm_start")) if warm.replay else made
         case _:
             raise ValueError(f"no such kind of training pictures: {kind}")
     made.remarks = list(dict.fromkeys(remarks))

@@ -177,6 +177,14 @@ class BatchNorm(nn.BatchNorm2d):
         return y if bounded else self.act(y)
 
 
+def still(*networks: nn.Module) -> None:
+    """Batch norm in ``networks`` normalises by the statistics that it has, and keeps them, until the next `train()`."""
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
 class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) weight + bias, clamped to [0,6] if ``bounded``; and mean and var of the batch."""
 

@@ -1,7 +1,7 @@
 """Method: what train.py and test.py need from any published system, and nothing more."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -109,6 +109,10 @@ class Method(nn.Module):
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
         """One training step's losses in order; the caller steps each loss's optimiser before asking for the next."""
+        yield from ()
+
+    def remarks(self, stage: str, step: int, figures: Mapping[str, float]) -> Iterator[str]:
+        """What is to be said, once, of how a stage goes, from the ``figures`` (losses by name) logged at ``step``."""
         yield from ()
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -91,9 +91,11 @@ def dark_channel_airlight(image: Tensor, cap: float = AIRLIGHT_CAP) -> Tensor:
     return image.flatten(2).masked_fill(~bright, 0).amax(2)[..., None, None].clamp(max=cap)
 
 
-def dark_channel_transmission(image: Tensor, airlight: Tensor, omega: float = 0.95) -> Tensor:
+def dark_channel_transmission(
+    image: Tensor, airlight: Tensor, omega: float = 0.95, size: int = DARK_CHANNEL_SIZE
+) -> Tensor:
     """t = 1 - omega * dark_channel(I / A), not clamped, not refined. DCP, eq. 12. -> (N,1,H,W)."""
-    return 1 - omega * dark_channel(image / airlight.clamp(min=1e-6))  # a channel may be black throughout
+    return 1 - omega * dark_channel(image / airlight.clamp(min=1e-6), size)  # a channel may be black throughout
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -13,13 +13,14 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from losses.adversarial import discriminator_loss, generator_loss
 from losses.perceptual import PerceptualLoss
-from losses.priors import dark_channel_loss, total_variation
+from losses.priors import dark_channel_energy, dark_channel_loss, total_variation
 from models import encoder
-from models.layers import single
+from models.layers import single, still
 from models.method import About, Loss, Method, frozen
 from models.nedr import official
 from models.nedr.discriminator import Discriminator
 from models.nedr.generators import TRANSMISSION_RANGE, DepthNet, ProductionNet, Removal, RemovalNet
+from models.nedr.watch import Watch
 from models.nedr.working_size import seen_size
 from models.pyramid import STRIDE, initialise
 from utils import config, physics
@@ -33,6 +34,13 @@ class Perceptual:
     network: Literal["vgg16", "vgg19", "efficientnet_lite0"]
     layers: list[str]
     weights: str
+
+
+@dataclass
+class DarkChannelEnergy:
+    fidelity: Weight
+    omega: Annotated[float, Range(0, 1)]
+    size: Annotated[int, Range(1, 255)]
 
 
 @dataclass
@@ -76,6 +84,15 @@ class NeDRSettings:
     dark_channel_weight: Weight
     tv_weight: Weight
     identity_weight: Weight
+    dark_channel_energy_weight: Weight
+    dark_channel_energy: DarkChannelEnergy
+    frozen_statistics: bool
+
+    @property
+    def cycles(self) -> bool:
+        """Has anything a weight for which pictures must be made hazy, or hazy again?"""
+        weights = (self.gan_weight, self.cycle_weight, self.density_weight, self.perceptual_weight, self.depth_weight)
+        return any(weights) or (self.airlight == "learned" and self.airlight_weight > 0)
 
     def __post_init__(self):
         check_interval(f"{self.block}.density_range", self.density_range, low=1e-3)
@@ -94,9 +111,16 @@ class NeDRSettings:
             )
         if not self.scales:
             raise UserError(f"{self.block}.scales=[]: name at least one, as [1.0]")
-        if not any((self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)):
+        terms = (self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)
+        if not any((*terms, self.dark_channel_energy_weight)):
             raise UserError(
-                f"{self.block}.cycle_weight=0: the generators need gan, cycle, density or identity to have a weight"
+                f"{self.block}.cycle_weight=0: the generators need gan, cycle, density, identity or "
+                f"dark_channel_energy to have a weight"
+            )
+        if self.dark_channel_energy.size % 2 == 0:
+            raise UserError(
+                f"{self.block}.dark_channel_energy.size={self.dark_channel_energy.size}: a window has a pixel in its "
+                f"middle; set an odd number, as 15"
             )
         if self.variant == "released" and self.airlight == "learned":
             raise UserError(
@@ -105,17 +129,17 @@ class NeDRSettings:
 
 
 class Play(NamedTuple):
-    """One round of the game: both cycles, hazy -> clear -> hazy and clear -> hazy -> clear."""
+    """One round of the game: both cycles, hazy -> clear -> hazy and clear -> hazy -> clear, or no more than needed."""
 
     hazy: Tensor
     clear: Tensor
     found: Removal  # in hazy
-    depth: Tensor  # by the depth network, of the clear picture found
-    rehazed: Tensor
-    density: Tensor  # random, of the haze made on clear
-    airlight: Tensor | None  # random too where it is learned; else production's own rule
-    made: Tensor  # hazy, from clear
-    refound: Removal  # in made
+    depth: Tensor | None = None  # by the depth network, of the clear picture found
+    rehazed: Tensor | None = None
+    density: Tensor | None = None  # random, of the haze made on clear
+    airlight: Tensor | None = None  # random too where it is learned; else production's own rule
+    made: Tensor | None = None  # hazy, from clear
+    refound: Removal | None = None  # in made
 
 
 class NeDR(Method):
@@ -165,6 +189,7 @@ class NeDR(Method):
             self.add_module(name, makers[name]())
         self.to(memory_format=torch.channels_last)
         self.minimum = minimum_side(s)
+        self.watch = Watch(s.block)
         self.ruler: list[PerceptualLoss] = []  # in a list: a loss is no part of the method's weights
 
     @classmethod
@@ -302,6 +327,9 @@ class NeDR(Method):
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
         return self._supervised(batch) if stage == "warm_start" else self._game(batch)
 
+    def remarks(self, stage: str, step: int, figures: Mapping[str, float]) -> Iterator[str]:
+        return self.watch.remarks(step, figures) if stage == "train" else iter(())
+
     def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         found = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
         return {"clear": found.clear, "transmission": found.transmission, "airlight": found.airlight}
@@ -389,20 +417,33 @@ class NeDR(Method):
     # The unpaired game.
 
     def _game(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
-        s, play = self.settings, self._play(batch["hazy"], batch["clear"])
+        s = self.settings
+        if s.frozen_statistics:
+            still(self.removal, self.depth)
+        play = self._play(batch["hazy"], batch["clear"])
+        again = {name.removeprefix("replay_"): each for name, each in batch.items() if name.startswith("replay_")}
+        replayed = {loss.optimiser: loss for loss in self._supervised(again)} if again else {}
         if s.gan_weight:
             yield self._judge(play)
         if s.depth_weight:
             pseudo = F.l1_loss(play.depth, play.found.depth.detach())
-            yield Loss("depth", s.depth_weight * pseudo, {"pseudo_depth": pseudo}, shared=True)
+            total = s.depth_weight * pseudo + (replayed["depth"].value if replayed else 0)
+            yield Loss("depth", total, {"pseudo_depth": pseudo}, shared=True)
         weighted = self._generator_terms(play)
         total = sum(weight * term for weight, term in weighted.values())
-        yield Loss("generators", total, {name: term for name, (_, term) in weighted.items()})
+        terms = {name: term for name, (_, term) in weighted.items()}
+        if replayed:
+            total = total + replayed["generators"].value
+            terms |= {f"replay_{name}": term for name, term in replayed["generators"].terms.items()}
+        t = play.found.transmission.flatten(1)
+        yield Loss("generators", total, terms | {"t_mean": t.mean(), "t_deviation": t.std(1).mean()})
 
     def _play(self, hazy: Tensor, clear: Tensor) -> Play:
         """Both cycles. The depth of the clear picture found serves the cycle and the depth network's own loss."""
         kind, learns = self.settings.airlight, bool(self.settings.depth_weight)
         found = self.removal(hazy, kind)
+        if not self.settings.cycles:
+            return Play(hazy, clear, found)
         with contextlib.nullcontext() if learns else frozen(self.depth):
             depth = self.depth(found.clear)
         rehazed = self.production(found.clear, depth, found.density, self._own(found))
@@ -445,6 +486,9 @@ class NeDR(Method):
             terms["tv"] = (s.tv_weight, total_variation(found.clear))
         if s.identity_weight:
             terms["identity"] = (s.identity_weight, F.l1_loss(self.removal(clear, s.airlight).clear, clear))
+        if s.dark_channel_energy_weight:
+            energy = dark_channel_energy(found.transmission, hazy, found.airlight, **vars(s.dark_channel_energy))
+            terms["dark_channel_energy"] = (s.dark_channel_energy_weight, energy)
         return terms
 
     def _perceptual(self) -> PerceptualLoss:

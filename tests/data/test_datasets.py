@@ -271,6 +271,28 @@ def test_clear_only_training(scenes):
     assert dataset.hazy.name != dataset.clear.name
 
 
+def test_replay_brings_the_warm_starts_pictures_along(scenes, pool):
+    """Beside the unpaired ones, which stay what they are: those that the warm start would have had there."""
+    sections = {name: copy.copy(section(name)) for name in ("data", "haze", "degradations", "warm_start")}
+    options = SimpleNamespace(model="some", seed=3, **sections)
+    options.data = dataclasses.replace(options.data, hazy=pool[0].parent, clear=pool[0].parent, crop_size=16)
+    warm = options.warm_start
+    warm.clear, warm.depth, warm.outdoor, warm.outdoor_share = scenes / "clear", scenes / "depth", pool[0].parent, 0.3
+    plain, teaching = (
+        datasets.training(options, "train", "unpaired"),
+        datasets.training(options, "warm_start", "synthetic"),
+    )
+    warm.replay = True
+    both = datasets.training(options, "train", "unpaired")
+    assert both.epoch_length == plain.epoch_length == 7
+    for k in (0, 5, 19):
+        game, lesson, item = plain[k], teaching[k], both[k]
+        assert item.keys() == game.keys() | {f"replay_{name}" for name in lesson.keys() - {"skipped"}}
+        assert all(torch.equal(item[name], game[name]) for name in ("hazy", "clear"))
+        assert all(torch.equal(item[f"replay_{name}"], lesson[name]) for name in ("hazy", "clear", "transmission"))
+    assert training(None, scenes / "clear", kind="unpaired")[0].keys() == {"hazy", "clear", "skipped"}
+
+
 def test_epoch_length_is_the_larger_pool(pool, scenes):
     assert training(pool[0].parent, scenes / "clear").epoch_length == 7
     assert training(scenes / "clear", pool[0].parent).epoch_length == 7

@@ -78,7 +78,7 @@ def test_one_step_of_each_stage(form):
     before = parameters(method)
     terms |= (game := step(method, values, "train", size))
     expected = {"judge_clear", "judge_hazy", "gan", "cycle_clear", "cycle_hazy", "density", "pseudo_depth"}
-    expected |= {"generators", "depth", "discriminators"}
+    expected |= {"generators", "depth", "discriminators", "t_mean", "t_deviation"}
     assert game.keys() == expected | ({"airlight"} if learned else set())
     assert moved(method, before) == {"removal", "production", "depth", "judge_clear", "judge_hazy"}
 
@@ -92,13 +92,14 @@ def test_all_optional_terms(monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision.models, "vgg16", narrow_vgg)
     state = {f"features.{key}": value for key, value in narrow_vgg().features.state_dict().items()}
     torch.save(state, tmp_path / "vgg16.pth")
-    weights = [f"nedr.{name}_weight=0.5" for name in ("perceptual", "dark_channel", "tv", "identity")]
+    optional = ("perceptual", "dark_channel", "tv", "identity", "dark_channel_energy")
+    weights = [f"nedr.{name}_weight=0.5" for name in optional]
     # Not started, as a resumed run: the perceptual loss must be there all the same.
     overrides = (*SMALLEST, *weights, f"nedr.perceptual.weights={tmp_path / 'vgg16.pth'}")
     method = tiny(*overrides, started=False)
     names = set(method.state_dict())
     terms = step(method, tiny_settings(*overrides), "train", 64)
-    assert {"perceptual", "dark_channel", "tv", "identity"} <= terms.keys()
+    assert set(optional) <= terms.keys()
     assert all(value > 0 for name, value in terms.items() if name != "dark_channel")  # which noise may well have 0
     assert set(method.state_dict()) == names  # a loss is no part of the weights
 
@@ -110,9 +111,105 @@ def test_weights_of_zero_switch_off():
     for judge in (method.judge_clear, method.judge_hazy):
         judge.register_forward_hook(lambda *_: pytest.fail("a discriminator ran"))
     before = parameters(method)
-    assert step(method, tiny_settings(*overrides), "train", 64).keys() == {"cycle_clear", "cycle_hazy", "generators"}
+    terms = step(method, tiny_settings(*overrides), "train", 64)
+    assert terms.keys() == {"cycle_clear", "cycle_hazy", "generators", "t_mean", "t_deviation"}
     assert moved(method, before) == {"removal", "production"}
     assert set(method.optimisers("train", tiny_settings(*overrides))) == {"generators"}
+
+
+ENERGY = tuple(f"nedr.{name}_weight=0" for name in ("gan", "cycle", "density", "depth", "airlight"))
+ENERGY = (*SMALLEST, *ENERGY, "nedr.dark_channel_energy_weight=1")
+
+
+def test_the_energy_alone_costs_no_cycle():
+    method, looks = tiny(*ENERGY), []
+    for network in (method.production, method.depth, method.judge_clear, method.judge_hazy):
+        network.register_forward_hook(lambda *_: pytest.fail("a network ran for a cycle without weight"))
+    method.removal.register_forward_hook(lambda *_: looks.append(1))
+    before = parameters(method)
+    terms = step(method, tiny_settings(*ENERGY), "train", 64)
+    assert terms.keys() == {"dark_channel_energy", "generators", "t_mean", "t_deviation"}
+    assert len(looks) == 1
+    assert moved(method, before) == {"removal"}
+    still = {name for name, p in method.removal.named_parameters() if torch.equal(p, before[f"removal.{name}"])}
+    assert still
+    assert all(name.startswith(("airlight.", "density.")) for name in still)  # of which the energy knows nothing
+
+
+def test_no_weight_at_all_is_refused():
+    with pytest.raises(UserError, match=r"dark_channel_energy to have a weight"):
+        tiny_settings(*ENERGY, "nedr.dark_channel_energy_weight=0")
+    with pytest.raises(UserError, match=r"size=14: .*odd"):
+        tiny_settings("nedr.dark_channel_energy.size=14")
+
+
+def test_the_game_reports_what_t_looks_like():
+    method, data = tiny(*ENERGY).eval(), batch(64)
+    t = method.removal(data["hazy"], "learned").transmission.flatten(1)
+    terms = next(method.losses(data, "train")).terms
+    assert terms["t_mean"].item() == pytest.approx(t.mean().item())
+    assert terms["t_deviation"].item() == pytest.approx(t.std(1).mean().item())
+
+
+def test_replayed_pictures_teach_as_in_the_warm_start():
+    """Their losses are those of the warm start, added with weight 1 to the game's."""
+    method, data = tiny(*SMALLEST).eval(), batch(64)
+    hazy = {"hazy": data["hazy"].flip(3), "clear": data["clear"].flip(2)}
+    replay = {f"replay_{name}": value for name, value in data.items()}
+    totals = {}
+    for name, losses in {
+        "warm_start": method.losses(data, "warm_start"),
+        "game": method.losses(hazy, "train"),
+        "both": method.losses(hazy | replay, "train"),
+    }.items():
+        torch.manual_seed(2)  # of the random haze
+        found = list(losses)
+        totals[name] = {loss.optimiser: loss.value.item() for loss in found}
+        terms = found[-1].terms
+    for optimiser in ("generators", "depth"):
+        both = totals["warm_start"][optimiser] + totals["game"][optimiser]
+        assert totals["both"][optimiser] == pytest.approx(both, rel=1e-5)
+    assert {"replay_transmission", "replay_clear", "replay_airlight", "cycle_clear"} <= terms.keys()
+
+
+def test_frozen_statistics():
+    """The batch norms that the warm start taught stay; their weights learn, and so does haze production as ever."""
+    overrides = (*SMALLEST, "nedr.frozen_statistics=true")
+    method, values = tiny(*overrides), tiny_settings(*overrides)
+    buffers = lambda: {name: b.clone() for name, b in method.named_buffers() if "running" in name}  # noqa: E731
+    before, weights = buffers(), parameters(method)
+    step(method, values, "train", 64)
+    changed = {name.split(".")[0] for name, b in buffers().items() if not torch.equal(b, before[name])}
+    assert changed == {"production"}
+    assert {"removal", "production", "depth"} <= moved(method, weights)
+    before = buffers()
+    step(method, values, "warm_start", 64)
+    assert {name.split(".")[0] for name, b in buffers().items() if not torch.equal(b, before[name])} >= {"removal"}
+
+
+def test_trivial_answers_are_named_when_they_last():
+    method = tiny(*SMALLEST, started=False)
+    said = {
+        step: [told.split(" ")[0:4] for told in method.remarks("train", step, figures)]
+        for step, figures in (
+            (50, {"t_deviation": 0.02, "judge_clear": 0.001, "judge_hazy": 0.2}),
+            (200, {"t_deviation": 0.02, "judge_clear": 0.3, "judge_hazy": 0.2}),  # the discriminator is back
+            (250, {"t_deviation": 0.02, "judge_clear": 0.001, "judge_hazy": 0.2}),
+            (350, {"t_deviation": 0.02, "judge_clear": 0.001, "judge_hazy": 0.2}),
+            (550, {"t_deviation": 0.1, "judge_clear": 0.001}),
+        )
+    }
+    assert said == {
+        50: [],
+        200: [],
+        250: [],
+        350: [["t", "has", "been", "flat"]],
+        550: [["the", "discriminator", "of", "clear"]],
+    }
+    assert not list(method.remarks("warm_start", 900, {"t_deviation": 0.0}))
+    told = [*method.remarks("train", 600, {"judge_clear": 0}), *method.remarks("train", 650, {"judge_clear": 0})]
+    assert len(set(told)) == 1  # so that the log says it once
+    assert "nedr.discriminator_rate" in told[0]
 
 
 def test_weights_scale_the_terms():

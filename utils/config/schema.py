@@ -143,6 +143,7 @@ class WarmStart:
     depth: str | None
     outdoor: str | None
     outdoor_share: Fraction
+    replay: bool
     batch: Count
     learning_rate: Rate
     weight_decay: Weight
