@@ -28,12 +28,12 @@ from tqdm import tqdm
 import models
 from data import datasets, images, loading
 from data.cache import Cache
-from utils import batchnorm, checkpoint, config, device, errors, files, memory
+from utils import batchnorm, checkpoint, config, device, distributed, errors, files, memory
 from utils.batchnorm import recalibrate
 from utils.device import autocast
 from utils.errors import UserError
 from utils.evaluation import scoring, selection
-from utils.training import batch_size, distributed, progress, resuming, signals
+from utils.training import batch_size, progress, resuming, signals
 from utils.training.compiling import compile_networks
 from utils.training.ema import EMA, buffers_kept
 from utils.training.progress import Progress

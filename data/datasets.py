@@ -10,27 +10,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
 from data import degradations, paths, synthesis
 from data.cache import Cache
 from data.pictures import Paired
 from data.sets import locate, pairing
-from data.streams import Mixed, Pairs, Stream, Synthetic, Unpaired, crop
+from data.streams import Mixed, Pairs, Replayed, Stream, Synthetic, Unpaired, crop
 from utils.config import Settings
 from utils.errors import UserError
-
-
-class Replayed(Dataset):
-    """Item k of ``game`` with item k of ``warm`` beside it, whose names get ``replay_`` in front."""
-
-    remarks: Sequence[str] = ()
-
-    def __init__(self, game: Dataset, warm: Dataset):
-        self.game, self.warm, self.epoch_length = game, warm, game.epoch_length
-
-    def __getitem__(self, k: int) -> dict:
-        item, again = self.game[k], self.warm[k]
-        skipped = item.pop("skipped") + again.pop("skipped")
-        return item | {f"replay_{name}": value for name, value in again.items()} | {"skipped": skipped}
 
 
 def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Dataset:

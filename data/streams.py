@@ -197,3 +197,17 @@ def _named(path: Path, transform: Transform, image: Pixels | Stack, rng: np.rand
         return transform(image, rng)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+class Replayed(Dataset):
+    """Item k of ``game`` with item k of ``warm`` beside it, whose names get ``replay_`` in front."""
+
+    remarks: Sequence[str] = ()
+
+    def __init__(self, game: Dataset, warm: Dataset):
+        self.game, self.warm, self.epoch_length = game, warm, game.epoch_length
+
+    def __getitem__(self, k: int) -> dict:
+        item, again = self.game[k], self.warm[k]
+        skipped = item.pop("skipped") + again.pop("skipped")
+        return item | {f"replay_{name}": value for name, value in again.items()} | {"skipped": skipped}
