@@ -1,6 +1,6 @@
 """NeDR as ONNX files, which run without PyTorch (benchmarks/examples/onnx_dehaze.py).
 
-    python -m models.export_onnx [--weights FILE] [--output DIR] [--fp16]
+    python -m models.export_onnx [--weights FILE] [--output DIR] [--fp16] [--int8]
 
 writes ``network.onnx``: small (1,3,h,w), sides multiples of 32 and at least 128 -> transmission (1,1,h,w) and airlight
 (1,3,1,1); and ``picture.onnx``: hazy (1,3,H,W) of any size whose sides are above the working size -> clear (1,3,H,W)
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -243,33 +244,46 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", metavar="FILE", help="of nedr or d4; by default those that ship")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("onnx"), help="where to (onnx)")
-    parser.add_argument("--fp16", action="store_true", help="weights in half precision, half the size; for GPUs")
+    parser.add_argument("--fp16", action="store_true", help="also with weights in half precision: half the size")
+    parser.add_argument("--int8", action="store_true", help="also with weights in 8 bit: a quarter of it")
     args = parser.parse_args(argv)
     method = models.load(args.weights)
     for path in export(method, args.output):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-        if args.fp16:
-            half = halve(path)
-            print(f"{half}: {half.stat().st_size / 1e6:.1f} MB")
+        for kind in filter(lambda kind: getattr(args, kind), ("fp16", "int8")):
+            small = smaller(path, kind)
+            print(f"{small}: {small.stat().st_size / 1e6:.1f} MB")
 
 
-def halve(path: Path) -> Path:
-    """Write the weights of a graph in half precision beside it, computed with in single: half the size."""
+def smaller(path: Path, kind: str) -> Path:
+    """Write a graph beside ``path`` whose large weights are ``fp16`` or ``int8``; it computes in float32 with them.
+
+    int8: each row of a weight, which is an output channel in nearly all of them, with its own scale.
+    """
     onnx = library()
-    model, kept = onnx.load(str(path)), []
+    model = onnx.load(str(path))
+    weights, nodes = [], []
     for weight in model.graph.initializer:
         values = onnx.numpy_helper.to_array(weight)
-        if values.dtype != "float32" or values.size < 1024:
-            kept.append(weight)
-            continue
-        kept.append(onnx.numpy_helper.from_array(values.astype("float16"), f"{weight.name}/half"))
-        cast = onnx.helper.make_node("Cast", [f"{weight.name}/half"], [weight.name], to=onnx.TensorProto.FLOAT)
-        model.graph.node.insert(0, cast)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    half = path.with_name(f"{path.stem}_fp16.onnx")
-    onnx.save(model, str(half))
-    return half
+        if values.dtype != np.float32 or values.size < 1024:
+            weights.append(weight)
+        elif kind == "int8" and values.ndim > 1:
+            scale = np.abs(values).reshape(len(values), -1).max(1).clip(1e-12) / 127
+            steps = (values / scale.reshape(-1, *[1] * (values.ndim - 1))).round().astype(np.int8)
+            names = [f"{weight.name}/{part}" for part in ("int8", "scale")]
+            weights += map(onnx.numpy_helper.from_array, (steps, scale.astype(np.float32)), names)
+            nodes.append(onnx.helper.make_node("DequantizeLinear", names, [weight.name], axis=0))
+        else:
+            weights.append(onnx.numpy_helper.from_array(values.astype(np.float16), f"{weight.name}/half"))
+            cast = onnx.helper.make_node("Cast", [f"{weight.name}/half"], [weight.name], to=onnx.TensorProto.FLOAT)
+            nodes.append(cast)
+    nodes += model.graph.node
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.initializer.extend(weights)
+    model.graph.node.extend(nodes)
+    target = path.with_name(f"{path.stem}_{kind}.onnx")
+    onnx.save(model, str(target))
+    return target
 
 
 if __name__ == "__main__":
