@@ -23,18 +23,17 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 sys.platform = "win32"
-from models import cost
-cost.PROCESS = Path("nowhere")
+from utils import memory
+memory.PROCESS = Path("nowhere")
 for package in ("utils", "data", "models", "losses", "benchmarks"):
     for module in pkgutil.walk_packages([package], f"{package}."):
         importlib.import_module(module.name)
 import test, train
 from data import loading
-from utils import tiling
 from utils.training import batch_size
 cpu = torch.device("cpu")
-cost.reset_peak(cpu)
-print(cost.peak_memory(cpu), batch_size._measurable(), tiling.free_memory(cpu) > 0)
+memory.reset_peak(cpu)
+print(memory.peak_memory(cpu), batch_size._measurable(), memory.free_memory(cpu) > 0)
 import models
 print(models.load().dehaze(torch.rand(1, 3, 64, 64)).shape)
 """
