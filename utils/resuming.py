@@ -26,6 +26,7 @@ OF_METHODS = {
 FIXED = {"seed": "the order of the pictures comes from it", "train.init": START}
 FIXED |= {f"{name}.{key}": why for name, keys in OF_METHODS.items() for key, why in keys.items()}
 FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # where the pictures lie
+FREE_IN_WARM_START += ("warm_start.replay",)  # of the game that follows
 CHOICE = ("data.validation_pairs", "data.validation_hazy", "data.validation_clear", "data.root", "log.validation_limit")
 
 
