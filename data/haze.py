@@ -114,7 +114,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.degradations is not None:
         if options.density or options.airlight:
-            raise UserError("--density and --airlight are the law's; write --degradations synthesis.density=[LOW,HIGH]")
+            raise UserError("--density and --airlight are the law's; write --degradations haze.density=[LOW,HIGH]")
         options.degradations = config.section("degradations", options.degradations)
     options.density, options.airlight = options.density or synthesis.DENSITY, options.airlight or synthesis.AIRLIGHT
     for name, most in (("density", float("inf")), ("airlight", 1.0)):

@@ -15,9 +15,6 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from utils import batchnorm
-from utils.training import progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import picture, tiny, tiny_settings
@@ -25,8 +22,9 @@ from conftest import picture, tiny, tiny_settings
 import models
 import train
 from models.method import Loss, frozen
-from utils import distributed, errors
+from utils import batchnorm, distributed, errors
 from utils.errors import UserError
+from utils.training import progress
 from utils.training.updater import Updater, finite
 
 CPU = torch.device("cpu")

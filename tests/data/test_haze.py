@@ -528,7 +528,7 @@ def test_command_writes_nothing_among_its_inputs(scenes):
 
 
 def test_command_line_fails_with_one_line(tmp_path):
-    call = [sys.executable, "-m", "data.synthesis", "--clear", str(tmp_path), "--output", str(tmp_path / "out")]
+    call = [sys.executable, "-m", "data.haze", "--clear", str(tmp_path), "--output", str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*no pictures.*\n", done.stderr)

@@ -46,10 +46,11 @@ def test_only_the_border_that_is_asked_for_is_cut(tmp_path, border):
 
 def test_folder_names(pool, tmp_path):
     images.write(tmp_path / "pool" / "deep" / "1.png", torch.rand(3, 4, 4))
-    dataset = Folder(paths.find(tmp_path / "pool"), tmp_path / "pool")
+    found = paths.find(tmp_path / "pool")
+    dataset = Folder(found, tmp_path / "pool")
     assert len(dataset) == 8
     assert dataset.names[-2:] == ["6.png", "deep/1.png"]
     assert dataset[7]["hazy"].shape == (3, 4, 4)
-    assert Folder(paths).names == dataset.names
-    assert Folder(paths, tmp_path / "elsewhere").names == dataset.names
-    assert Folder(paths[:1], paths[0]).names == ["0.png"]
+    assert Folder(found).names == dataset.names
+    assert Folder(found, tmp_path / "elsewhere").names == dataset.names
+    assert Folder(found[:1], found[0]).names == ["0.png"]

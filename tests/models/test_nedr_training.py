@@ -284,7 +284,8 @@ def test_a_module_switched_off_is_not_built(module):
 
 def test_published_size():
     """13,376,701 parameters as released, less 490,187 of mcc and the other dead ones, plus DREM's that are not."""
-    settings = tiny_settings("nedr.base_channels=64", "nedr.variant=released", "nedr.airlight=max").method
+    sizes = ("nedr.base_channels=64", "nedr.idrm_hidden=256", "nedr.drem_growth=64")
+    settings = tiny_settings(*sizes, "nedr.variant=released", "nedr.airlight=max").method
     count = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
     method = models.METHODS["nedr"](settings)
     kan_dead = 2 * sum(c * c + c for c in (32, 64, 128, 256))

@@ -92,7 +92,10 @@ def test_any_shape(size, options):
 def test_idrm_is_asked_between_its_features():
     """Twice as finely is another t, near the interpolated one: the field is continuous."""
     hazy = smooth(4, 300, 400)
-    coarse, fine = (vivid(*D4[:1], D4[2], "nedr.working_size=128", f"nedr.query={query}") for query in (1, 2))
+    coarse, fine = (
+        vivid(*D4[:1], D4[2], "nedr.idrm_hidden=256", "nedr.working_size=128", f"nedr.query={query}")
+        for query in (1, 2)
+    )
     a, b = (method.estimate(hazy)["transmission"] for method in (coarse, fine))
     assert not torch.equal(a, b)
     assert (a - b).abs().mean() < 0.3 * a.std()
