@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from models.method import About
-from models.nedr.method import NeDR, NeDRSettings
+from models.nedr.method import NeDR
+from models.nedr.settings import NeDRSettings
 from utils.errors import UserError
 
 
