@@ -48,7 +48,7 @@ for k in range(8):
 print(faults() - before)
 """
     faults = []
-    for first in ("pass", "device.keep_memory()"):
+    for first in ("pass", "memory.keep_memory()"):
         command = [sys.executable, "-c", program.format(first)]
         faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert faults[1] * 5 < faults[0]
