@@ -123,7 +123,7 @@ REMARKS = {
     "dense": "**Fails.** What dense haze has hidden stays hidden, and what is near comes out with too much contrast.",
     "white": "**Fails in part.** White and hazy look alike: walls and cars come out brighter than they are.",
     "sky": "**Fails in part.** The land is right; the sky stays pale, where dcp makes it cyan and burns the clouds.",
-    "dusk": "**Fails.** The airlight is taken to be as bright as by day, and so all comes out too dark.",
+    "dusk": "**Fails in part.** The far end keeps a blue veil, and what is near comes out too dark.",
     "night": "**Fails.** The glow around lamps is no airlight: it stays, and what is dark becomes black.",
 }
 
