@@ -194,7 +194,7 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]
         if measured:
             run.row(pictures, Candidate(HAZY, lambda hazy: hazy))
         for each in tested:
-            folder = each.name.replace(":", "-") if len(tested) > 1 else ""  # Windows takes no colon
+            folder = each.folder if len(tested) > 1 else ""
             if guess := each.guess(pictures):
                 run.say(f"warning: {pictures.name}: {guess}")
             run.row(pictures, each.candidate(run.settings, run.device, pictures, folder))

@@ -209,8 +209,13 @@ class Run:
     @contextlib.contextmanager
     def looking(self) -> Iterator[models.Method]:
         """Inside, the averaged weights may be looked at; the run goes on as if nobody had."""
-        kept = checkpoint.unmoved_random_states(), device.varied_sizes()
-        with kept[0], kept[1], self.ema.applied() as method, buffers_kept(method), self.autocast():
+        with (
+            checkpoint.unmoved_random_states(),
+            device.varied_sizes(),
+            self.ema.applied() as method,
+            buffers_kept(method),
+            self.autocast(),
+        ):
             yield method
 
     def losses(self) -> dict[str, float]:

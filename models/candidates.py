@@ -36,6 +36,11 @@ class Tested(NamedTuple):
     asked: dict[str, Any]
     chosen_on: dict[str, Any] | None = None
 
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder: Windows takes no colon."""
+        return self.name.replace(":", "-")
+
     def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
         """The method as it treats this set: with the set's preset, unless other settings were asked for."""
         method, test = self.method.to(device), settings.test

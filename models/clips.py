@@ -37,7 +37,7 @@ def run(paths: Sequence[Path], tested: Sequence[Tested], settings: Settings, dev
     status = 0
     for path in paths:
         for each in tested:
-            folder = out / FOLDER / (each.name.replace(":", "-") if len(tested) > 1 else "")
+            folder = out / FOLDER / (each.folder if len(tested) > 1 else "")
             try:
                 found = _clip(path, each, settings, device, out if video.is_clip(out) else folder)
             except UserError as error:

@@ -29,12 +29,7 @@ class View(NamedTuple):
     airlight: Tensor  # (1,3,1,1)
 
     def clear(self, strength: float) -> Tensor:
-        return restored(self.hazy, self.transmission, self.airlight, strength)
-
-
-def restored(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float) -> Tensor:
-    """The picture with its haze taken for ``strength`` times as dense, t^strength; at 0 it stays as it is."""
-    return physics.restore(hazy, t**strength, airlight)
+        return physics.thinned(self.hazy, self.transmission, self.airlight, strength)
 
 
 def check(path: Path, megapixels: float) -> None:
@@ -63,11 +58,10 @@ def look(path: Path, method: Method) -> View:
 @torch.no_grad()
 def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
     """Dehaze a picture at its full size into ``folder``, in its format if that can be written, else as PNG."""
-    hazy, found = _found(path, method)
-    clear = found["clear"] if strength == 1 else restored(hazy, found["transmission"], found["airlight"], strength)
+    _, found = _found(path, method, strength)
     ending = path.suffix if path.suffix.lower() in KEPT else ".png"
     output = folder / f"{path.stem}{SUFFIX}{ending}"
-    images.write(output, clear[0], COMPRESSION, like=path)
+    images.write(output, found["clear"][0], COMPRESSION, like=path)
     return output
 
 
@@ -103,11 +97,11 @@ def write_zip(
         return each(paths, add, going)
 
 
-def _found(path: Path, method: Method) -> tuple[Tensor, dict[str, Tensor]]:
+def _found(path: Path, method: Method, strength: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     try:
         hazy = images.read(path)[None]
         there = hazy.to(next(method.parameters(), hazy).device)
-        found = method.estimate(there, method.tile(there, "auto"))
+        found = method.estimate(there, method.tile(there, "auto"), strength)
         return hazy, {name: value.float().cpu() for name, value in found.items()}
     except (MemoryError, RuntimeError) as error:
         if memory.exhausted(error):
