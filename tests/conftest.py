@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # on a busy machine threads wait for each other, five 
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = ("nedr.base_channels=8", "nedr.idrm_hidden=32", "nedr.drem_growth=8", "nedr.encoder_weights=none")
-TINY += ("data.crop_size=128", "warm_start.steps=5")
+TINY += ("nedr.encoder=test_efficientnet", "data.crop_size=128", "warm_start.steps=5")
 D4 = ("nedr.kan_cid=false", "nedr.idrm=false", "nedr.drem=false")
 
 _spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
@@ -35,12 +35,10 @@ def tiny_settings(*overrides: str) -> config.Settings:
     return config.load("nedr", models.settings_types(), overrides=(*TINY, *overrides))
 
 
-def tiny(*overrides: str, started: bool = True, shallow: bool = True) -> models.Method:
-    """A NeDR of width 8 with fixed random weights; ``shallow`` keeps 7 of its encoders' 24 blocks, for speed."""
+def tiny(*overrides: str, started: bool = True) -> models.Method:
+    """A NeDR of width 8 on timm's encoder for tests, with fixed random weights."""
     torch.manual_seed(0)
     method = models.build(tiny_settings(*overrides))
-    for network in (method.removal, method.depth) if shallow else ():
-        network.pyramid.encoder.blocks = torch.nn.Sequential(*(blocks[:1] for blocks in network.pyramid.encoder.blocks))
     if started:
         method.start()
     return method

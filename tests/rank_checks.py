@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from conftest import picture, tiny, tiny_settings
 
-import models
 import train
 from models.method import Loss, frozen
 from utils import batchnorm, distributed, errors
@@ -144,22 +143,14 @@ def small_things(ranks: distributed.Ranks) -> dict:
     return found | {"memory": module.memory.item(), "drawn again": torch.rand(3)}
 
 
-def shallow(method: models.Method) -> models.Method:
-    """A NeDR with 7 of its encoders' 24 blocks, for speed."""
-    for network in (method.removal, method.depth):
-        network.pyramid.encoder.blocks = nn.Sequential(*(blocks[:1] for blocks in network.pyramid.encoder.blocks))
-    return method
-
-
-def shallow_training() -> list[dict]:
-    """train.py takes NeDRs of a few blocks from now on; returns the list in which the loaders' arguments arrive."""
-    build, loader, calls = models.build, train.loading.loader, []
+def recorded_loaders() -> list[dict]:
+    """The list in which the arguments of train.py's loaders arrive from now on."""
+    loader, calls = train.loading.loader, []
 
     def recorded(source, start, stop, batch, **how):
         calls.append({"start": start, "stop": stop, "batch": batch})
         return loader(source, start, stop, batch, **how)
 
-    models.build = lambda settings: shallow(build(settings))
     train.loading.loader = recorded
     return calls
 
@@ -180,7 +171,7 @@ def within_step(number: int, happen) -> None:
 
 def runs(folder: Path, rank: int) -> dict:
     """A whole run, and one that a signal to the second process alone interrupts, and its resumption."""
-    calls, steps, blind = shallow_training(), ["warm_start.steps=1", "train.steps=2"], ["data.validation_hazy="]
+    calls, steps, blind = recorded_loaders(), ["warm_start.steps=1", "train.steps=2"], ["data.validation_hazy="]
     blind.append("data.validation_clear=")
     command = lambda name, *more: train.main(["--checkpoints", str(folder / name), *steps, *more])  # noqa: E731
     statuses = [command("whole", "log.validation_limit=3")]
@@ -211,7 +202,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] != "train":
         errors.run(lambda: all_checks(Path(sys.argv[1])))
-    shallow_training()
     if os.environ["RANK"] == "1":
         within_step(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
     errors.run(lambda: train.main(["--checkpoints", *sys.argv[3:]]))

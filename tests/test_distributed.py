@@ -152,10 +152,8 @@ def test_a_run_of_two_is_written_once_and_resumed_bit_for_bit(checked):
     assert not torch.equal(one["random"]["torch"], one["others"][0]["random"]["torch"])
 
 
-def test_sharded_validation_has_the_mean_of_all(checked, monkeypatch):
+def test_sharded_validation_has_the_mean_of_all(checked):
     folder = checked[0] / "whole"
-    build = models.build
-    monkeypatch.setattr(models, "build", lambda settings: rank_checks.shallow(build(settings)))
     settings = config.load("nedr", models.settings_types(), [TINY], ["log.validation_limit=3"])
     method = models.load(folder / "weights.safetensors")
     mean = scoring.mean(scoring.score(method.dehaze, datasets.validation(settings)))
@@ -173,8 +171,7 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(checked):
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes_and_survives_one_that_is_killed(checked, monkeypatch):
     """One process for a step, then two again, of which one is killed in their second step."""
-    folder, build, loader, calls = checked[0] / "resumed", models.build, train.loading.loader, []
-    monkeypatch.setattr(models, "build", lambda settings: rank_checks.shallow(build(settings)))
+    folder, loader, calls = checked[0] / "resumed", train.loading.loader, []
     monkeypatch.setattr(train.loading, "loader", lambda *a, **k: calls.append(a[1:4]) or loader(*a, **k))
     often = ["log.validate_every=0", "train.recalibrate=0", "log.save_every=1", "data.validation_hazy="]
     often.append("data.validation_clear=")

@@ -85,7 +85,7 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path):
     for key in (*new, "airlight_bounds", "drem_growth", "transmission_range", "found_airlight_weight", "scales"):
         del saved["nedr"][key]
     assert "removal.airlight.0.weight" in old.state_dict()
-    whole = tiny(*D4, shallow=False).eval()
+    whole = tiny(*D4).eval()
     file = tmp_path / "old.safetensors"
     checkpoint.save_weights(file, whole.inference_state(), {"model": "nedr", "settings": saved})
     loaded, hazy = models.load(file), torch.rand(1, 3, 70, 90)
@@ -100,7 +100,7 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path):
 def test_training_may_begin_with_weights_of_another_head(tmp_path, before):
     """The head keeps its own start, all else is the file's."""
     told = "nedr.airlight=max" if before == "max" else f"nedr.airlight_head={before}"
-    old, new = tiny(*D4, told, shallow=False), tiny(*D4, "nedr.airlight_head=statistics", shallow=False)
+    old, new = tiny(*D4, told), tiny(*D4, "nedr.airlight_head=statistics")
     with torch.no_grad():
         old.removal.head.conv3.bias.fill_(0.7)
     metadata = {"model": "nedr", "settings": config.to_dict(tiny_settings(*D4, told))}

@@ -32,7 +32,7 @@ def test_what_looks_at_the_whole_picture_is_not_cut_into_tiles():
 
 
 def test_a_method_with_another_encoder_dehazes_and_learns():
-    method = tiny(*D4, "nedr.encoder=resnet18", "nedr.working_size=64", shallow=False)
+    method = tiny(*D4, "nedr.encoder=resnet18", "nedr.working_size=64")
     loss = next(method.train().losses(batch(), "warm_start"))
     loss.value.backward()
     assert method.removal.pyramid.encoder.conv1.weight.grad.any()
@@ -79,7 +79,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_package_by_the_order_of_tensors(package):
-    method = tiny(*D4, f"nedr.encoder={LITE0}", "nedr.encoder_weights=package", shallow=False)
+    method = tiny(*D4, f"nedr.encoder={LITE0}", "nedr.encoder_weights=package")
     names = list(timm.create_model(LITE0).state_dict())
     held = dict(zip(names, torch.load(package).values(), strict=True))
     for network in (method.removal, method.depth):
@@ -106,10 +106,10 @@ def test_package_of_another_version(package):
 
 def test_no_package_of_that_network():
     with pytest.raises(UserError, match=r"no package holds tf_efficientnet_lite3, only tf_efficientnet_lite0, .*hub"):
-        tiny(*D4, "nedr.encoder_weights=package")
+        tiny(*D4, f"nedr.encoder={encoder.RELEASED}", "nedr.encoder_weights=package")
 
 
 def test_weights_of_another_width(tmp_path):
     torch.save(timm.create_model("tf_efficientnet_lite1").state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"does not hold the weights of timm's tf_efficientnet_lite2.*of another shape"):
-        tiny(*D4, "nedr.encoder=tf_efficientnet_lite2", f"nedr.encoder_weights={tmp_path / 'other.pth'}", shallow=False)
+        tiny(*D4, "nedr.encoder=tf_efficientnet_lite2", f"nedr.encoder_weights={tmp_path / 'other.pth'}")

@@ -5,7 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import D4, tiny
+from conftest import D4, tiny, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,8 +76,8 @@ def test_dcp_cannot_be_trained():
 def trained(tmp_path_factory):
     """A tiny D4 with a learned airlight as train.py saves it: last.pt, whose average is another, and its export."""
     folder, overrides = tmp_path_factory.mktemp("run"), (*D4, "data.crop_size=64")
-    values = config.load("nedr", models.settings_types(), overrides=("nedr.base_channels=8", *overrides))
-    method = tiny(*overrides, shallow=False).eval()
+    values = tiny_settings(*overrides)
+    method = tiny(*overrides).eval()
     averaged = {
         f"removal.{key}": value * 0.9 if value.is_floating_point() else value
         for key, value in method.removal.state_dict().items()

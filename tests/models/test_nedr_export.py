@@ -13,7 +13,7 @@ from utils import config, foreign
 from utils.errors import UserError
 
 SIZES = ("nedr.idrm_hidden=256", "nedr.drem_growth=64")
-RELEASED = (*SIZES, "nedr.variant=released", "nedr.airlight=max")
+RELEASED = (*SIZES, "nedr.encoder=tf_efficientnet_lite3", "nedr.variant=released", "nedr.airlight=max")
 NETWORKS = ("net_h2c", "net_c2h", "net_depth", "discriminator_h2c", "discriminator_c2h")
 DEAD = re.compile(
     r"mcc\.|scratch\.refinenet4\.resConfUnit1\.|cid_\d+\.channel_dependent\.fc\d\.(weight|bias)$|.*\.0\.conv1\."
@@ -91,7 +91,7 @@ OURS = {
 @pytest.mark.parametrize("case", OURS)
 def test_ours_comes_back_the_same(case):
     modules, entries, width = OURS[case]
-    method = tiny(*RELEASED, *modules, f"nedr.base_channels={width}", shallow=False).eval()
+    method = tiny(*RELEASED, *modules, f"nedr.base_channels={width}").eval()
     found = exported(method)
     again = imported(found)
     own, theirs = method.state_dict(), again.state_dict()
@@ -140,7 +140,7 @@ REFUSED = {
 def test_what_the_released_networks_cannot_hold_is_refused(case):
     overrides, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
-        tiny(*overrides, shallow=False).to_official()
+        tiny(*overrides).to_official()
 
 
 def test_names_lead_to_one_place_each():

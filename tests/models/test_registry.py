@@ -20,8 +20,8 @@ NAMES = models.names()
 TRAINED = [name for name in NAMES if models.METHODS[name].stages]
 STAGES = [(name, stage) for name in TRAINED for stage in models.METHODS[name].stages]
 SMALL = {  # settings with which tests are fast
-    "nedr": ["nedr.base_channels=8", "nedr.encoder_weights=none"],
-    "d4": ["d4.base_channels=8", "d4.encoder_weights=none"],
+    "nedr": ["nedr.base_channels=8", "nedr.encoder_weights=none", "nedr.encoder=test_efficientnet"],
+    "d4": ["d4.base_channels=8", "d4.encoder_weights=none", "d4.encoder=test_efficientnet"],
     "aknet": ["aknet.width=8"],
     "kanet": ["kanet.width=8", "kanet.contrastive_weight=0"],
 }
