@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils import columns
 from utils.evaluation import comparison, tables
 from utils.evaluation.comparison import Figure, Table
 from utils.evaluation.results import HAZY
@@ -72,12 +73,7 @@ def text(content: Mapping[str, Any]) -> str:
     lines = []
     for table in content["tables"]:
         rows = [HEAD, *map(_cells, table["rows"])]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines.append(_title(table, content["reference"]))
-        for label, *cells in rows:
-            padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([f"{label:{widths[0]}}", *padded]).rstrip())
-        lines.append("")
+        lines += [_title(table, content["reference"]), *columns.aligned(rows), ""]
     return "\n".join([*lines, *(textwrap.fill(note, 120, subsequent_indent="  ") for note in _notes(content))])
 
 
@@ -85,8 +81,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     """The same as Markdown."""
     lines = []
     for table in content["tables"]:
-        rows = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *map(_cells, table["rows"])]
-        lines += [_title(table, content["reference"]), "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+        rows = [HEAD, *map(_cells, table["rows"])]
+        lines += [_title(table, content["reference"]), "", *columns.markdown(rows, numbers=True), ""]
     return "\n".join([*lines, *(f"- {note}" for note in _notes(content))]) + "\n"
 
 

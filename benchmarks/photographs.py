@@ -20,7 +20,7 @@ import torch
 import models
 from models import candidates
 from models.method import Method
-from utils import config, device, errors, memory
+from utils import columns, config, device, errors, memory
 from utils.errors import UserError
 
 SECONDS = 8.0  # of repeats, of a case that takes less
@@ -72,11 +72,13 @@ def measure(named: str, width: int, height: int, threads: int) -> dict[str, floa
 
 def table(methods: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[dict]], threads: int) -> str:
     """Markdown: a line a method, seconds and MiB for every size."""
-    lines = ["| " + " | ".join(["method", *sizes]) + " |", "| " + " | ".join(["---"] * (len(sizes) + 1)) + " |"]
+    lines = [["method", *sizes]]
     for method, row in zip(methods, rows, strict=True):
         cells = [f"{case['seconds']:.3f} s, {case['bytes'] / 2**20:,.0f} MiB" for case in row]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
-    return "\n".join([*lines, "", f"{device.describe(torch.device('cpu'))}, of which {threads} used; float32."])
+        lines.append([method, *cells])
+    return "\n".join(
+        [*columns.markdown(lines), "", f"{device.describe(torch.device('cpu'))}, of which {threads} used; float32."]
+    )
 
 
 def _load(named: str) -> Method:

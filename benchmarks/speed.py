@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed_cases import CROP, WORKERS, Case, Run
-from utils import device, errors
+from utils import columns, device, errors
 from utils.errors import UserError
 from utils.files import write_text
 
@@ -158,7 +158,7 @@ def worker(case: Case | None, place: torch.device, options: argparse.Namespace) 
 def markdown(results: Results, machine: dict) -> str:
     """The table, with all that is needed to read it."""
     heads = ["", "size", "", "seconds (median, range)", "against reference", "peak memory", "TFLOP/s", "of the ceiling"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|---|---|---|---|---|---|"]
+    rows = [heads]
     for case, run in results.items():
         if case.kind == "loading":
             continue
@@ -166,14 +166,14 @@ def markdown(results: Results, machine: dict) -> str:
         cells = [KINDS[case.kind], _size(case, run.batch), case.label]
         cells += [f"{run.median:.3g} ({min(run.seconds):.3g}-{max(run.seconds):.3g})", _against(case, results)]
         cells += [f"{run.memory / 2**20:,.0f} MiB", f"{speed / 1e12:.3g}", f"{speed / limit:.0%}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     limits = ", ".join(f"{machine[kind] / 1e12:.3g} in {kind}" for kind in PRECISIONS if kind in machine)
     notes = [
         f"- {_machine(machine)}.",
         "- Peak memory is what is held beyond weights and optimisers.",
         f"- The ceiling is the better of a large matrix product and a 5x5 convolution, in TFLOP/s: {limits}.",
     ]
-    return "\n".join([*lines, "", *notes, *_remarks(results)]) + "\n"
+    return "\n".join([*columns.markdown(rows), "", *notes, *_remarks(results)]) + "\n"
 
 
 def _remarks(results: Results) -> list[str]:
@@ -194,7 +194,7 @@ def _remarks(results: Results) -> list[str]:
 
 def short(results: Results, machine: dict) -> str:
     """Medians and ratios of the forward pass and the steps at 256 pixels, or at the largest size that there is."""
-    lines = ["| | reference | float32 | bf16 |", "|---|---|---|---|"]
+    rows = [["", "reference", "float32", "bf16"]]
     asked = [case for case in results if case.of == "reference"]
     for kind in ("forward", "step"):
         sides = {case.width for case in asked if case.kind == kind}
@@ -203,8 +203,8 @@ def short(results: Results, machine: dict) -> str:
             found = [each for each in _compared(case, list(PRECISIONS[:2])) if each in results]
             cells = [f"{results[each].median:.3g} s{_ratio(each, results)}" for each in found]
             cells += [""] * (3 - len(found))  # of a run that was broken off
-            lines.append(f"| {KINDS[kind]}, {_size(case)} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{_machine(machine)}."]) + "\n"
+            rows.append([f"{KINDS[kind]}, {_size(case)}", *cells])
+    return "\n".join([*columns.markdown(rows), "", f"{_machine(machine)}."]) + "\n"
 
 
 def _machine(machine: dict) -> str:

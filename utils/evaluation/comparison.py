@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from utils import columns
 from utils.errors import UserError
 from utils.evaluation.results import FORMAT, HAZY, VERSION
 from utils.files import write_text
@@ -20,6 +21,7 @@ RESAMPLES, SEED = 10_000, 0
 SAME = 1e-6  # one hazy picture's figures that lie farther apart come from different pixels
 FEW = 20  # pictures: with 20, 10 and 5 (simulated, normal) the interval holds the true mean in 94, 90 and 84 % of cases
 WORDING = ("used by", "title", "digits")  # of a protocol or a metric: these change no figure
+SIDES = "<>>><"
 HEADER = ("method", "mean", "difference", "95 % interval", "")
 MEANING = (
     f"difference: mean of paired differences to the reference; interval: percentiles of {RESAMPLES:,} bootstrap "
@@ -127,12 +129,12 @@ class Comparison:
 
     def text(self) -> str:
         """Tables and notes for a terminal, at most 120 columns wide."""
-        rows = [HEADER, *(row for table in self.tables for row in table.cells())]
-        widths, lines = [max(map(len, column)) for column in zip(*rows, strict=True)], []
+        head, *rows = columns.aligned([HEADER, *(row for table in self.tables for row in table.cells())], SIDES, "    ")
+        lines, rows = [], iter(rows)
         for _, tables in itertools.groupby(self.tables, lambda table: table.benchmark):
             for first, table in enumerate(tables):
-                lines += [] if first else [_wrap(table.extent()), _row(HEADER, widths)]
-                lines += [_wrap(table.title(), "  "), *(_row(row, widths) for row in table.cells())]
+                lines += [] if first else [_wrap(table.extent()), head]
+                lines += [_wrap(table.title(), "  "), *itertools.islice(rows, len(table.cells()))]
             lines.append("")
         return "\n".join([*lines, *map(_wrap, self.notes())])
 
@@ -141,12 +143,11 @@ class Comparison:
         lines = []
         for _, group in itertools.groupby(self.tables, lambda table: table.benchmark):
             tables = list(group)
-            columns = [{label: (mean, " ".join(rest)) for label, mean, *rest in table.cells()} for table in tables]
-            labels = max(columns, key=len)  # the hazy input may lack a metric
+            cells = [{label: (mean, " ".join(rest)) for label, mean, *rest in table.cells()} for table in tables]
+            labels = max(cells, key=len)  # the hazy input may lack a metric
             rows = [["method", *(head for table in tables for head in (table.title(), "difference"))]]
-            rows += [["---", *["---:"] * 2 * len(tables)]]
-            rows += [[label, *(cell for column in columns for cell in column.get(label, ("", "")))] for label in labels]
-            lines += [tables[0].extent(), "", *("| " + " | ".join(map(_escape, row)) + " |" for row in rows), ""]
+            rows += [[label, *(cell for column in cells for cell in column.get(label, ("", "")))] for label in labels]
+            lines += [tables[0].extent(), "", *columns.markdown(rows, numbers=True), ""]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes())]) + "\n"
 
     def notes(self) -> list[str]:
@@ -400,19 +401,9 @@ def _number(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}z.{digits}f}" if abs(value) < 1e7 else f"{value:{sign}.3e}"
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    label, *numbers, verdict = cells
-    numbers = [f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:-1], strict=True)]
-    return "  ".join(["  ", f"{label:{widths[0]}}", *numbers, verdict]).rstrip()
-
-
 def _wrap(text: str, indent: str = "") -> str:
     further = indent + "  "
     return textwrap.fill(text, 120, initial_indent=indent, subsequent_indent=further, break_on_hyphens=False)
-
-
-def _escape(cell: str) -> str:
-    return cell.strip().replace("|", "\\|")
 
 
 def _clean(name: str) -> str:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from utils import columns
 from utils.evaluation import scoring
 from utils.evaluation.results import HAZY, Row, describe, keys
 
@@ -81,20 +82,16 @@ def _figures_table(rows: Sequence[Row], protocol: str | None, figures: Sequence[
         return ""
     title = " / ".join(_title(key) for key in figures)
     head = f"{title}, protocol `{protocol}`" if protocol else f"{title} ({describe(figures[0])['better']} is better)"
-    lines = [_line([head, *(f"{name} ({members[0].count})" for name, members in sets.items())])]
-    lines.append(_line(["---"] * (len(sets) + 1)))
+    table = [[head, *(f"{name} ({members[0].count})" for name, members in sets.items())]]
     for method in dict.fromkeys(row.method for row in rows):
         shown = [[_number(key, cells.get((method, name), {}).get(key)) for key in figures] for name in sets]
-        lines.append(_line([method, *(" / ".join(filter(None, pair)) for pair in shown)]))
-    return "\n".join(lines)
+        table.append([method, *(" / ".join(filter(None, pair)) for pair in shown)])
+    return "\n".join(columns.markdown(table))
 
 
 def _cost_table(rows: Sequence[Row], methods: Mapping[str, dict]) -> str:
     """Per set and method: the settings in force and what it took."""
-    lines = [
-        _line(["set", "method", "settings", "s/picture", "pictures/s", "peak memory", "parameters", "MACs at 256x256"])
-    ]
-    lines.append(_line(["---"] * 8))
+    table = [["set", "method", "settings", "s/picture", "pictures/s", "peak memory", "parameters", "MACs at 256x256"]]
     for row in rows:
         if row.method == HAZY:
             continue
@@ -107,8 +104,8 @@ def _cost_table(rows: Sequence[Row], methods: Mapping[str, dict]) -> str:
             if cost["parameters"]
             else ["0", "-"]
         )
-        lines.append(_line([f"{row.benchmark} ({row.count})", row.method, settings, *speed, memory, *size]))
-    return "\n".join(lines)
+        table.append([f"{row.benchmark} ({row.count})", row.method, settings, *speed, memory, *size])
+    return "\n".join(columns.markdown(table))
 
 
 def _notes(row: Row) -> list[str]:
@@ -159,7 +156,3 @@ def _number(key: str, value: float | None) -> str:
 
 def _word(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
