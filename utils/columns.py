@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown(rows: Iterable[Sequence[str]], numbers: bool = False) -> list[str]:
-    """The lines of a Markdown table; the first of ``rows`` is its head. ``numbers``: all but the first column go right."""
+    """The lines of a Markdown table, whose head is the first of ``rows``. ``numbers``: all columns but one go right."""
     head, *body = ([cell.strip().replace("|", "\\|") for cell in row] for row in rows)
     rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
     return [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
