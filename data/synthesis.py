@@ -8,6 +8,7 @@ Single-Image Dehazing and Beyond", TIP 2019): d is the depth divided by the maxi
 import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.segmentation import slic
 from torch import Tensor
 
 from utils import config, physics
@@ -48,6 +49,53 @@ def outdoor_depth(clear: Tensor, rng: np.random.Generator) -> Tensor:
     short = min(height, width) / 160  # the radii are those of pictures of this short side
     radius = max(1, round(short * rng.integers(6, 20)))
     depth = physics.guided_filter(clear[None], depth, radius, float(10 ** rng.uniform(-3.5, -2)))[0]
+    return _from_0_to_1(depth)
+
+
+def varied_outdoor_depth(clear: Tensor, rng: np.random.Generator, shares: config.OutdoorDepth) -> Tensor:
+    """`outdoor_depth`, or, by their ``shares``, another kind, so that no one kind of mistake is learnt: (1,H,W).
+
+    Patches: constant in superpixels, as depth estimated from one picture is (RESIDE's outdoor sets have such). Dark
+    channel: -log(1 - 0.95 dark), the haze that the picture has already, more of it. Noise: anything smooth.
+    """
+    kinds = {"patches": shares.patches, "dark": shares.dark_channel, "noise": shares.noise}
+    if not any(kinds.values()):
+        return outdoor_depth(clear, rng)
+    kind = rng.choice(["plane", *kinds], p=[1 - sum(kinds.values()), *kinds.values()])
+    if kind == "plane":
+        return outdoor_depth(clear, rng)
+    if kind == "patches":
+        return _patches(clear, outdoor_depth(clear, rng), rng)
+    if kind == "dark":
+        return _dark_depth(clear)
+    coarse = torch.from_numpy(rng.random((1, 1, 4, 5), np.float32))
+    return _from_0_to_1(F.interpolate(coarse, clear.shape[1:], mode="bicubic", align_corners=True)[0])
+
+
+def _patches(clear: Tensor, depth: Tensor, rng: np.random.Generator) -> Tensor:
+    """``depth`` (1,H,W) with one value, its mean times exp(0.25 n), n normal, in every superpixel of ``clear``."""
+    _, height, width = clear.shape
+    small = F.interpolate(clear[None], (max(1, height // 2), max(1, width // 2)), mode="area")[0]
+    labels = slic(small.permute(1, 2, 0).numpy(), n_segments=int(rng.integers(60, 240)), max_num_iter=4, start_label=0)
+    labels = torch.from_numpy(labels)
+    labels = F.interpolate(labels[None, None].float(), (height, width))[0].long()
+    count = int(labels.max()) + 1
+    sums = torch.zeros(count).scatter_add_(0, labels.flatten(), depth.flatten())
+    means = sums / torch.bincount(labels.flatten(), minlength=count).clamp(min=1)
+    means = means * torch.from_numpy(np.exp(0.25 * rng.standard_normal(count)).astype(np.float32))
+    radius = max(1, round(min(height, width) / 40))
+    return _from_0_to_1(physics.guided_filter(clear[None], means[labels][None], radius, 1e-3)[0])
+
+
+def _dark_depth(clear: Tensor) -> Tensor:
+    """The depth (1,H,W) at which haze makes the dark channel that ``clear`` has."""
+    short = min(clear.shape[1:])
+    dark = physics.dark_channel(clear[None], max(3, short // 30 * 2 + 1))
+    depth = -(1 - 0.95 * dark).log()
+    return _from_0_to_1(physics.guided_filter(clear[None], depth, max(1, short // 12), 1e-3)[0])
+
+
+def _from_0_to_1(depth: Tensor) -> Tensor:
     return (depth / depth.max().clamp(min=1e-3)).clamp(LEAST_DEPTH, 1)
 
 
@@ -78,7 +126,7 @@ def random_haze(
         clear = (clear * torch.from_numpy(gains.astype(np.float32)).view(3, 1, 1)).clamp(0, 1)
     if depth is None:
         outdoor = (made_up or law.depth) == "outdoor"
-        depth = outdoor_depth(clear, rng) if outdoor else smooth_depth(*clear.shape[1:], rng)
+        depth = varied_outdoor_depth(clear, rng, law.outdoor) if outdoor else smooth_depth(*clear.shape[1:], rng)
     beta, grey = rng.uniform(*law.density), min(1.0, rng.uniform(*law.airlight))
     shift = rng.uniform(-1, 1, 3) * (law.colour if rng.random() < law.colour_probability else 0.0)
     light = torch.from_numpy(np.clip(grey + shift, 0, 1).astype(np.float32))

@@ -152,6 +152,34 @@ def test_outdoor_depth_grows_upwards():
     assert maps[:20].mean() > 2 * maps[-20:].mean()
 
 
+@pytest.mark.parametrize("kind", ["patches", "dark_channel", "noise"])
+@pytest.mark.parametrize("size", [(60, 84), (31, 17), (5, 90), (1, 1)])
+def test_other_kinds_of_outdoor_depth(kind, size):
+    shares = config.OutdoorDepth(**{"patches": 0, "dark_channel": 0, "noise": 0} | {kind: 1})
+    clear = torch.rand(3, *size)
+    one, two = (synthesis.varied_outdoor_depth(clear, np.random.default_rng(3), shares) for _ in range(2))
+    assert one.shape == (1, *size)
+    assert torch.equal(one, two)
+    assert synthesis.LEAST_DEPTH <= one.min() <= one.max() == 1
+    assert not torch.equal(one, synthesis.outdoor_depth(clear, np.random.default_rng(3))) or min(size) == 1
+
+
+def test_shares_of_outdoor_depths():
+    """Without any nothing is drawn for the choice: the haze of earlier runs stays what it was."""
+    clear, none = torch.rand(3, 20, 30), config.OutdoorDepth(0, 0, 0)
+    plain = synthesis.outdoor_depth(clear, np.random.default_rng(0))
+    assert torch.equal(synthesis.varied_outdoor_depth(clear, np.random.default_rng(0), none), plain)
+    with pytest.raises(UserError, match=r"haze\.outdoor: the shares are more than 1 together"):
+        config.OutdoorDepth(0.5, 0.4, 0.2)
+
+
+def test_depth_of_the_dark_channel_is_that_of_the_haze_it_has():
+    clear = torch.rand(3, 90, 90) * 0.2
+    clear[:, :, 45:] = clear[:, :, 45:] * 0.3 + 0.7
+    depth = synthesis.varied_outdoor_depth(clear, np.random.default_rng(0), config.OutdoorDepth(0, 1, 0))
+    assert depth[..., 60:].mean() > 5 * depth[..., :30].mean()
+
+
 NAMES = [field.name for field in dataclasses.fields(config.Degradations) if field.name != "airlight"]
 fractions = st.floats(0, 1)
 

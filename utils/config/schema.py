@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from utils.config.convert import Count, CountOrZero, Ends, Fraction, Interval, Range, Rate, Weight, check_interval
+from utils.errors import UserError
 
 
 @dataclass
@@ -40,6 +41,19 @@ class Sometimes:
 
 
 @dataclass
+class OutdoorDepth:
+    """Shares of the depths made up outdoors that are of another kind than a ground plane."""
+
+    patches: Fraction
+    dark_channel: Fraction
+    noise: Fraction
+
+    def __post_init__(self):
+        if self.patches + self.dark_channel + self.noise > 1:
+            raise UserError("haze.outdoor: the shares are more than 1 together")
+
+
+@dataclass
 class Haze:
     """What `data.synthesis.random_haze` draws from."""
 
@@ -52,6 +66,7 @@ class Haze:
     light: Sometimes
     noise: Annotated[float, Range(0, 255)]
     depth: Literal["smooth", "outdoor"]
+    outdoor: OutdoorDepth
 
     def __post_init__(self):
         check_interval("haze.density", self.density)
