@@ -73,7 +73,7 @@ def varied_outdoor_depth(clear: Tensor, rng: np.random.Generator, shares: config
 
 
 def _patches(clear: Tensor, depth: Tensor, rng: np.random.Generator) -> Tensor:
-    """``depth`` (1,H,W) with one value, its mean times exp(0.25 n), n normal, in every superpixel of ``clear``."""
+    """``depth`` (1,H,W) with one value, its mean times exp(0.15 n), n normal, in every superpixel of ``clear``."""
     _, height, width = clear.shape
     small = F.interpolate(clear[None], (max(1, height // 2), max(1, width // 2)), mode="area")[0]
     labels = slic(small.permute(1, 2, 0).numpy(), n_segments=int(rng.integers(60, 240)), max_num_iter=4, start_label=0)
@@ -82,7 +82,7 @@ def _patches(clear: Tensor, depth: Tensor, rng: np.random.Generator) -> Tensor:
     count = int(labels.max()) + 1
     sums = torch.zeros(count).scatter_add_(0, labels.flatten(), depth.flatten())
     means = sums / torch.bincount(labels.flatten(), minlength=count).clamp(min=1)
-    means = means * torch.from_numpy(np.exp(0.25 * rng.standard_normal(count)).astype(np.float32))
+    means = means * torch.from_numpy(np.exp(0.15 * rng.standard_normal(count)).astype(np.float32))
     radius = max(1, round(min(height, width) / 40))
     return _from_0_to_1(physics.guided_filter(clear[None], means[labels][None], radius, 1e-3)[0])
 
