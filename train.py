@@ -87,7 +87,7 @@ class Run:
         }
         self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
-        changed = resuming.changes(saved, settings, self.last) if saved else {}
+        changed = resuming.changes(saved, settings, self.last) if saved is not None else {}
         ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
 
         torch.manual_seed(settings.seed)

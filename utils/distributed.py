@@ -147,9 +147,14 @@ class Ranks:
         self.start(seed, step)
         every = [{"random": state["random"], "buffers": {}}, *state.get("others", [])]
         for own in every[self.rank : self.rank + 1]:
-            checkpoint.set_random_states(own["random"])
-            for key, value in own["buffers"].items():
-                method.get_buffer(key).copy_(value)
+            try:
+                checkpoint.set_random_states(own["random"])
+                for key, value in own["buffers"].items():
+                    method.get_buffer(key).copy_(value)
+            except (KeyError, TypeError, AttributeError, RuntimeError):
+                raise UserError(
+                    f"the checkpoint's state of process {self.rank} is damaged; take another file"
+                ) from None
         if len(every) != self.world:
             self.remark += f" (until now {len(every)} in all; random numbers of new ones begin anew)"
 

@@ -3,10 +3,12 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from utils.config import Settings
 from utils.device import autocast
@@ -14,6 +16,8 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.training.progress import Stage
 from utils.training.schedules import schedule
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 
 
 class Updater:
@@ -101,27 +105,55 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from ``state``: moments and counts are its own; rates, betas, decay and schedule are as set now."""
-        for name, optimiser in self.optimisers.items():
-            if name in state["optimisers"]:  # else its loss had no weight until now, and its moments begin anew
-                _load_moments(optimiser, state["optimisers"][name])
-        counts = next(iter(state["schedules"].values()))  # of steps, in which all are alike
-        for each in self.schedules.values():
-            each.load_state_dict(counts | {"base_lrs": each.base_lrs})
-            rates = zip(each.base_lrs, each.lr_lambdas, strict=True)
-            each._last_lr = [base * factor(each.last_epoch) for base, factor in rates]
-            for group, rate in zip(each.optimizer.param_groups, each._last_lr, strict=True):
-                group["lr"] = rate
-        if state["scaler"]:  # empty, unless precision was fp16
-            self.scaler.load_state_dict(state["scaler"])
+        """Go on from ``state``: moments and counts are its own; rates, betas, decay and schedule are as set now.
+
+        Raises `UserError` for what is no such state, or one of other networks.
+        """
+        try:
+            optimisers, schedules, scaler = state["optimisers"], state["schedules"], state["scaler"]
+            for name, optimiser in self.optimisers.items():
+                if name in optimisers:  # else its loss had no weight until now, and its moments begin anew
+                    _load_moments(optimiser, optimisers[name])
+            counts = next(iter(schedules.values()))  # of steps, in which all are alike
+            for each in self.schedules.values():
+                _load_steps(each, counts["last_epoch"], counts["_step_count"])
+            if scaler and self.scaler.is_enabled():  # it is empty, unless precision was fp16
+                self.scaler.load_state_dict({key: number(scaler[key]) for key in self.scaler.state_dict()})
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration):
+            raise UserError("the checkpoint's updater is damaged or of other networks; take another file") from None
 
 
 def _load_moments(optimiser: Optimizer, state: dict) -> None:
-    """What ``optimiser`` has learnt of its parameters, from ``state``; its settings stay."""
+    """What ``optimiser`` has learnt of its parameters, from ``state``; its settings stay. Raises ValueError."""
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimiser.param_groups]
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    for n, parameter in zip(numbers, parameters_of(optimiser), strict=True):
+        held = state["state"].get(n, dict.fromkeys(MOMENTS, parameter))  # none, before its first step
+        shapes = {name: tuple(value.shape) for name, value in held.items()}
+        wanted = {name: () if name == "step" else tuple(parameter.shape) for name in MOMENTS}
+        if isinstance(optimiser, Adam) and n in state["state"] and shapes != wanted:
+            raise ValueError(f"the moments of parameter {n} do not fit it")
+        if not all(value.is_floating_point() and value.isfinite().all() for value in held.values()):
+            raise ValueError(f"the moments of parameter {n} are no numbers")
     optimiser.load_state_dict(state)
     for group, settings in zip(optimiser.param_groups, own, strict=True):
         group.update(settings)
+
+
+def _load_steps(schedule: LRScheduler, last: int, count: int) -> None:
+    """Put ``schedule``, and the rates that it gives, where it stands after ``last`` steps."""
+    schedule.last_epoch, schedule._step_count = int(number(last)), int(number(count))
+    rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def number(value: Any) -> float:
+    """``value``, if it is a number from 0 on. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**62:
+        raise ValueError(f"{value!r:.40} is no number")
+    return value
 
 
 def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
