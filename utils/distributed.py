@@ -70,6 +70,12 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest ``value`` of all processes, on its device, which is not waited for."""
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def exchange(self, value: Any) -> list:
         """``value`` (plain values and CPU tensors) of every process, by rank."""
         if self.world == 1:

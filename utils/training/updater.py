@@ -1,4 +1,7 @@
-"""Turns losses into steps: backward, un-scale, clip, step, in the order in which a method yields its losses."""
+"""Turns losses into steps: backward, un-scale, clip, step, in the order in which a method yields its losses.
+
+Where a loss or a gradient is no number, its optimiser does not step.
+"""
 
 import contextlib
 import math
@@ -55,12 +58,17 @@ class Updater:
         self.reducers = {name: ranks.reducer(parameters_of(optimiser)) for name, optimiser in optimisers.items()}
         self.device, self.precision, self.clip = device, settings.precision, stage.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.ranks, self.left_out = ranks, torch.zeros((), device=device)
         if saved is not None:
             self.load_state_dict(saved)
 
     def step(self, losses: Callable[[dict], Iterator], batches: Iterable[dict]) -> dict[str, Tensor]:
-        """One step on ``batches``; returns the means of its losses (each optimiser's, and their terms), detached."""
-        batches, terms = list(batches), {}
+        """One step on ``batches``; returns the means of its losses (each optimiser's, and their terms), detached.
+
+        ``left_out`` is then 1 where an optimiser did not step, since its loss or a gradient was no number, and else 0:
+        on the device, so that a GPU is not waited for. fp16's overflows, with which its scaler deals, do not count.
+        """
+        batches, terms, self.left_out, wrong = list(batches), {}, torch.zeros((), device=self.device), {}
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
         for k, batch in enumerate(batches, 1):
@@ -71,10 +79,13 @@ class Updater:
                     moved = parameters_of(self.optimisers[loss.optimiser])  # no other gradient is computed
                     value = reducer(self.scaler.scale(loss.value / len(batches)))
                     value.backward(inputs=moved, retain_graph=loss.shared)
+                lost = (~loss.value.detach().isfinite()).float()
+                wrong[loss.optimiser] = torch.maximum(lost, wrong.get(loss.optimiser, lost))
                 found |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
                 due.append(loss.optimiser)
                 while stepping and due and not loss.shared:
-                    self._move(self.optimisers[due.pop(0)])
+                    name = due.pop(0)
+                    self._move(self.optimisers[name], wrong[name])
             terms = {name: terms.get(name, 0) + term / len(batches) for name, term in found.items()}
         if stepping:
             self.scaler.update()
@@ -87,11 +98,23 @@ class Updater:
         with autocast(self.device, self.precision):
             return next(pending, None)
 
-    def _move(self, optimiser: Optimizer) -> None:
+    def _move(self, optimiser: Optimizer, wrong: Tensor) -> None:
+        """A step of ``optimiser``, unless its loss is ``wrong`` (1: no number) or a gradient is none."""
+        gradients = [p.grad for p in parameters_of(optimiser) if p.grad is not None]
+        if not self.scaler.is_enabled() and gradients:
+            largest = torch.nn.utils.get_total_norm(gradients, math.inf)
+            wrong = torch.maximum(wrong, (~largest.isfinite()).to(wrong))
+        wrong = self.ranks.largest(wrong)
+        self.left_out = torch.maximum(self.left_out, wrong)
         if self.clip:
             self.scaler.unscale_(optimiser)
             torch.nn.utils.clip_grad_norm_(parameters_of(optimiser), self.clip)
-        self.scaler.step(optimiser)
+        if self.scaler.is_enabled():
+            for gradient in gradients[:1]:  # then the scaler leaves the step out
+                gradient.masked_fill_(wrong.bool(), math.nan)
+            self.scaler.step(optimiser)
+        else:
+            _step_unless(wrong, optimiser)
 
     def rates(self) -> dict[str, float]:
         """The present learning rate of each optimiser."""
@@ -121,6 +144,18 @@ class Updater:
                 self.scaler.load_state_dict({key: number(scaler[key]) for key in self.scaler.state_dict()})
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration):
             raise UserError("the checkpoint's updater is damaged or of other networks; take another file") from None
+
+
+def _step_unless(wrong: Tensor, optimiser: Optimizer) -> None:
+    """A step of ``optimiser``, where ``wrong`` is 0; on a GPU a fused one decides, and is not waited for."""
+    if wrong.is_cuda and optimiser.defaults.get("fused"):
+        optimiser.grad_scale, optimiser.found_inf = None, wrong
+        optimiser.step()
+        del optimiser.grad_scale, optimiser.found_inf
+    elif not wrong:
+        optimiser.step()
+    else:
+        optimiser._opt_called = True  # or its schedule would warn
 
 
 def _load_moments(optimiser: Optimizer, state: dict) -> None:
@@ -169,9 +204,11 @@ def finite(terms: Mapping[str, Tensor | float], stage: str = "train", model: str
     figures = {name: float(term) for name, term in terms.items()}
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss '{name}' has become {value}; last.pt is from before: lower "
-                f"{model if stage == 'train' else stage}.learning_rate, or set {stage}.clip=1 or precision=float32, "
-                f"and go on with --resume"
-            )
+            raise UserError(f"the loss '{name}' has become {value}; {remedy(stage, model)}")
     return figures
+
+
+def remedy(stage: str, model: str) -> str:
+    """What to do where training diverges."""
+    rate = f"{model if stage == 'train' else stage}.learning_rate"
+    return f"last.pt is from before: lower {rate}, or set {stage}.clip=1 or precision=float32, and go on with --resume"
