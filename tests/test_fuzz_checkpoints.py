@@ -179,6 +179,13 @@ def packed(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     return how, file.getvalue()
 
 
+def json_of(tree: Any) -> str:
+    try:
+        return json.dumps(tree, default=str)
+    except (TypeError, ValueError):  # no JSON
+        return "{"
+
+
 def rewritten(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     """A .safetensors file with one thing in its header, or in what its metadata say, changed."""
     size = struct.unpack("<Q", data[:8])[0]
@@ -189,10 +196,7 @@ def rewritten(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     if how == "notes":
         tree = json.loads(notes["metadata"])
         how = change(tree, chance)
-        try:
-            notes["metadata"] = json.dumps(tree, default=str)
-        except (TypeError, ValueError):  # no JSON
-            notes["metadata"] = "{"
+        notes["metadata"] = json_of(tree)
     elif how in ("deep", "list"):
         notes["metadata"] = "[" * 1000 + "]" * 1000 if how == "deep" else '["model"]'
     elif how == "header":
@@ -202,7 +206,7 @@ def rewritten(data: bytes, chance: random.Random) -> tuple[str, bytes]:
         wrong = {"dtype": "I32", "shape": [2**40], "data_offsets": [0, 2**40]}
         key = chance.choice(list(wrong))
         entry[key], how = wrong[key], f"entry {key}"
-    text = json.dumps(header, default=str).encode()
+    text = json_of(header).encode()
     return how, struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
