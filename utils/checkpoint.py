@@ -116,7 +116,10 @@ def _check_kinds(path: Path, fields: Mapping[str, Any]) -> None:
         if odd or (kind is int and name in fields and not 0 <= value < 2**62):
             raise UserError(f"cannot read {path}: its '{name}' is no such thing ({value!r:.40}); take another file")
     trust.check_tree(fields.get("settings"), f"the settings in {path}")
-    trust.check_tree(fields.get("chosen_on"), f"the notes in {path} on how its weights were chosen")
+    chosen = fields.get("chosen_on") or {"sets": [], "truths": []}
+    lists = [chosen.get(key) for key in ("sets", "truths")]
+    if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in lists):
+        raise UserError(f"cannot read {path}: what its weights were 'chosen_on' is damaged; take another file")
 
 
 def _changed(path: Path) -> str:

@@ -22,7 +22,7 @@ class Step(NamedTuple):
         for name, term in self.terms.items():
             if not term.isfinite().all():
                 return f"the loss '{name}' has become {float(term)}"
-        return "gradients have become NaN or infinite, here or in another process"
+        return "gradients have become NaN, infinite or too large for float32, here or in another process"
 
 
 class Divergence:
@@ -52,7 +52,7 @@ class Divergence:
         found, learnt = [], False
         while self.pending and (wait or self.pending[0].computed is None or self.pending[0].computed.query()):
             step, learnt = self.pending.popleft(), True
-            if step.computed is not None:
+            if wait and step.computed is not None:
                 step.computed.synchronize()
             if step.left_out:
                 found.append(step)

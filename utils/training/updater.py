@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.training.progress import Stage
 from utils.training.schedules import schedule
 
+OVERFLOWS = 1e19  # a gradient whose square float32 does not hold: from then on Adam's moment of it would be infinite
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
 
 
@@ -99,22 +100,27 @@ class Updater:
             return next(pending, None)
 
     def _move(self, optimiser: Optimizer, wrong: Tensor) -> None:
-        """A step of ``optimiser``, unless its loss is ``wrong`` (1: no number) or a gradient is none."""
+        """A step of ``optimiser``, unless its loss is ``wrong`` (1: no number) or a gradient is none, or overflows."""
         gradients = [p.grad for p in parameters_of(optimiser) if p.grad is not None]
-        if not self.scaler.is_enabled() and gradients:
+        fp16 = self.scaler.is_enabled()
+        if gradients and not fp16:
             largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-            wrong = torch.maximum(wrong, (~largest.isfinite()).to(wrong))
+            wrong = torch.maximum(wrong, (~(largest < OVERFLOWS)).to(wrong))
         wrong = self.ranks.largest(wrong)
         self.left_out = torch.maximum(self.left_out, wrong)
+        for gradient in gradients[:1] if fp16 else ():  # the scaler leaves out what it finds no numbers in
+            gradient.masked_fill_(wrong.bool(), math.nan)
         if self.clip:
             self.scaler.unscale_(optimiser)
             torch.nn.utils.clip_grad_norm_(parameters_of(optimiser), self.clip)
-        if self.scaler.is_enabled():
-            for gradient in gradients[:1]:  # then the scaler leaves the step out
-                gradient.masked_fill_(wrong.bool(), math.nan)
+        if fp16:
             self.scaler.step(optimiser)
+        elif wrong.is_cuda and optimiser.defaults.get("fused"):
+            _fused_step(wrong, optimiser)
+        elif not wrong:
+            optimiser.step()
         else:
-            _step_unless(wrong, optimiser)
+            optimiser._opt_called = True  # or its schedule would warn
 
     def rates(self) -> dict[str, float]:
         """The present learning rate of each optimiser."""
@@ -146,16 +152,11 @@ class Updater:
             raise UserError("the checkpoint's updater is damaged or of other networks; take another file") from None
 
 
-def _step_unless(wrong: Tensor, optimiser: Optimizer) -> None:
-    """A step of ``optimiser``, where ``wrong`` is 0; on a GPU a fused one decides, and is not waited for."""
-    if wrong.is_cuda and optimiser.defaults.get("fused"):
-        optimiser.grad_scale, optimiser.found_inf = None, wrong
-        optimiser.step()
-        del optimiser.grad_scale, optimiser.found_inf
-    elif not wrong:
-        optimiser.step()
-    else:
-        optimiser._opt_called = True  # or its schedule would warn
+def _fused_step(wrong: Tensor, optimiser: Optimizer) -> None:
+    """A step of a fused ``optimiser`` where ``wrong`` is 0: it looks for itself, on the device, and nobody waits."""
+    optimiser.grad_scale, optimiser.found_inf = None, wrong
+    optimiser.step()
+    del optimiser.grad_scale, optimiser.found_inf
 
 
 def _load_moments(optimiser: Optimizer, state: dict) -> None:
@@ -211,4 +212,7 @@ def finite(terms: Mapping[str, Tensor | float], stage: str = "train", model: str
 def remedy(stage: str, model: str) -> str:
     """What to do where training diverges."""
     rate = f"{model if stage == 'train' else stage}.learning_rate"
-    return f"last.pt is from before: lower {rate}, or set {stage}.clip=1 or precision=float32, and go on with --resume"
+    return (
+        f"last.pt is from before: lower {rate}, or set {stage}.clip=1, precision=float32 or a smaller weight of that "
+        f"loss, and go on with --resume"
+    )

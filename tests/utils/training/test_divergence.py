@@ -7,7 +7,7 @@ from test_updater import CPU, batches, losses, net, told
 from torch import nn
 
 from utils.training.divergence import Divergence
-from utils.training.updater import Updater
+from utils.training.updater import Updater, _fused_step
 
 
 def poisoned(module: nn.Module, part: str):
@@ -16,8 +16,9 @@ def poisoned(module: nn.Module, part: str):
     def of(batch):
         for loss in losses(module)(batch):
             value = loss.value * math.nan if part == "loss" else loss.value
-            if part == "gradient":
-                value.register_hook(lambda gradient: gradient * math.inf)
+            if part != "loss":
+                factor = math.inf if part == "gradient" else 1e25
+                value.register_hook(lambda gradient, factor=factor: gradient * factor)
             yield loss._replace(value=value, terms={"mse": value.detach()})
 
     return of
@@ -28,7 +29,7 @@ def mover_of(module: nn.Module, **train) -> Updater:
 
 
 @pytest.mark.parametrize("clip", [0, 1])
-@pytest.mark.parametrize("part", ["loss", "gradient"])
+@pytest.mark.parametrize("part", ["loss", "gradient", "its square"])
 def test_such_a_step_changes_no_weight_and_no_moment(part, clip):
     """As if it had not been, but for the schedule."""
     one, other, data = net(), net(), batches(3)
@@ -44,6 +45,33 @@ def test_such_a_step_changes_no_weight_and_no_moment(part, clip):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     states = [next(iter(each.optimisers["net"].state.values())) for each in (mover, straight)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_the_scaler_of_fp16_leaves_out_a_loss_that_is_no_number(clip):
+    module, data = net(), batches(1)
+    mover, before = mover_of(module, clip=clip), copy.deepcopy(module.state_dict())
+    mover.scaler = torch.amp.GradScaler("cpu", enabled=True)
+
+    def with_good_gradients(batch):
+        for loss in losses(module)(batch):
+            yield loss._replace(value=loss.value + math.inf)
+
+    mover.step(with_good_gradients, data)
+    assert mover.left_out == 1
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0])
+def test_a_fused_optimiser_leaves_a_step_out_by_itself(wrong):
+    """As on a GPU, where it is asked to."""
+    module, data = net(), batches(1)
+    before = copy.deepcopy(module.state_dict())
+    optimiser = torch.optim.Adam(module.parameters(), 0.05, fused=True)
+    next(losses(module)(data[0])).value.backward()
+    _fused_step(torch.tensor(wrong), optimiser)
+    assert all(torch.equal(value, before[key]) == bool(wrong) for key, value in module.state_dict().items())
+    assert all(state["step"] == 1 - wrong for state in optimiser.state.values())
 
 
 def test_one_bad_batch_of_several_is_enough():
