@@ -3,7 +3,6 @@
 Feed n is the same in every run: `spoilt` draws it from a generator with that seed.
 """
 
-import copy
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from utils.distributed import Ranks
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs os.fork")
 
 FEEDS, FEW = 500, 30
+FILES = ("last.pt", "weights.safetensors", "official.pth", "weights.safetensors")
 HOW = [*OTHERS["aknet"], "warm_start.steps=0", "train.steps=9", "train.ema=0.5", "data.validation_hazy="]
 HOW += ["data.validation_clear=", "device=cpu"]
 
@@ -213,7 +213,7 @@ def rewritten(data: bytes, chance: random.Random) -> tuple[str, bytes]:
 def spoilt(whole: Path, number: int) -> tuple[str, str, bytes]:
     """Feed ``number``: the name of its file, what was done to it, and its bytes."""
     chance = random.Random(number)
-    name = ("last.pt", "weights.safetensors", "official.pth")[number % 3]
+    name = FILES[number % len(FILES)]
     data = (whole / name).read_bytes()
     if chance.random() < 0.3:
         return name, *damage(data, chance)
@@ -221,7 +221,7 @@ def spoilt(whole: Path, number: int) -> tuple[str, str, bytes]:
         return name, *rewritten(data, chance)
     if chance.random() < 0.1:
         return name, *packed(data, chance)
-    state = copy.deepcopy(torch.load(io.BytesIO(data), weights_only=True))
+    state = torch.load(io.BytesIO(data), weights_only=True)
     state.pop("checksum", None)  # as in files of before: what is changed must be seen for itself
     how = change(state, chance)
     return name, how, saved(state)
@@ -229,7 +229,7 @@ def spoilt(whole: Path, number: int) -> tuple[str, str, bytes]:
 
 def use(path: Path, number: int) -> None:
     """What the commands do with a file: a run goes on from it, or it is loaded."""
-    if path.name == "last.pt" and number % 2:
+    if path.name == "last.pt" and number % (2 * len(FILES)):
         train.Run(settings_of(path.parent), path.parent, True, Ranks())
         return
     method = models.load(path)
@@ -265,7 +265,7 @@ def test_many(whole, tmp_path):
 
 def test_whole_files_are_used(whole, tmp_path):
     """The harness does not refuse for reasons of its own."""
-    for number, name in enumerate(("last.pt", "last.pt", "weights.safetensors", "official.pth")):
+    for number, name in ((0, "last.pt"), (4, "last.pt"), (1, "weights.safetensors"), (2, "official.pth")):
         for file in ("config.yml", name):
             shutil.copy(whole / file, tmp_path)
         found = bounds.judge(lambda number=number, name=name: use(tmp_path / name, number), tmp_path)
