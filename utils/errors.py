@@ -9,8 +9,20 @@ class UserError(Exception):
     """Something that the user can put right.
 
     The message is one line that names the thing and the remedy. The commands print it without a
-    traceback and exit with status 2; from Python it is an ordinary exception.
+    traceback and exit with status 2; from Python it is an ordinary exception. What a hostile file puts into it, line
+    breaks or signs that steer a terminal, stands there as an escape, and what is endless is cut.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(_one_line(f"{message}"))
+
+
+LONGEST, END = 2_000, 500  # characters of a line, and how many of them are of its end
+
+
+def _one_line(text: str) -> str:
+    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - END - 5]} ... {line[-END:]}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

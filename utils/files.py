@@ -18,8 +18,11 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Give a temporary path beside ``path``; what was written there takes its place when the block ends well.
+
+    torch.save writes the name up to its last dot into the file: that is the same for all files and processes.
+    """
+    temporary = path.with_name(f".unfinished.{path.name.replace('.', '_')}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -2,10 +2,12 @@
 
 import argparse
 import datetime
+import json
 import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import picture
 
@@ -227,3 +229,35 @@ def test_damaged_and_foreign_files_are_refused(released, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
     for other in set(TRAINED) - {name}:
         assert models.METHODS[other].from_official(flat(torch.load(file)), settings(other).method) is None
+
+
+def file_of(folder: Path, *overrides: str, **change: torch.Tensor) -> Path:
+    """The weights of a small AKNet as a file of before there were checksums, some of them changed."""
+    values = settings("aknet", *SMALL["aknet"])
+    weights, told = small("aknet").state_dict(), config.to_dict(values)
+    told["aknet"] |= dict(text.split("=") for text in overrides)
+    header = {"format": checkpoint.FORMAT, "version": "1", "metadata": json.dumps({"model": "aknet", "settings": told})}
+    safetensors.torch.save_file(weights | change, folder / "weights.safetensors", header)
+    return folder / "weights.safetensors"
+
+
+def test_weights_that_are_no_numbers_are_named_where_they_are_read(tmp_path):
+    file = file_of(tmp_path, **{"network.stem.bias": torch.full((8,), torch.nan)})
+    for reading in (
+        lambda: official.main(["inspect", str(file)]),
+        lambda: models.start(small("aknet"), file),
+        lambda: models.load(file),
+    ):
+        with pytest.raises(UserError, match=r"network\.stem\.bias of \d+ weights hold NaN or infinity"):
+            reading()
+
+
+def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):
+    assert models.load(file_of(tmp_path)).settings.width == 8
+    with pytest.raises(UserError, match="asks for networks far larger than its"):
+        models.load(file_of(tmp_path, "width=512"))
+
+
+def test_nothing_is_fetched_that_a_file_names():
+    with pytest.raises(UserError, match="nothing is fetched"):
+        models.build(settings("d4", *SMALL["d4"], "d4.encoder=hf-hub:someone/something"))

@@ -1,0 +1,46 @@
+"""The harness of the fuzzers sees what it must see."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import bounds
+import pytest
+import torch
+
+from utils.errors import UserError
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs os.fork")
+
+
+def refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def test_what_ends_well_or_in_one_line(tmp_path):
+    assert bounds.judge(lambda: (tmp_path / "a").write_text("x"), tmp_path) == ("", "")
+    assert bounds.judge(lambda: refuse("a.pt is bad; fetch it again"), tmp_path) == ("a.pt is bad; fetch it again", "")
+
+
+FAULTS = {
+    "another error": (lambda: {}["x"], "KeyError"),
+    "two lines": (lambda: refuse("a\nb"), "not one line"),
+    "an end": (lambda: os._exit(0), "ended without a word"),
+    "an exit": (lambda: exit(0), "SystemExit"),
+    "a crash": (lambda: os.abort(), "died of SIGABRT"),
+    "a hang": (lambda: time.sleep(30), "not done after 0.5 s"),
+    "memory": (lambda: torch.ones(2**26).sum(), "took 2"),
+    "a program": (lambda: subprocess.run(["true"]), "did subprocess.Popen"),
+    "a file elsewhere": (lambda: Path(__file__).with_suffix(".trace").touch(), "did open"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults(tmp_path, case):
+    work, told = FAULTS[case]
+    try:
+        found = bounds.judge(work, tmp_path, seconds=0.5 if case == "a hang" else 20, most=2**27)
+    finally:
+        Path(__file__).with_suffix(".trace").unlink(missing_ok=True)
+    assert told in found.fault
