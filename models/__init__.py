@@ -16,6 +16,7 @@ from models.method import Method
 from models.nedr import D4, NeDR
 from utils import checkpoint, config, foreign
 from utils.errors import UserError, nearest
+from utils.files import home
 from utils.training import progress
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -158,7 +159,7 @@ def _path(file: str | Path | None) -> Path:
     """The file that is named, or the weights that ship; which they are goes into the log."""
     name = file or "nedr"
     if name not in METHODS or (file and Path(name).is_file()):  # a folder of that name is no file of weights
-        return Path(file).expanduser()
+        return home(file)
     path = shipped(name)
     if path is None:
         raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")

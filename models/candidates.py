@@ -18,6 +18,7 @@ from utils.config import Override
 from utils.device import autocast
 from utils.errors import UserError, nearest
 from utils.evaluation.runner import Candidate, Pictures
+from utils.files import home
 
 WEIGHTS = ("weights.safetensors", "last.pt")  # of an experiment's folder, the first that is there
 
@@ -186,7 +187,7 @@ def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> d
 def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Callable[[str], None]) -> list[Path]:
     """The files that ``test`` names, or the best weights of an experiment's folder, or those that ship."""
     if test.weights:
-        paths = [Path(name).expanduser() for name in dict.fromkeys(test.weights)]
+        paths = [home(name) for name in dict.fromkeys(test.weights)]
         for path in paths:
             if not test.ema and path.suffix == ".safetensors":
                 raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")

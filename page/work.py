@@ -12,12 +12,11 @@ from torch import Tensor
 
 from data import images
 from models.method import Method
-from utils import memory, physics
+from utils import files, memory, physics
 from utils.errors import UserError
 
 SHOWN = 1280  # pixels of the longer side on the page; what is downloaded has all of them
 SUFFIX = "_dehazed"
-KEPT = frozenset({".jpg", ".jpeg", ".png"})  # the formats in which results are written; others become PNG
 COMPRESSION = 3  # of PNG: a third of the time of Pillow's 6, and files a few percent larger
 
 
@@ -59,7 +58,7 @@ def look(path: Path, method: Method) -> View:
 def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
     """Dehaze a picture at its full size into ``folder``, in its format if that can be written, else as PNG."""
     _, found = _found(path, method, strength)
-    ending = path.suffix if path.suffix.lower() in KEPT else ".png"
+    ending = path.suffix if path.suffix.lower() in files.WRITTEN else ".png"
     output = folder / f"{path.stem}{SUFFIX}{ending}"
     images.write(output, found["clear"][0], COMPRESSION, like=path)
     return output

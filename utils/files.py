@@ -3,11 +3,38 @@
 import contextlib
 import hashlib
 import os
+import zlib
 from pathlib import Path
 
 import safetensors.torch
 
-from utils.errors import UserError
+from utils.errors import UserError, quoted
+
+ROOM = 230  # bytes of a name, of 255, beside which a process' number and an ending fit
+
+
+# Endings of the pictures that are written, and what Pillow calls their kind. What was another becomes PNG.
+WRITTEN = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+WRITTEN |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+
+
+def home(path: str | Path) -> Path:
+    """``path`` with the home folder in place of ``~``. Raises `UserError` for ``~name`` where no user has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        name = Path(path).parts[0]
+        raise UserError(f"{quoted(path)}: {quoted(name)} is nobody's home folder; write the path in full") from None
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name in the folder of ``path`` for what is to take its place, no longer than a file's name may be."""
+    name = (
+        path.name
+        if len(os.fsencode(path.name)) < ROOM
+        else f"{path.name[:40]}~{zlib.crc32(os.fsencode(path.name)):08x}"
+    )
+    return path.with_name(f".{name}.{os.getpid()}.{ending}")
 
 
 def sha256(path: Path) -> str:
@@ -19,7 +46,7 @@ def sha256(path: Path) -> str:
 @contextlib.contextmanager
 def atomic(path: Path):
     """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -9,9 +9,9 @@ from torch import Tensor
 from utils.config import Test
 from utils.errors import UserError
 from utils.evaluation import report
+from utils.files import WRITTEN
 
 LOSSLESS = ".png"
-KEPT = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff"})  # others become PNG
 
 
 def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
@@ -24,7 +24,7 @@ def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
         own = PurePosixPath(name).suffix
         ending = f".{test.format}"
         if test.format == "auto":
-            ending = own if own.lower() in KEPT and not scored else LOSSLESS
+            ending = own if own.lower() in WRITTEN and not scored else LOSSLESS
         return suffix + ending
 
     return report.picture_names(inputs, kind)

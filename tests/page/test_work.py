@@ -64,8 +64,8 @@ def test_what_is_written_has_all_pixels_and_keeps_what_belongs_to_it(photo, meth
     assert (images.read(written) - expected).abs().mean() < 0.01  # JPEG
 
 
-@pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("bmp", ".png"), ("tiff", ".png"), ("webp", ".png")])
-def test_other_formats_become_png(kind, ending, method, tmp_path):
+@pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("bmp", ".png"), ("tiff", ".tiff"), ("webp", ".webp")])
+def test_what_can_be_written_keeps_its_format_and_others_become_png(kind, ending, method, tmp_path):
     path = tmp_path / f"a.{kind}"
     Image.new("RGB", (20, 30), "grey").save(path)
     assert work.write(path, method, 1, tmp_path / "out").name == f"a_dehazed{ending}"
