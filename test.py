@@ -140,7 +140,7 @@ def check_read(given: list[str]) -> None:
         if part in TRAINING and key != "data.workers":
             own = {"root": "data_root", "pairs": "benchmarks"}.get(rest, rest.removeprefix("validation_"))
             remedy = f"write test.{own}" if own in known else "take it out"
-            raise UserError(f"'{text}': {part} is for training, and test.py does not use {key}; {remedy}")
+            raise UserError(f"'{quoted(text)}': {part} is for training, and test.py does not use {key}; {remedy}")
 
 
 def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Override]]:

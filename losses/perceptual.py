@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from utils import imagenet
 from utils.checkpoint import read_weights, unmoved_random_states
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.files import home
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -115,7 +115,7 @@ def _check_layers(network: str, layers: Collection[str], known: Collection[str],
         raise UserError(f"{key}.layers is empty; name some of {', '.join(known)}")
     for name in layers:
         if name not in known:
-            raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
+            raise UserError(f"{network} has no layer '{quoted(name)}'{nearest(name, known)}")
 
 
 @unmoved_random_states()  # made when it is first needed, which in a resumed run is within a step

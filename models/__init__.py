@@ -15,7 +15,7 @@ from models.kanet import KANet
 from models.method import Method
 from models.nedr import D4, NeDR
 from utils import checkpoint, config, foreign
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.files import home
 from utils.training import progress
 
@@ -145,7 +145,7 @@ def change(method: Method, test_time: dict) -> None:
     kinds, changed = get_type_hints(method.Settings, include_extras=True), {}
     for key, value in test_time.items():
         if key not in method.test_time:
-            raise UserError(f"'{key}' cannot change after training{nearest(key, method.test_time)}")
+            raise UserError(f"'{quoted(key)}' cannot change after training{nearest(key, method.test_time)}")
         changed[key] = config.convert(value, kinds[key], f"{name_of(method)}.{key}")
     method.accept(dataclasses.replace(method.settings, **changed))
 

@@ -16,7 +16,7 @@ from models.method import Method
 from utils import checkpoint, config, files
 from utils.config import Override
 from utils.device import autocast
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.evaluation.runner import Candidate, Pictures
 from utils.files import home
 
@@ -111,7 +111,7 @@ def prepare(
     names = list(dict.fromkeys(named))
     for name in names:
         if name not in models.METHODS:
-            raise UserError(f"unknown model '{name}'{nearest(name, models.METHODS)}")
+            raise UserError(f"unknown model '{quoted(name)}'{nearest(name, models.METHODS)}")
     trained = [name for name in names if models.METHODS[name].stages]
     paths = _weights(folder, test, trained, say) if trained or not names else []
     loaded = [_load(path, test.ema, files, overrides) for path in paths]

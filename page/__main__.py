@@ -18,7 +18,7 @@ from pathlib import Path
 import models
 from models.method import Method
 from utils import device, errors
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # What the browser may load for the page, and nothing from elsewhere: fonts, scripts and pictures are the server's own.
@@ -80,7 +80,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         why = getattr(error, "strerror", None) or error
         told = f"the page cannot be served there ({why}); give another --host or --port"
-        raise UserError(f"{host}, port {port}: {told}") from error
+        raise UserError(f"{quoted(host)}, port {port}: {told}") from error
     return listening
 
 

@@ -15,7 +15,7 @@ from utils.errors import UserError, quoted
     [
         ("a b", "a b"),
         ("two\nlines\0\x1b[31m", r"two\nlines\x00\x1b[31m"),
-        (os.fsdecode(b"caf\xe9"), r"caf\xe9"),
+        (os.fsdecode(b"na\xefve"), r"na\xefve"),
         ("\ud800", r"\ud800"),
         ("\u202eevil", r"\u202eevil"),
         ("n\u00e4he", "n\u00e4he"),
