@@ -5,14 +5,16 @@ Pictures are decoded by content, not by name, turned upright by their EXIF tag a
 """
 
 import contextlib
+import ctypes
 import errno
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, _imaging
 from torch import Tensor
 
 from data import depth as depth_files
@@ -119,6 +121,7 @@ def _decode(path: Path) -> Image.Image:
         raise UserError(f"{quoted(path)}: {_no_file(path)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; put the whole one in its place, or remove it")
+    _silence_libtiff()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn of large photographs from 89 million pixels on
     try:
         with Image.open(path) as image:
@@ -130,6 +133,15 @@ def _decode(path: Path) -> Image.Image:
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly any kind
         why, remedy = _unread(error)
         raise UserError(f"{path}: cannot be read as a picture ({why}); {remedy}") from error
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep the library in C, which Pillow brings, from writing to the terminal itself; Pillow's errors tell enough."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(_imaging.__file__)  # which is linked to it
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
 
 
 def _no_file(path: Path) -> str:

@@ -176,7 +176,10 @@ def passed_over(source: str | Path | Sequence[str | Path], extensions: frozenset
     """What `find` does not list though it could be thought to, a line each: unread kinds of files, earlier results."""
     if not isinstance(source, str | Path):
         return list(dict.fromkeys(remark for each in source for remark in passed_over(each, extensions)))
-    path = resolve(source)
+    try:
+        path = resolve(source)
+    except UserError:  # `find` tells of it
+        return []
     if not path.is_dir():
         return []
     walked, remarks = _walk(path, extensions), []

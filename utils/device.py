@@ -21,7 +21,7 @@ def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, number = name.partition(":")
-    if name != "cpu" and (kind != "cuda" or (colon and not number.isdecimal())):
+    if name != "cpu" and (kind != "cuda" or (colon and not (number.isdecimal() and len(number) < 5))):
         raise UserError(f"device={quoted(name)}: must be auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}: PyTorch finds no GPU here; set device=cpu or device=auto, or mend the driver")

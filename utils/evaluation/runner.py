@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,8 +118,8 @@ class Evaluation:
         output.refuse_hidden(test, scored)
         files = {name: folder / file for name, file in output.names(names, test, scored).items()}
         keep = test.pictures and candidate.name != HAZY
-        done = {n: s for n, s in self.journal.done(key, names).items() if not keep or files[n].is_file()}
-        there = set() if scored or test.overwrite else {n for n in names if n not in done and files[n].exists()}
+        done = {n: s for n, s in self.journal.done(key, names).items() if not keep or os.path.isfile(files[n])}
+        there = set() if scored or test.overwrite else {n for n in names if n not in done and os.path.exists(files[n])}
         if test.temporal and (there or done):  # every frame is needed for those after it
             if there:
                 raise UserError(
