@@ -6,8 +6,9 @@
 An experiment is a folder with a config.yml (what differs from configs.yml; key=value lies over both). The run adds
 settings.yml (all settings in force), last.pt (everything, to go on from), weights.safetensors (for test.py; the best
 validated ones of the present stage, or the latest), warm_start.safetensors (those of a warm start that is over),
-log.txt, log.jsonl and tensorboard/. What may change over a resume stands in utils/training/resuming.py.
-CUDA_VISIBLE_DEVICES chooses the GPU; torchrun --nproc_per_node N train.py ... takes N of them (docs/distributed.md).
+log.txt, log.jsonl, tensorboard/ and nonfinite/ (pictures whose losses were no numbers). What may change over a resume
+stands in utils/training/resuming.py. CUDA_VISIBLE_DEVICES chooses the GPU; torchrun --nproc_per_node N train.py ...
+takes N of them (docs/distributed.md).
 """
 
 import argparse
@@ -35,10 +36,13 @@ from utils.errors import UserError
 from utils.evaluation import scoring, selection
 from utils.training import batch_size, progress, resuming, signals
 from utils.training.compiling import compile_networks
+from utils.training.divergence import Divergence, Step
 from utils.training.ema import EMA, buffers_kept
 from utils.training.progress import Progress
 from utils.training.run_log import RunLog, Silence, Speed
-from utils.training.updater import Updater, finite
+from utils.training.updater import Updater, finite, remedy
+
+ASIDE = 4  # steps, and pictures of each batch, that are set aside where losses are no numbers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,7 +70,7 @@ class Run:
 
     def __init__(self, settings: config.Settings, folder: Path, resume: bool, ranks: distributed.Ranks):
         self.settings, self.last, self.weights = settings, folder / "last.pt", folder / "weights.safetensors"
-        self.ranks = ranks
+        self.ranks, self.aside = ranks, folder / "nonfinite"
         if self.last.exists() and not resume:
             raise UserError(f"{folder} holds a run already: go on with --resume, or remove {self.last} to start anew")
         if self.weights.resolve() == models.shipped(settings.model) and not self.last.exists():
@@ -87,7 +91,7 @@ class Run:
         }
         self.validation = datasets.validation(settings)
         saved = checkpoint.read(self.last) if self.last.exists() else None
-        changed = resuming.changes(saved, settings, self.last) if saved else {}
+        changed = resuming.changes(saved, settings, self.last) if saved is not None else {}
         ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
 
         torch.manual_seed(settings.seed)
@@ -109,6 +113,8 @@ class Run:
         if changed.keys() & resuming.CHOICE:
             self.at.best = -math.inf  # it was the best on other pictures
         self.updater = self.make_updater(saved and saved["updater"])
+        networks = [self.method] if self.ema.average is None else [self.method, self.ema.average]
+        self.divergence, self.saved = Divergence(networks, self.at.global_step), self.at.global_step
         self.log = RunLog(folder, self.at.global_step) if ranks.first else Silence()
         if settings.compile:
             compile_networks(self.method.named_children(), self.device, self.log.say)
@@ -159,31 +165,63 @@ class Run:
         bar = tqdm(total=stage.steps, initial=at.step, desc=stage.name, unit="step", **shown)
         guard = batch_size.Guard(self.method, stage, self.settings, self.device, self.ranks)
         self.method.train()
+        saves = False  # is it time to? Not after a step that was left out, but after the next
         with closing(loading.ahead(waiting, self.device)) as batches, bar:
             while not at.stage_ends and (chunk := self.receive(batches, stage.accumulate)):
                 self.terms = guard.step(self.updater, chunk)
                 self.ranks.average_statistics(self.method)
-                self.ema.update()
                 at.advance()
+                self.divergence.after(at.global_step, self.updater.left_out, self.terms, chunk)
+                saves = saves or at.due(log.save_every) or at.stage_ends
+                self.check_steps(saves or at.due(log.every) or at.due(log.validate_every))
+                if not self.divergence.row:
+                    self.ema.update()
                 bar.update()
-                if at.due(log.every):
-                    figures, pace = self.losses(), self.ranks.mean(speed.figures(at.step))
-                    bar.set_postfix(
-                        {name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures}
-                    )
-                    self.log.figures(stage.name, at.global_step, loss=figures, rate=self.updater.rates(), speed=pace)
-                    for remark in self.method.remarks(stage.name, at.step, figures):
-                        self.log.warn_once(remark)
+                if at.due(log.every) and not self.divergence.row:
+                    self.tell(stage, self.ranks.mean(speed.figures(at.step)), bar)
                 if at.due(log.pictures_every) and self.ranks.first:
                     with self.looking() as method:
                         self.log.pictures(at.global_step, method.pictures(chunk[-1]))
                 if at.due(log.validate_every) or at.stage_ends:
                     self.validate(stage)
-                if at.due(log.save_every) or at.stage_ends:
+                if saves and not self.divergence.row:
                     self.save()
+                    saves = False
         [self.ending] = self.ranks.agree(self.signalled)
         if self.ending and not at.stage_ends:
             self.save()
+
+    def tell(self, stage: progress.Stage, pace: dict[str, float], bar: tqdm) -> None:
+        """Log the figures of the last step, and show some on the ``bar``."""
+        figures, step = self.losses(), self.at.global_step
+        bar.set_postfix({name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures})
+        self.log.figures(stage.name, step, loss=figures, rate=self.updater.rates(), speed=pace)
+        for remark in self.method.remarks(stage.name, self.at.step, figures):
+            self.log.warn_once(remark)
+
+    def check_steps(self, wait: bool) -> None:
+        """Tell of the steps that were left out, and raise `UserError` after too many, or at the end of the stage."""
+        for step in self.divergence.known(wait):
+            self.log.warn_once(f"step {step.number} was left out: {step.what()}; pictures in {self.set_aside(step)}")
+            row, ends = self.divergence.row, self.at.stage_ends and step.number == self.at.global_step
+            if ends or row >= self.settings.train.nonfinite:
+                if self.divergence.good > self.saved:
+                    self.save()
+                last = f"the last {row} steps were" if row > 1 else "the last step was"
+                told = remedy(self.at.stage.name, self.settings.model)
+                raise UserError(f"{last} left out (pictures in {self.aside}): {step.what()}; {told}")
+
+    def set_aside(self, step: Step) -> Path:
+        """Write the first pictures of a step that was left out, of a few steps; returns where they are."""
+        folder = self.aside / f"step_{step.number}{f'_{self.ranks.rank}' if self.ranks.rank else ''}"
+        if self.aside.is_dir() and len(list(self.aside.iterdir())) >= ASIDE:
+            return self.aside
+        for k, batch in enumerate(step.batches):
+            shown = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() == 4}
+            for name, value in shown.items():
+                for n, each in enumerate(value[:ASIDE] if value.shape[1] == 3 else ()):
+                    images.write(folder / f"{k}_{n}_{name}.png", each.float().cpu().nan_to_num().clamp(0, 1))
+        return folder
 
     def receive(self, batches: Iterator[dict], count: int) -> list[dict[str, Tensor]]:
         """The next batches, on the device; none after a signal. All processes go on together, or stop together.
@@ -273,14 +311,14 @@ class Run:
         return {"model": self.settings.model, "settings": config.to_dict(self.settings)}
 
     def save(self) -> None:
-        """Write last.pt; losses and weights that are not finite are not saved."""
-        self.losses()
+        """Write last.pt; weights that are not finite are not saved."""
         state = self.identity() | self.at.state_dict() | self.ranks.states(self.method)
         state |= {"networks": self.method.state_dict(), "ema": self.ema.state_dict()}
         state |= {"updater": self.updater.state_dict()}
-        checkpoint.check_finite(state["networks"], self.last)
+        checkpoint.check_finite(state["networks"] | state["ema"].get("weights", {}), self.last)
         if self.ranks.first:
             checkpoint.save(self.last, state)
+        self.saved = self.at.global_step
         self.remember()
 
     def remember(self) -> None:

@@ -238,7 +238,7 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int 
     options = {"PNG": {"compress_level": compress_level}, "TIFF": {"compression": "tiff_deflate"}}
     options = options.get(format, {"quality": quality})
     options |= {k: v for k, v in kept.items() if format != "JPEG" or k != "exif" or len(v) <= JPEG_EXIF}
-    part = files.beside(path, "part")
+    part = files.beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part, format=format, **options)

@@ -199,7 +199,7 @@ class Writer:
 
     def __init__(self, path: Path, reader: Reader, crf: int, size: tuple[int, int]):
         self.path, self.reader, self.av = path, reader, reader.av
-        self.part = beside(path, "part")
+        self.part = beside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = WRITTEN[path.suffix.lower()]
         try:

@@ -14,7 +14,7 @@ from models.dcp import DCP
 from models.kanet import KANet
 from models.method import Method
 from models.nedr import D4, NeDR
-from utils import checkpoint, config, foreign
+from utils import checkpoint, config, foreign, trust
 from utils.errors import UserError, nearest, quoted
 from utils.files import home
 from utils.training import progress
@@ -102,12 +102,13 @@ def _read(path: Path, ema: bool) -> Method:
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
             return _official(weights, path, ema)
-        return _ours(metadata["model"], metadata["settings"], weights, path)
+        return _ours(metadata, weights, path)
     state = checkpoint.read(path)
     if state.get("format") != checkpoint.FORMAT:
         return _official(state, path, ema)
     averaged = state.get("ema", {}).get("weights", {}) if ema else {}
-    return _ours(state["model"], state["settings"], state["networks"] | averaged, path)
+    checkpoint.require(state, ["networks"], path)
+    return _ours(state, state["networks"] | averaged, path)
 
 
 def start(method: Method, file: str | Path | None) -> None:
@@ -167,8 +168,12 @@ def _path(file: str | Path | None) -> Path:
     return path
 
 
-def _ours(model: str, saved: dict, weights: dict, path: Path) -> Method:
-    method = build(config.load(model, settings_types(), saved=saved))
+def _ours(told: dict, weights: dict, path: Path) -> Method:
+    """The method for ``weights`` of which the file itself has ``told`` the name and the settings."""
+    checkpoint.require(told, ("model", "settings"), path)
+    settings = config.load(told["model"], settings_types(), saved=told["settings"])
+    with trust.made_for(weights, path):
+        method = build(settings)
     held = {key.split(".")[0] for key in weights}
     for name in [name for name, _ in method.named_children() if name not in held]:
         delattr(method, name)  # an inference file holds what dehazing needs
@@ -180,7 +185,8 @@ def _official(state: dict, path: Path, ema: bool) -> Method:
     kinds = METHODS.values()
     weights = foreign.find(state, lambda each: any(kind.recognises(each) for kind in kinds), ema)
     for name, kind in METHODS.items() if weights else ():
-        method = kind.from_official(weights, config.load(name, settings_types()).method)
+        with trust.made_for(weights, path):
+            method = kind.from_official(weights, config.load(name, settings_types()).method)
         if method is not None:
             return method
     known = ", ".join(name for name, kind in METHODS.items() if kind.stages)

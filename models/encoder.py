@@ -20,6 +20,8 @@ BLOCKS = (slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 7))
 def create(name: str) -> nn.Module:
     """timm's ``name`` without its head and without weights. Raises `UserError` if it cannot serve."""
     options = {"features_only": True, "pretrained": False}
+    if ":" in name:  # timm would fetch what a file names
+        raise UserError(f"encoder={name}: must be a network of timm's own, such as {RELEASED}; nothing is fetched")
     try:
         with warnings.catch_warnings(action="ignore"):
             strides = timm.create_model(name, **options).feature_info.reduction()

@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 import models
 from utils import checkpoint, config, errors, files
 from utils.errors import UserError
@@ -69,8 +67,7 @@ def hand_over(options: argparse.Namespace) -> int:
     """Write this project's weights as the authors' code loads them."""
     method, output = models.load(options.file), options.output
     state = method.to_official()
-    with files.atomic(output) as temporary:
-        torch.save(state, temporary)
+    checkpoint.write(output, state)
     print("\n".join([*describe(options.file, method), f"written to {output}, in the authors' format"]))
     return 0
 

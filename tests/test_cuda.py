@@ -21,6 +21,7 @@ from models.nedr.discriminator import Discriminator
 from utils import batchnorm, checkpoint, config, device
 from utils.training import progress
 from utils.training.compiling import compile_networks
+from utils.training.divergence import Divergence
 from utils.training.ema import EMA
 from utils.training.updater import Updater
 
@@ -107,13 +108,30 @@ def test_a_step_never_waits_for_the_gpu(name, precision):
     method, data = started(values).to(GPU).train(), batch()
     ema = EMA(method, method.averaged, 0.9)
     updater, stage = updater_of(method, values)
+    divergence = Divergence([method, ema.average], 0)
     for number in range(3):
         torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
         try:
-            updater.step(lambda data: method.losses(data, stage), [data])
+            terms = updater.step(lambda data: method.losses(data, stage), [data])
+            divergence.after(number, updater.left_out, terms, [data])
+            divergence.known()
             ema.update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_a_step_without_numbers_changes_no_weight(precision):
+    """The optimiser sees to that on the GPU; the host learns of it when it waits."""
+    values = settings_of("aknet", f"precision={precision}")
+    method, data = started(values).to(GPU).train(), batch()
+    updater, stage = updater_of(method, values)
+    divergence, before = Divergence([method], 0), copy.deepcopy(method.state_dict())
+    data["clear"][0, 0, 0, 0] = torch.nan
+    terms = updater.step(lambda data: method.losses(data, stage), [data])
+    divergence.after(1, updater.left_out, terms, [data])
+    assert [step.number for step in divergence.known(wait=True)] == [1]
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 
 def test_networks_compile():

@@ -315,6 +315,34 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(experiment):
     assert (experiment / "last.pt").read_bytes() == before
 
 
+def test_steps_without_numbers_change_nothing_end_the_run_and_it_goes_on_with_a_lower_rate(experiment, monkeypatch):
+    """Though nothing is logged, validated or saved meanwhile."""
+    step, taken = train.Updater.step, []
+
+    def from_the_second_on(updater, losses, batches):
+        taken.append(1)
+        factor = 1 if len(taken) == 1 else float("nan")
+        return step(updater, lambda b: (each._replace(value=each.value * factor) for each in losses(b)), batches)
+
+    how = [*OTHERS["aknet"], "warm_start.steps=0", "data.validation_hazy=", "data.validation_clear="]
+    how += ["log.every=1000", "log.validate_every=0", "log.pictures_every=0", "train.recalibrate=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Updater, "step", from_the_second_on)
+        with pytest.raises(
+            UserError, match=r"the last 2 steps were left out \(pictures in .*nonfinite\): .*lower aknet"
+        ):
+            run(experiment, *how, "train.steps=9", "train.nonfinite=2", model="aknet")
+    assert len(taken) == 3
+    last = checkpoint.read(experiment / "last.pt")
+    assert last["step"] == 3
+    assert all(value.isfinite().all() for value in last["networks"].values())
+    assert paths.find(experiment / "nonfinite" / "step_2")
+    assert not (experiment / "weights.safetensors").exists()
+    slower = ["train.steps=4", "log.every=1", "aknet.learning_rate=1e-6", "train.schedule=constant"]
+    assert run(experiment, *how, "--resume", *slower, model="aknet") == 0
+    assert lines(experiment)[-1]["rate/network"] == 1e-6
+
+
 def test_weights_that_are_no_numbers_are_not_exported(experiment, monkeypatch):
     """However long the log waits: without validation pairs the latest weights replace the ones before."""
     quiet = ["warm_start.steps=0", "data.validation_hazy=", "data.validation_clear=", "log.every=1000"]

@@ -70,6 +70,12 @@ class Ranks:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest ``value`` of all processes, on its device, which is not waited for."""
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def exchange(self, value: Any) -> list:
         """``value`` (plain values and CPU tensors) of every process, by rank."""
         if self.world == 1:
@@ -147,9 +153,14 @@ class Ranks:
         self.start(seed, step)
         every = [{"random": state["random"], "buffers": {}}, *state.get("others", [])]
         for own in every[self.rank : self.rank + 1]:
-            checkpoint.set_random_states(own["random"])
-            for key, value in own["buffers"].items():
-                method.get_buffer(key).copy_(value)
+            try:
+                checkpoint.set_random_states(own["random"])
+                for key, value in own["buffers"].items():
+                    method.get_buffer(key).copy_(value)
+            except (KeyError, TypeError, AttributeError, RuntimeError):
+                raise UserError(
+                    f"the checkpoint's state of process {self.rank} is damaged; take another file"
+                ) from None
         if len(every) != self.world:
             self.remark += f" (until now {len(every)} in all; random numbers of new ones begin anew)"
 

@@ -10,9 +10,6 @@ import safetensors.torch
 
 from utils.errors import UserError, quoted
 
-ROOM = 230  # bytes of a name, of 255, beside which a process' number and an ending fit
-
-
 # Endings of the pictures that are written, and what Pillow calls their kind. What was another becomes PNG.
 WRITTEN = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 WRITTEN |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
@@ -27,14 +24,13 @@ def home(path: str | Path) -> Path:
         raise UserError(f"{quoted(path)}: {quoted(name)} is nobody's home folder; write the path in full") from None
 
 
-def beside(path: Path, ending: str) -> Path:
-    """A hidden name in the folder of ``path`` for what is to take its place, no longer than a file's name may be."""
-    name = (
-        path.name
-        if len(os.fsencode(path.name)) < ROOM
-        else f"{path.name[:40]}~{zlib.crc32(os.fsencode(path.name)):08x}"
-    )
-    return path.with_name(f".{name}.{os.getpid()}.{ending}")
+def beside(path: Path) -> Path:
+    """A hidden name in the folder of ``path`` for what is to take its place, no longer than a file's name may be.
+
+    torch.save writes the name up to its last dot into the file: that is the same for all files and processes.
+    """
+    start, number = path.name[:40].replace(".", "_"), zlib.crc32(os.fsencode(path.name))
+    return path.with_name(f".unfinished.{start}-{number:08x}-{os.getpid()}")
 
 
 def sha256(path: Path) -> str:
@@ -46,7 +42,7 @@ def sha256(path: Path) -> str:
 @contextlib.contextmanager
 def atomic(path: Path):
     """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
-    temporary = beside(path, "tmp")
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -154,7 +154,7 @@ def _tensors(state: Any, path: str = "", seen: set[int] | None = None) -> Iterat
 def _items(state: Any) -> Iterable[tuple[Any, Any]]:
     """What a mapping holds, or a list in which there are mappings; of anything else nothing."""
     if isinstance(state, Mapping):
-        return state.items()
+        return [(key, value) for key, value in state.items() if isinstance(key, str | int)]  # others name no weights
     if isinstance(state, list | tuple) and any(isinstance(value, Mapping) for value in state):
         return enumerate(state)
     return ()

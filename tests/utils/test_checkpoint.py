@@ -3,6 +3,7 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +310,153 @@ def test_weights_that_are_no_numbers_never_replace_good_ones(tmp_path, bad):
     with pytest.raises(UserError, match=r"not written, and what it held stays: a of 2 weights hold NaN or infinity"):
         checkpoint.save_weights(file, good | {"a": torch.tensor([1, bad, 1])}, {"step": 2})
     assert file.read_bytes() == before
+
+
+def written(folder: Path) -> tuple[Path, Path]:
+    """A run and weights in ``folder``, of the same numbers every time."""
+    weights = {f"{name}.weight": torch.arange(6.0).view(2, 3) + 1 for name in "cab"}
+    checkpoint.save(folder / "last.pt", {"networks": weights, "step": 3})
+    checkpoint.save_weights(folder / "weights.safetensors", weights, {"model": "nedr", "settings": {"x": 1}})
+    return folder / "last.pt", folder / "weights.safetensors"
+
+
+def test_the_same_state_gives_the_same_bytes_in_every_process(tmp_path, monkeypatch):
+    one = written(tmp_path / "one")
+    for pid in range(5):  # safetensors' own order of the header's texts changes from call to call
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        for a, b in zip(one, written(tmp_path / "other"), strict=True):
+            assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs umask")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_mode_that_the_user_wants(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        assert [path.stat().st_mode & 0o777 for path in written(tmp_path)] == [mode, mode]
+    finally:
+        os.umask(before)
+
+
+def test_every_flipped_bit_of_a_weight_is_found(tmp_path):
+    for path in written(tmp_path):
+        data = path.read_bytes()
+        place = data.index(np.float32([1, 2, 3, 4, 5, 6]).tobytes())
+        for k in range(0, 24 * 8, 7):
+            damaged = bytearray(data)
+            damaged[place + k // 8] ^= 1 << k % 8
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="is not as it was written"):
+                read(path)
+
+
+def test_a_changed_value_is_found_and_files_without_a_checksum_load(tmp_path):
+    path, _ = written(tmp_path)
+    state = torch.load(path)
+    torch.save(state | {"step": 4}, path)
+    with pytest.raises(UserError, match="is not as it was written"):
+        checkpoint.read(path)
+    del state["checksum"]
+    torch.save(state | {"step": 4}, path)
+    assert checkpoint.read(path)["step"] == 4
+    header = {"format": checkpoint.FORMAT, "version": "1", "metadata": '{"model": "nedr"}'}
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors", header)
+    assert checkpoint.read_safetensors(tmp_path / "old.safetensors")[1] == {"model": "nedr"}
+
+
+ODD_FIELDS = {
+    "version": ["1", None, 1.5, True, -1],
+    "model": [3, ["nedr"]],
+    "settings": ["x", {"a": b"x"}, {"a": 10**30}, {1: 2}],
+    "step": [-1, "3", 2**70, None],
+    "best": ["x"],
+    "networks": [[], {"a": "x"}, {1: torch.ones(2)}],
+    "ema": [{"weights": 3, "steps": 1}, {"weights": {}}, []],
+    "updater": [3],
+    "random": [[]],
+    "others": [{}],
+}
+
+
+@pytest.mark.parametrize("field", ODD_FIELDS)
+def test_fields_of_another_type_are_refused_by_name(tmp_path, field):
+    for value in ODD_FIELDS[field]:
+        torch.save({"format": checkpoint.FORMAT, "version": 1, "model": "nedr", field: value}, tmp_path / "last.pt")
+        with pytest.raises(UserError, match=f"(its '|the ){field}"):
+            checkpoint.read(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("text", ["[" * 1000 + "]" * 1000, "[1]", "3", "null", "{"])
+def test_metadata_that_are_no_mapping_are_refused(tmp_path, text):
+    header = {"format": checkpoint.FORMAT, "version": "1", "metadata": text}
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", header)
+    for reading in (checkpoint.read_safetensors, checkpoint.read_metadata):
+        with pytest.raises(UserError, match="what it says of its weights is damaged"):
+            reading(tmp_path / "a.safetensors")
+
+
+def endless() -> dict:
+    state = {"weight": torch.ones(2)}
+    return state | {"module": state, "list": [state]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(2).to_sparse(), "sparse"),
+        (torch.ones(2, device="meta"), "without data"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
+        (torch.ones(1).half().expand(2**15, 2**15), "many times the size of the file"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path, value, message):
+    torch.save({"net": {"a.weight": value}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"'net\.a\.weight' .*{message}"):
+        checkpoint.read(tmp_path / "a.pth")
+
+
+def test_what_holds_itself_is_refused_and_what_is_shared_is_not(tmp_path):
+    torch.save(endless(), tmp_path / "a.pth")
+    assert checkpoint.read(tmp_path / "a.pth").keys() == {"weight", "module", "list"}
+    state = {"weight": torch.ones(2)}
+    state["module"] = state
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="'module' holds itself"):
+        checkpoint.read(tmp_path / "a.pth")
+
+
+def test_archives_that_would_grow_are_refused(tmp_path):
+    torch.save({"a.weight": torch.zeros(2**20)}, tmp_path / "a.pth")
+    packed = zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, packed as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    with pytest.raises(UserError, match="is compressed"):
+        checkpoint.read(tmp_path / "b.pth")
+
+
+BAD = {
+    "text": ({"weight": "x"}, r"1 no tensors \(weight\)"),
+    "whole numbers": ({"weight": torch.ones(3, 2, dtype=torch.int64)}, r"1 not of fractions \(weight\)"),
+    "complex": ({"weight": torch.ones(3, 2, dtype=torch.complex64)}, r"1 not of fractions \(weight\)"),
+    "NaN": ({"bias": torch.full((3,), torch.nan)}, "bias of 2 weights hold NaN or infinity; .* had diverged"),
+    "zeros": ({"weight": torch.zeros(3, 2)}, r"all weights are zero \(weight, \.\.\.\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_weights_that_are_none_are_refused_by_name(case):
+    change, message = BAD[case]
+    module = nn.Linear(2, 3)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_strict(module, module.state_dict() | change, "it")
+
+
+def test_random_states_that_are_none_are_refused():
+    states = checkpoint.random_states()
+    kind, keys, _, *rest = states["numpy"]
+    for change in ({"numpy": (kind, keys, 10**6, *rest)}, {"torch": torch.zeros(3)}, {"python": 3}):
+        with pytest.raises(UserError, match="random states are damaged"):
+            checkpoint.set_random_states(states | change)
+    checkpoint.set_random_states(states)

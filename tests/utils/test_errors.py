@@ -67,7 +67,14 @@ def test_warnings_about_damaged_files_are_not_shown():
 
 
 def test_a_hidden_name_beside_a_file_fits_where_that_does(tmp_path):
-    assert files.beside(tmp_path / "a.png", "part").name == f".a.png.{os.getpid()}.part"
-    names = {files.beside(tmp_path / (f"{'x' * 254}{end}"), "part").name for end in "ab"}
-    assert len(names) == 2
-    assert max(map(len, names)) < 255
+    wanted = ["x.1.png", "x_1.png", "x" * 254 + "a", "x" * 254 + "b", "\U0001f32b" * 63]
+    names = {files.beside(tmp_path / name).name for name in wanted}
+    assert len(names) == len(wanted)
+    assert max(len(os.fsencode(name)) for name in names) < 255
+    assert {name.rpartition(".")[0] for name in names} == {".unfinished"}
+
+
+def test_an_error_is_one_printable_line_whatever_is_quoted_in_it():
+    assert str(UserError("a\nb\033[31m \u2028ü \udcff")) == r"a\nb\x1b[31m \u2028ü \xff"
+    assert str(UserError("a" * 10**6 + "the remedy")).endswith("the remedy")
+    assert len(str(UserError("a" * 10**6))) <= errors.LONGEST

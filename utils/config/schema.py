@@ -129,6 +129,7 @@ class Train:
     warm_up: CountOrZero
     cool_down: CountOrZero
     clip: Weight
+    nonfinite: Count
     ema: Annotated[float, Range(0, 0.999999)]
     recalibrate: CountOrZero
     checkpointing: bool

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint import load_strict
+
 
 class EMA:
     """Exponential moving average of some children of ``method``, parameters and buffers alike.
@@ -60,7 +62,7 @@ class EMA:
         """Go on from ``state``, or, where it is {} (averaging was off until now), from the present weights."""
         if self.average is None:
             return
-        self.average.load_state_dict(state["weights"] if state else self.live.state_dict())
+        load_strict(self.average, state["weights"] if state else self.live.state_dict(), "the averaged weights")
         self.steps = int(state["steps"]) if state else 0  # of before it was a number: a tensor
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import config
+from utils import checkpoint, config
 from utils.errors import UserError
 
 NETWORKS, START = "the networks learned with it", "it is read only where training begins"
@@ -23,6 +23,7 @@ OF_METHODS = {
     "aknet": {"width": NETWORKS, "border": NETWORKS},
     "kanet": {"width": NETWORKS, "sample_weights.kind": NETWORKS, "sample_weights.saved": NETWORKS},
 }
+NEEDED = ("stage", "step", "best", "networks", "ema", "updater", "random")
 FIXED = {"seed": "the order of the pictures comes from it", "train.init": START}
 FIXED |= {f"{name}.{key}": why for name, keys in OF_METHODS.items() for key, why in keys.items()}
 FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # where the pictures lie
@@ -34,10 +35,11 @@ def changes(saved: Mapping[str, Any], settings: config.Settings, file: Path) -> 
     """Settings by name that differ from those in the checkpoint ``saved``, read from ``file``: (until now, now).
 
     Those that only test.py reads are left out, and those that the checkpoint does not know yet. Raises `UserError` for
-    another method's checkpoint and for a setting that may not change.
+    another method's checkpoint, for one that lacks what a run goes on from, and for a setting that may not change.
     """
     if saved.get("model") != settings.model:
         raise UserError(f"{file} is a checkpoint of {saved.get('model')}, not of {settings.model}")
+    checkpoint.require(saved, NEEDED, file)
     before, now = dict(_flat(saved.get("settings", {}))), dict(_flat(config.to_dict(settings)))
     changed = {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
     changed = {key: both for key, both in changed.items() if not key.startswith("test.")}

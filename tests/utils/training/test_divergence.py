@@ -1,0 +1,108 @@
+import copy
+import math
+
+import pytest
+import torch
+from test_updater import CPU, batches, losses, net, told
+from torch import nn
+
+from utils.training.divergence import Divergence
+from utils.training.updater import Updater, _fused_step
+
+
+def poisoned(module: nn.Module, part: str):
+    """Losses that are no numbers, or whose gradients alone are none."""
+
+    def of(batch):
+        for loss in losses(module)(batch):
+            value = loss.value * math.nan if part == "loss" else loss.value
+            if part != "loss":
+                factor = math.inf if part == "gradient" else 1e25
+                value.register_hook(lambda gradient, factor=factor: gradient * factor)
+            yield loss._replace(value=value, terms={"mse": value.detach()})
+
+    return of
+
+
+def mover_of(module: nn.Module, **train) -> Updater:
+    return Updater({"net": torch.optim.Adam(module.parameters(), 0.05, fused=True)}, *told(**train), CPU)
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize("part", ["loss", "gradient", "its square"])
+def test_such_a_step_changes_no_weight_and_no_moment(part, clip):
+    """As if it had not been, but for the schedule."""
+    one, other, data = net(), net(), batches(3)
+    mover, straight = mover_of(one, clip=clip), mover_of(other, clip=clip)
+    for k, batch in enumerate(data):
+        if k == 1:
+            mover.step(poisoned(one, part), [batch])
+            assert mover.left_out == 1
+        else:
+            mover.step(losses(one), [batch])
+            straight.step(losses(other), [batch])
+            assert mover.left_out == 0
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    states = [next(iter(each.optimisers["net"].state.values())) for each in (mover, straight)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_the_scaler_of_fp16_leaves_out_a_loss_that_is_no_number(clip):
+    module, data = net(), batches(1)
+    mover, before = mover_of(module, clip=clip), copy.deepcopy(module.state_dict())
+    mover.scaler = torch.amp.GradScaler("cpu", enabled=True)
+
+    def with_good_gradients(batch):
+        for loss in losses(module)(batch):
+            yield loss._replace(value=loss.value + math.inf)
+
+    mover.step(with_good_gradients, data)
+    assert mover.left_out == 1
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0])
+def test_a_fused_optimiser_leaves_a_step_out_by_itself(wrong):
+    """As on a GPU, where it is asked to."""
+    module, data = net(), batches(1)
+    before = copy.deepcopy(module.state_dict())
+    optimiser = torch.optim.Adam(module.parameters(), 0.05, fused=True)
+    next(losses(module)(data[0])).value.backward()
+    _fused_step(torch.tensor(wrong), optimiser)
+    assert all(torch.equal(value, before[key]) == bool(wrong) for key, value in module.state_dict().items())
+    assert all(state["step"] == 1 - wrong for state in optimiser.state.values())
+
+
+def test_one_bad_batch_of_several_is_enough():
+    module, data = net(), batches(2)
+    mover, before = mover_of(module), copy.deepcopy(module.state_dict())
+    data[0]["y"][0, 0] = math.inf
+    mover.step(losses(module), data)
+    assert mover.left_out == 1
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_steps_left_out_are_counted_and_statistics_put_back():
+    norm = nn.BatchNorm1d(2)
+    watch, no, yes = Divergence([norm], 5), torch.tensor(0.0), torch.tensor(1.0)
+    norm(torch.randn(4, 2))
+    watch.after(6, no, {}, [])
+    assert watch.known() == []
+    kept = norm.running_mean.clone()
+    for number in (7, 8):
+        norm(torch.full((4, 2), math.nan))
+        watch.after(number, yes, {"a": torch.ones(()), "b": torch.tensor(math.nan)}, [])
+        [step] = watch.known()
+        assert (step.number, step.what()) == (number, "the loss 'b' has become nan")
+        assert torch.equal(norm.running_mean, kept)
+    assert (watch.row, watch.good) == (2, 6)
+    watch.after(9, no, {}, [])
+    watch.known()
+    assert (watch.row, watch.good) == (0, 9)
+
+
+def test_gradients_are_named_where_all_losses_are_numbers():
+    watch = Divergence([], 0)
+    watch.after(1, torch.tensor(1.0), {"a": torch.ones(())}, [])
+    assert "gradients" in watch.known()[0].what()
