@@ -39,10 +39,11 @@ from data.sets import locate, pairing, table
 from models import candidates, clips
 from utils import config, device, distributed, errors, memory
 from utils.config import Override
-from utils.errors import UserError
-from utils.evaluation import comparison, tables
+from utils.errors import UserError, quoted
+from utils.evaluation import comparison, report, tables
 from utils.evaluation.results import HAZY
 from utils.evaluation.runner import Candidate, Evaluation, Pictures
+from utils.files import home
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
 FORM = ("format", "quality", "suffix", "strength", "show")  # of the pictures
@@ -71,7 +72,7 @@ def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
     place = ranks.pick(settings.device)
     device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
     device.prepare(place, settings.precision)
-    output = Path(settings.test.output or (folder or Path()) / "results").expanduser()
+    output = home(settings.test.output or (folder or Path()) / "results")
     say = partial(tqdm.write, file=sys.stderr) if ranks.first else lambda line: None
     for remark in device.remarks(place, settings.precision):
         say(f"warning: {remark}")
@@ -125,8 +126,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, option, [value for value in values if value not in args.settings])
     for option in ("hazy", "clear"):
         for value in (getattr(args, option) or [])[1:]:
-            if not value.startswith("sample:") and not os.path.exists(os.path.expanduser(value)):
-                raise UserError(f"--{option} {value}: neither a path that is there nor key=value; check it")
+            if not value.startswith("sample:") and not os.path.lexists(os.path.expanduser(value)):
+                raise UserError(f"--{option} {quoted(value)}: neither a path that is there nor key=value; check it")
     return args
 
 
@@ -139,7 +140,7 @@ def check_read(given: list[str]) -> None:
         if part in TRAINING and key != "data.workers":
             own = {"root": "data_root", "pairs": "benchmarks"}.get(rest, rest.removeprefix("validation_"))
             remedy = f"write test.{own}" if own in known else "take it out"
-            raise UserError(f"'{text}': {part} is for training, and test.py does not use {key}; {remedy}")
+            raise UserError(f"'{quoted(text)}': {part} is for training, and test.py does not use {key}; {remedy}")
 
 
 def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Override]]:
@@ -166,16 +167,17 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
         raise UserError("nothing to dehaze; give --benchmarks NAME, or --hazy PATH, or set test.hazy in config.yml")
     if not test.clear and not test.pictures and not test.metrics:
         raise UserError("test.pictures=false and no ground truth leave nothing to do; give --clear PATH")
-    named = paths.find(test.hazy)
+    absent = None if test.clear else list[str]()  # pairs are all wanted, or lines would pair wrongly
+    named = paths.find(test.hazy, absent=absent)
     hazy = list(dict.fromkeys(named))
-    results = [(output / part).resolve() for part in RESULTS]
-    if any(path.resolve().is_relative_to(folder) for path in hazy for folder in results):
+    results = [os.path.realpath(output / part) for part in RESULTS]
+    if any(Path(os.path.realpath(path)).is_relative_to(folder) for path in hazy for folder in results):
         raise UserError(f"{output} holds earlier results, which are among the hazy pictures; give another --output")
     remarks = [f"{tables.pictures(len(named) - len(hazy))} named twice, taken once"] if len(hazy) < len(named) else []
     remarks += dict.fromkeys([*paths.passed_over(test.hazy), *paths.passed_over(test.clear or [])])
     root = paths.folder_of(test.hazy)
     if not test.clear:
-        return [Pictures("pictures", Folder(hazy, root), truth=False, remarks=remarks)]
+        return [Pictures("pictures", Folder(hazy, root), truth=False, remarks=remarks, absent=absent)]
     pairs, told = pairing.pairs(test.hazy, test.clear)
     items = Paired(list(dict.fromkeys(pairs)), root)
     return [Pictures("pictures", items, truth=True, remarks=[*remarks, *told, *doubts(items)])]
@@ -209,9 +211,12 @@ def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]
         print(tables.text(run.rows, found))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
     left = f"; {tables.pictures(run.kept)} there already and left so (--overwrite makes them anew)" if run.kept else ""
-    print(f"{tables.pictures(done)} done{tables.pace(run.rows)}{left}; see {run.output}")
+    print(f"{tables.pictures(done)} done{tables.pace(run.rows)}{left}; see {quoted(run.output)}")
     if run.unusable:
-        print(f"error: {tables.pictures(run.unusable)} could not be used, as said above", file=sys.stderr)
+        listed = quoted(run.output / report.SKIPPED)
+        print(
+            f"error: {tables.pictures(run.unusable)} could not be used, as said above and in {listed}", file=sys.stderr
+        )
     return 2 if run.unusable else 0
 
 
@@ -220,8 +225,8 @@ def compare(runs: list[str], output: str | None) -> int:
     compared = comparison.compare(runs)
     print(compared.text())
     if output:
-        comparison.write(compared, Path(output).expanduser())
-        print(f"see {output}")
+        comparison.write(compared, home(output))
+        print(f"see {quoted(output)}")
     return 0
 
 

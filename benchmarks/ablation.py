@@ -24,7 +24,7 @@ import train
 from benchmarks import ablation_table
 from data.sets import locate, pairing
 from utils import config, errors, files
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.evaluation import comparison
 from utils.files import write_text
 
@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     named = [text for text in options.cases if "=" not in text] or list(CASES)
     for name in named:
         if name not in CASES:
-            raise UserError(f"unknown case '{name}'{nearest(name, CASES)}")
+            raise UserError(f"unknown case '{quoted(name)}'{nearest(name, CASES)}")
     options.cases = [name for name in CASES if name in named]
     if len(options.cases) < 2:
         raise UserError(f"--cases {named[0]}: an ablation compares at least two cases; name another")

@@ -21,7 +21,7 @@ import models
 from models import candidates
 from models.method import Method
 from utils import columns, config, device, errors, memory
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 
 SECONDS = 8.0  # of repeats, of a case that takes less
 
@@ -93,7 +93,7 @@ def _load(named: str) -> Method:
 def _size(text: str) -> tuple[int, int]:
     width, sign, height = text.partition("x")
     if not (sign and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(f"--sizes {text}: write width x height, as 620x460")
+        raise UserError(f"--sizes {quoted(text)}: write width x height, as 620x460")
     return int(width), int(height)
 
 

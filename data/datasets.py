@@ -18,7 +18,7 @@ from data.pictures import Paired
 from data.sets import locate, pairing
 from data.streams import Mixed, Pairs, Replayed, Stream, Synthetic, Unpaired, crop
 from utils.config import Settings
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 
 
 def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Dataset:
@@ -34,7 +34,9 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
     """
     data, warm = settings.data, settings.warm_start
     if data.pairs and kind != "paired":
-        raise UserError(f"data.pairs={data.pairs}: {settings.model} does not train on pairs; empty it, set data.clear")
+        raise UserError(
+            f"data.pairs={quoted(data.pairs)}: {settings.model} does not train on pairs; empty it, set data.clear"
+        )
     cut = partial(crop, shape=data.crop_shape, rule=data.crop, flip=data.flip, view=data.view)
     add_haze = partial(synthesis.random_haze, law=settings.haze)
 
@@ -109,7 +111,7 @@ def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], li
     names, hazy, clear = (getattr(data, prefix + key) for key in ("pairs", "hazy", "clear"))
     pools = f"data.{prefix}hazy and data.{prefix}clear"
     if names and (hazy is not None or clear is not None):
-        raise UserError(f"data.{prefix}pairs={names} and {pools} are two sources of pairs; empty one of them")
+        raise UserError(f"data.{prefix}pairs={quoted(names)} and {pools} are two sources of pairs; empty one of them")
     if names:
         return locate.pairs(names, data.root)
     if hazy is None and clear is None:

@@ -80,8 +80,8 @@ def _check_output(options: argparse.Namespace) -> None:
     if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
         raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
     for option in ("clear", "depth"):
-        sources = [paths.resolve(source).resolve() for source in getattr(options, option) or ()]
-        if any(options.output.resolve().is_relative_to(source) for source in sources):
+        sources = [os.path.realpath(paths.resolve(source)) for source in getattr(options, option) or ()]
+        if any(Path(os.path.realpath(options.output)).is_relative_to(source) for source in sources):
             raise UserError(
                 f"{options.output}: lies in the folder of --{option}, where the next run would take for input what "
                 f"this one makes; give an --output outside of it"

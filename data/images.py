@@ -5,25 +5,31 @@ Pictures are decoded by content, not by name, turned upright by their EXIF tag a
 """
 
 import contextlib
+import ctypes
+import errno
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, _imaging
 from torch import Tensor
 
 from data import depth as depth_files
 from data import keepsakes
 from data.pixels import Pixels
-from utils.errors import UserError
+from utils import files, memory
+from utils.errors import UnfitError, UserError, quoted
 from utils.rounding import to_8bit
 
 MAX_PIXELS = 500_000_000
+READING = 16  # bytes a pixel that `read` takes at its height: three floats beside the steps that they come from
 JPEG_QUALITY = 95
 JPEG_EXIF = 65533  # bytes that a JPEG has room for
-WRITTEN = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-WRITTEN |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+# Of the disk, not of one picture: it would be so for the next one too.
+LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE})
 
 
 def read(path: str | Path) -> Tensor:
@@ -32,12 +38,18 @@ def read(path: str | Path) -> Tensor:
     Grey becomes three equal channels, alpha is dropped, 16-bit grey is divided by 65535; of an animation or a
     multi-page file this is the first page. Raises `UserError` for anything that is not a whole picture.
     """
-    return Pixels(decode(path))[:]
+    with _enough_memory(path):
+        return Pixels(decode(path))[:]
 
 
 def decode(path: str | Path) -> Tensor:
     """What `read` divides by 255: (3,H,W) uint8; of 16-bit grey what it returns. Raises `UserError` as it does."""
-    image = _decode(Path(path))
+    with _enough_memory(path):
+        return _steps(Path(path))
+
+
+def _steps(path: Path) -> Tensor:
+    image = _decode(path)
     if image.mode.startswith("I"):
         grey = torch.from_numpy(_whole_numbers(path, image).astype(np.float32) / 65535)
         return grey.expand(3, -1, -1).contiguous()
@@ -57,7 +69,11 @@ def read_depth(path: str | Path) -> Tensor:
 
 def decode_depth(path: str | Path) -> Tensor:
     """A depth map before it is divided by its maximum, (1,H,W) uint8, if it has 8 bits; else what `read_depth` says."""
-    path = Path(path)
+    with _enough_memory(path):
+        return _depth(Path(path))
+
+
+def _depth(path: Path) -> Tensor:
     depth = depth_files.load(path)
     depth = _single_channel(path) if depth is None else depth
     if depth.dtype == np.uint8:
@@ -101,16 +117,17 @@ def write_depth(path: str | Path, depth: Tensor) -> None:
 
 def _decode(path: Path) -> Image.Image:
     """Open, load whole and turn upright. Raises `UserError`."""
-    if not path.is_file():
-        what = "a folder, not a picture; name a file in it" if path.is_dir() else "no such picture; check the path"
-        raise UserError(f"{path}: {what}")
+    if not os.path.isfile(path):  # which, unlike path.is_file(), takes any text
+        raise UserError(f"{quoted(path)}: {_no_file(path)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty; put the whole one in its place, or remove it")
+    _silence_libtiff()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn of large photographs from 89 million pixels on
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            _check_memory(image)
             image.load()
             return _upright(image)
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly any kind
@@ -118,15 +135,59 @@ def _decode(path: Path) -> Image.Image:
         raise UserError(f"{path}: cannot be read as a picture ({why}); {remedy}") from error
 
 
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep the library in C, which Pillow brings, from writing to the terminal itself; Pillow's errors tell enough."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(_imaging.__file__)  # which is linked to it
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+def _no_file(path: Path) -> str:
+    """Why there is nothing to read, and what to do."""
+    if os.path.isdir(path):
+        return "a folder, not a picture; name a file in it"
+    if os.path.exists(path):
+        return "a pipe or a device, not a file; write what comes from it into a file"
+    if os.path.islink(path):
+        return "no such picture: a link that leads nowhere; mend or remove it"
+    return "no such picture; check the path"
+
+
+def _check_memory(image: Image.Image) -> None:
+    """Refuse, before a byte of it is decoded, a picture that does not fit into the memory that is free."""
+    free = memory.free_memory(torch.device("cpu"))
+    need = image.width * image.height * READING
+    if need > free:
+        raise MemoryError(f"its {image.width}x{image.height} pixels take {_gib(need)} to read, {_gib(free)} are free")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+@contextlib.contextmanager
+def _enough_memory(path: str | Path) -> Iterator[None]:
+    """Turns a lack of memory inside, of whatever library, into a `UserError` that names the file."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory.exhausted(error):
+            raise
+        why, remedy = _unread(MemoryError())
+        raise UserError(f"{path}: cannot be read as a picture ({why}); {remedy}") from error
+
+
 def _unread(error: Exception) -> tuple[str, str]:
     """Why a picture could not be decoded, and what to do."""
-    told = " ".join(str(error).split())
+    told = quoted(" ".join(str(error).split()))
     if isinstance(error, Image.UnidentifiedImageError):
         return "of no known picture format, or damaged at its beginning", "convert it to PNG or JPEG, or remove it"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"it has more than {MAX_PIXELS:,} pixels", "shrink it or cut it into parts"
     if isinstance(error, MemoryError):
-        return "there is too little memory for it", "free some, or shrink it"
+        return told or "there is too little memory for it", "free some memory, or shrink it"
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror, "check its rights and the disk"
     return f"{told or type(error).__name__}: damaged or cut short", "put a whole copy in its place, or remove it"
@@ -171,13 +232,13 @@ def _single_channel(path: Path) -> np.ndarray:
 
 
 def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int = JPEG_QUALITY, **kept: bytes) -> None:
-    if path.suffix.lower() not in WRITTEN:
+    if path.suffix.lower() not in files.WRITTEN:
         raise UserError(f"{path}: pictures are written as .png, .jpg, .webp or .tif; give it such a name")
-    format = WRITTEN[path.suffix.lower()]
+    format = files.WRITTEN[path.suffix.lower()]
     options = {"PNG": {"compress_level": compress_level}, "TIFF": {"compression": "tiff_deflate"}}
     options = options.get(format, {"quality": quality})
     options |= {k: v for k, v in kept.items() if format != "JPEG" or k != "exif" or len(v) <= JPEG_EXIF}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = files.beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part, format=format, **options)
@@ -188,4 +249,5 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int 
         why = getattr(error, "strerror", None) or error
         small = max(image.size) < 16384 or format not in ("WEBP", "JPEG")
         remedy = "check rights and space" if small else f"{format} is not for so large pictures; write PNG"
-        raise UserError(f"{path}: cannot be written ({why}); {remedy}") from error
+        kind = UserError if getattr(error, "errno", None) in LASTING else UnfitError
+        raise kind(f"{path}: cannot be written ({why}); {remedy}") from error

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import images, synthesis
 from utils import errors
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 
 FOLDER = Path(__file__).with_name("sample_set")
 TRAIN = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
@@ -41,7 +41,7 @@ def part(name: str) -> Path:
     """Folder ``name`` of the sample set in its default place, which is made if need be. `UserError` if unknown."""
     name = name.strip("/")
     if name not in (*PARTS, "train", "test"):
-        raise UserError(f"sample:{name}: no such part of the sample set{nearest(name, PARTS)}")
+        raise UserError(f"sample:{quoted(name)}: no such part of the sample set{nearest(name, PARTS)}")
     return make(FOLDER) / name
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import beside
 
 EXTENSIONS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".wmv", ".flv", ".3gp"}
@@ -69,6 +70,8 @@ class Reader:
     def __init__(self, path: Path):
         self.path, self.remarks, self.broken = path, [], []
         self.av = library()
+        if not os.path.isfile(path):
+            raise UserError(f"{path}: is no file; name a clip")
         try:
             self.container = self.av.open(str(path), metadata_errors="replace")
         except (OSError, ValueError) as error:
@@ -196,7 +199,7 @@ class Writer:
 
     def __init__(self, path: Path, reader: Reader, crf: int, size: tuple[int, int]):
         self.path, self.reader, self.av = path, reader, reader.av
-        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self.part = beside(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = WRITTEN[path.suffix.lower()]
         try:

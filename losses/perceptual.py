@@ -1,7 +1,6 @@
 """Perceptual loss (Johnson et al., 1603.08155) on features of VGG, by torchvision, or of EfficientNet, by timm."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import timm
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 
 from utils import imagenet
 from utils.checkpoint import read_weights, unmoved_random_states
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
+from utils.files import home
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 CONVS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
@@ -115,7 +115,7 @@ def _check_layers(network: str, layers: Collection[str], known: Collection[str],
         raise UserError(f"{key}.layers is empty; name some of {', '.join(known)}")
     for name in layers:
         if name not in known:
-            raise UserError(f"{network} has no layer '{name}'{nearest(name, known)}")
+            raise UserError(f"{network} has no layer '{quoted(name)}'{nearest(name, known)}")
 
 
 @unmoved_random_states()  # made when it is first needed, which in a resumed run is within a step
@@ -133,7 +133,7 @@ def _vgg(network: str, weights: str, key: str) -> nn.Sequential:
     else:
         features = make(weights=None).features
         names = [f"features.{name}" for name in features.state_dict()]
-        held = read_weights(Path(weights).expanduser(), names)
+        held = read_weights(home(weights), names)
         state = {k.removeprefix("features."): v for k, v in held.items() if k.startswith("features.")}
         try:
             features.load_state_dict(state)

@@ -15,7 +15,8 @@ from models.kanet import KANet
 from models.method import Method
 from models.nedr import D4, NeDR
 from utils import checkpoint, config, foreign, trust
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
+from utils.files import home
 from utils.training import progress
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -145,7 +146,7 @@ def change(method: Method, test_time: dict) -> None:
     kinds, changed = get_type_hints(method.Settings, include_extras=True), {}
     for key, value in test_time.items():
         if key not in method.test_time:
-            raise UserError(f"'{key}' cannot change after training{nearest(key, method.test_time)}")
+            raise UserError(f"'{quoted(key)}' cannot change after training{nearest(key, method.test_time)}")
         changed[key] = config.convert(value, kinds[key], f"{name_of(method)}.{key}")
     method.accept(dataclasses.replace(method.settings, **changed))
 
@@ -159,7 +160,7 @@ def _path(file: str | Path | None) -> Path:
     """The file that is named, or the weights that ship; which they are goes into the log."""
     name = file or "nedr"
     if name not in METHODS or (file and Path(name).is_file()):  # a folder of that name is no file of weights
-        return Path(file).expanduser()
+        return home(file)
     path = shipped(name)
     if path is None:
         raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")

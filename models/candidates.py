@@ -16,8 +16,9 @@ from models.method import Method
 from utils import checkpoint, config, files
 from utils.config import Override
 from utils.device import autocast
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.evaluation.runner import Candidate, Pictures
+from utils.files import home
 
 WEIGHTS = ("weights.safetensors", "last.pt")  # of an experiment's folder, the first that is there
 
@@ -110,7 +111,7 @@ def prepare(
     names = list(dict.fromkeys(named))
     for name in names:
         if name not in models.METHODS:
-            raise UserError(f"unknown model '{name}'{nearest(name, models.METHODS)}")
+            raise UserError(f"unknown model '{quoted(name)}'{nearest(name, models.METHODS)}")
     trained = [name for name in names if models.METHODS[name].stages]
     paths = _weights(folder, test, trained, say) if trained or not names else []
     loaded = [_load(path, test.ema, files, overrides) for path in paths]
@@ -186,7 +187,7 @@ def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> d
 def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Callable[[str], None]) -> list[Path]:
     """The files that ``test`` names, or the best weights of an experiment's folder, or those that ship."""
     if test.weights:
-        paths = [Path(name).expanduser() for name in dict.fromkeys(test.weights)]
+        paths = [home(name) for name in dict.fromkeys(test.weights)]
         for path in paths:
             if not test.ema and path.suffix == ".safetensors":
                 raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")

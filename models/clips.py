@@ -21,7 +21,7 @@ from models.temporal import Steady
 from utils import output
 from utils.config import Settings
 from utils.device import autocast
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 from utils.evaluation import scoring
 from utils.training import signals
 
@@ -56,7 +56,7 @@ def check(paths: Sequence[Path], test: object) -> None:
     if test.clear or test.metrics:
         raise UserError("clips are dehazed, not scored; leave out --clear and --metrics, or score a folder of frames")
     if video.is_clip(test.output or "") and len(paths) > 1:
-        raise UserError(f"--output {test.output}: one file for {len(paths)} clips; name a folder")
+        raise UserError(f"--output {quoted(test.output)}: one file for {len(paths)} clips; name a folder")
     video.library()
 
 

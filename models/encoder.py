@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.layers import quicken
 from utils import imagenet, tiling
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 
 RELEASED = "tf_efficientnet_lite3"  # D4's and NeDR's
 STRIDES = (4, 8, 16, 32)
@@ -29,7 +29,7 @@ def create(name: str) -> nn.Module:
             network = timm.create_model(name, out_indices=indices, **options) if len(indices) == 4 else None
     except Exception as error:  # timm and its networks raise many kinds
         close = "" if timm.is_model(name) else f": timm has no such network{nearest(name, timm.list_models())}"
-        raise UserError(f"encoder={name}{close or f': timm cannot make it ({_line(error)})'}") from None
+        raise UserError(f"encoder={quoted(name)}{close or f': timm cannot make it ({_line(error)})'}") from None
     if name.startswith(FAMILY):
         network.in_tiles = True
         return quicken(network)

@@ -18,7 +18,7 @@ from pathlib import Path
 import models
 from models.method import Method
 from utils import device, errors
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # What the browser may load for the page, and nothing from elsewhere: fonts, scripts and pictures are the server's own.
@@ -58,15 +58,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def offered(files: list[str], place: str) -> dict[str, Method]:
-    """The methods to pick from, by what the page calls them: weights that ship, those in ``files``, dark channel."""
+    """The methods to pick from, by what the page calls them: weights in checkpoints/NAME, those in ``files``, DCP.
+
+    A file is called as it is named, and by its folder, too, where another has that name.
+    """
     where = device.pick(place)
-    shipped = [name for name in models.names() if models.shipped(name)]
-    methods = {models.METHODS[name].__name__: models.load(name, where) for name in shipped}
-    methods |= {Path(file).stem: models.load(file, where) for file in files}
+    at_hand = [name for name in models.names() if models.shipped(name)]
+    methods = {models.METHODS[name].__name__: models.load(name, where) for name in at_hand}
+    for file in map(Path, files):
+        name = file.stem if file.stem not in methods else str(file.with_suffix(""))
+        if name in methods:
+            raise UserError(f"--weights {quoted(file)}: is named twice; leave one out")
+        methods[name] = models.load(file, where)
     methods["DCP (dark channel prior)"] = models.load("dcp", where)
-    lacking = [name for name, method in methods.items() if models.name_of(method) in ("aknet", "kanet")]
-    if lacking:
-        raise UserError(f"--weights: {lacking[0]} finds no transmission, which the page shows; use test.py for it")
     return methods
 
 
@@ -80,7 +84,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         why = getattr(error, "strerror", None) or error
         told = f"the page cannot be served there ({why}); give another --host or --port"
-        raise UserError(f"{host}, port {port}: {told}") from error
+        raise UserError(f"{quoted(host)}, port {port}: {told}") from error
     return listening
 
 

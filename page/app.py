@@ -21,6 +21,7 @@ TITLE = """# Dehaze photographs
 Drop one, or several. They stay on the machine that serves this page, and are deleted when you leave it.
 """
 STRENGTH = "0: as it is; 1: as found; beyond: more"
+NO_HAZE = "finds no transmission: there is none to show, and strength changes nothing"
 LIGHT = "Transmission: share of light that comes through the haze (white: all)"
 CSS = """
 #words { min-height: 0 }
@@ -75,6 +76,8 @@ class Page:
             try:
                 visitor.view = view = work.look(path, self.methods[method])
                 pair = visitor.show(view.hazy), visitor.show(view.clear(strength))
+                if view.transmission is None:
+                    return pair, None, words + _words([f"{method} {NO_HAZE}"])
                 return pair, visitor.show(view.transmission), words
             except UserError as error:
                 visitor.view = None

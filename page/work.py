@@ -12,12 +12,11 @@ from torch import Tensor
 
 from data import images
 from models.method import Method
-from utils import memory, physics
-from utils.errors import UserError
+from utils import files, memory, physics
+from utils.errors import LONGEST, UserError, quoted
 
 SHOWN = 1280  # pixels of the longer side on the page; what is downloaded has all of them
 SUFFIX = "_dehazed"
-KEPT = frozenset({".jpg", ".jpeg", ".png"})  # the formats in which results are written; others become PNG
 COMPRESSION = 3  # of PNG: a third of the time of Pillow's 6, and files a few percent larger
 
 
@@ -25,10 +24,13 @@ class View(NamedTuple):
     """A picture as the page shows it, with what the method found in it: all that a change of strength needs."""
 
     hazy: Tensor  # (1,3,h,w) in [0,1]
-    transmission: Tensor  # (1,1,h,w)
-    airlight: Tensor  # (1,3,1,1)
+    transmission: Tensor | None  # (1,1,h,w); None: the method finds none, and knows one strength alone
+    airlight: Tensor | None  # (1,3,1,1)
+    made: Tensor  # (1,3,h,w) in [0,1], what the method makes of it
 
     def clear(self, strength: float) -> Tensor:
+        if self.transmission is None:
+            return self.made
         return physics.thinned(self.hazy, self.transmission, self.airlight, strength)
 
 
@@ -52,14 +54,18 @@ def check(path: Path, megapixels: float) -> None:
 def look(path: Path, method: Method) -> View:
     """What ``method`` finds in a picture at its full size, made small enough to be shown. Raises `UserError`."""
     hazy, found = _found(path, method)
-    return View(_small(hazy).clamp(0, 1), _small(found["transmission"]), found["airlight"].float())
+    haze = (_small(found["transmission"]), found["airlight"]) if "transmission" in found else (None, None)
+    return View(_small(hazy).clamp(0, 1), *haze, _small(found["clear"]).clamp(0, 1))
 
 
 @torch.no_grad()
 def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
-    """Dehaze a picture at its full size into ``folder``, in its format if that can be written, else as PNG."""
+    """Dehaze a picture at its full size into ``folder``, in its format if that can be written, else as PNG.
+
+    A method that finds no transmission knows one strength alone.
+    """
     _, found = _found(path, method, strength)
-    ending = path.suffix if path.suffix.lower() in KEPT else ".png"
+    ending = path.suffix if path.suffix.lower() in files.WRITTEN else ".png"
     output = folder / f"{path.stem}{SUFFIX}{ending}"
     images.write(output, found["clear"][0], COMPRESSION, like=path)
     return output
@@ -67,7 +73,7 @@ def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
 
 def told(error: UserError, path: Path) -> str:
     """The error's words with the picture's name in place of where the server keeps it."""
-    return str(error).replace(str(path), path.name)
+    return str(error).replace(quoted(path, LONGEST), quoted(path.name)).replace(quoted(path), quoted(path.name))
 
 
 def each(paths: list[Path], do: Callable[[Path], None], going: Callable[[int], bool]) -> list[str]:
@@ -101,7 +107,9 @@ def _found(path: Path, method: Method, strength: float = 1.0) -> tuple[Tensor, d
     try:
         hazy = images.read(path)[None]
         there = hazy.to(next(method.parameters(), hazy).device)
-        found = method.estimate(there, method.tile(there, "auto"), strength)
+        found = method.estimate(there, method.tile(there, "auto"))
+        if strength != 1 and "transmission" in found:
+            found["clear"] = physics.thinned(there, found["transmission"], found["airlight"], strength)
         return hazy, {name: value.float().cpu() for name, value in found.items()}
     except (MemoryError, RuntimeError) as error:
         if memory.exhausted(error):

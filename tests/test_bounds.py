@@ -1,5 +1,6 @@
 """The harness of the fuzzers sees what it must see."""
 
+import mmap
 import os
 import subprocess
 import time
@@ -14,8 +15,15 @@ from utils.errors import UserError
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs os.fork")
 
 
-def refuse(message: str) -> None:
-    raise UserError(message)
+class TwoLinesError(UserError):
+    """What a `UserError` itself cannot be."""
+
+    def __str__(self) -> str:
+        return "a\nb"
+
+
+def refuse(message: str, kind: type[UserError] = UserError) -> None:
+    raise kind(message)
 
 
 def test_what_ends_well_or_in_one_line(tmp_path):
@@ -25,12 +33,12 @@ def test_what_ends_well_or_in_one_line(tmp_path):
 
 FAULTS = {
     "another error": (lambda: {}["x"], "KeyError"),
-    "two lines": (lambda: refuse("a\nb"), "not one line"),
+    "two lines": (lambda: refuse("a\nb", TwoLinesError), "not one line"),
     "an end": (lambda: os._exit(0), "ended without a word"),
     "an exit": (lambda: exit(0), "SystemExit"),
     "a crash": (lambda: os.abort(), "died of SIGABRT"),
     "a hang": (lambda: time.sleep(30), "not done after 0.5 s"),
-    "memory": (lambda: torch.ones(2**26).sum(), "took 2"),
+    "memory": (lambda: torch.frombuffer(mmap.mmap(-1, 2**28), dtype=torch.uint8).fill_(1), "took 2"),
     "a program": (lambda: subprocess.run(["true"]), "did subprocess.Popen"),
     "a file elsewhere": (lambda: Path(__file__).with_suffix(".trace").touch(), "did open"),
 }

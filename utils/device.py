@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 from utils.memory import EXHAUSTED
 
 EXHAUSTED += ("could not create a primitive", "could not create a memory object")
@@ -21,8 +21,8 @@ def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, number = name.partition(":")
-    if name != "cpu" and (kind != "cuda" or (colon and not number.isdecimal())):
-        raise UserError(f"device={name}: must be auto, cpu, cuda or cuda:N")
+    if name != "cpu" and (kind != "cuda" or (colon and not (number.isdecimal() and len(number) < 5))):
+        raise UserError(f"device={quoted(name)}: must be auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}: PyTorch finds no GPU here; set device=cpu or device=auto, or mend the driver")
     count = torch.cuda.device_count()

@@ -2,38 +2,70 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Callable, Iterable
+from pathlib import PurePath
+from typing import Any
+
+LONGEST = 1000  # characters of a message
+QUOTED = 120  # of what it quotes
+PROBED = 60  # of a name for which the nearest is looked for
+GAP = " ... "
 
 
 class UserError(Exception):
     """Something that the user can put right.
 
     The message is one line that names the thing and the remedy. The commands print it without a
-    traceback and exit with status 2; from Python it is an ordinary exception. What a hostile file puts into it, line
-    breaks or signs that steer a terminal, stands there as an escape, and what is endless is cut.
+    traceback and exit with status 2; from Python it is an ordinary exception. Whatever it quotes, its text can be
+    printed.
     """
 
-    def __init__(self, message: str = ""):
-        super().__init__(_one_line(f"{message}"))
+    def __str__(self) -> str:
+        return quoted(super().__str__(), LONGEST)
 
 
-LONGEST, END = 2_000, 500  # characters of a line, and how many of them are of its end
+class UnfitError(UserError):
+    """What is wrong with one of many pictures alone: the others can be done."""
 
 
-def _one_line(text: str) -> str:
-    line = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - END - 5]} ... {line[-END:]}"
+def quoted(value: Any, most: int = QUOTED) -> str:
+    """``value`` as a message quotes it: on one line, printable, without its middle where it is longer than ``most``.
+
+    A text or a path as it is, all else as Python writes it. Bytes of a file's name that are no text become ``\\xe9``.
+    """
+    try:
+        text = str(value) if isinstance(value, str | PurePath) else repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number of thousands of digits"
+    text = "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - len(GAP)]}{GAP}{text[len(text) - end :]}"
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def _escaped(sign: str) -> str:
+    """A surrogate stands for a byte that is no text."""
+    if "\udc80" <= sign <= "\udcff":
+        return f"\\x{ord(sign) - 0xDC00:02x}"
+    return sign.encode("unicode_escape").decode("ascii")
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the name closest to ``name``, or the list of all names."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(quoted(name, PROBED), names, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and leave with its status, or with 2 and one line for a `UserError`."""
+    """Run a command's ``main`` and leave with its status, or with 2 and one line for a `UserError`.
+
+    What Pillow and NumPy warn of in damaged files is not shown: it tells nothing that a user could put right.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"(PIL|numpy|data)\.")
     try:
         status = main()
     except UserError as error:

@@ -29,10 +29,8 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):
-        for line in PROCESS.joinpath("status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if peak := _status("VmHWM:"):
+        return peak
     try:
         import resource  # here, not above: Windows has none
     except ImportError:
@@ -82,7 +80,7 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return min(_available(), _group_limit())
+    return min(_available(), _group_limit(), _process_limit())
 
 
 def _available(file: Path = Path("/proc/meminfo")) -> float:
@@ -115,6 +113,26 @@ def _group_limit(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
                 stat = dict(entry.split() for entry in _read(folder / "memory.stat").splitlines())
                 free = min(free, int(most) - int(taken) + int(stat.get(cache, 0)))
     return max(0, free)
+
+
+def _process_limit() -> float:
+    """What the limits that a shell or a batch system sets (ulimit -v, -d) leave this process."""
+    try:
+        import resource  # here, not above: Windows has none
+    except ImportError:
+        return math.inf
+    free = math.inf
+    for limit, taken in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        most = resource.getrlimit(limit)[0]
+        if most != resource.RLIM_INFINITY:
+            free = min(free, most - _status(taken))
+    return max(0, free)
+
+
+def _status(name: str) -> int:
+    """A figure of this process in bytes; 0 where the system tells none."""
+    lines = _read(PROCESS / "status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 def _read(file: Path) -> str:

@@ -7,24 +7,26 @@ import torch
 from torch import Tensor
 
 from utils.config import Test
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 from utils.evaluation import report
+from utils.files import WRITTEN
 
 LOSSLESS = ".png"
-KEPT = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff"})  # others become PNG
 
 
 def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
     """The file that each input becomes. Where figures are taken (``scored``) pictures lose nothing unless asked to."""
     suffix = test.suffix or ""
     if bad := set(suffix) & set('/\\:*?"<>|'):
-        raise UserError(f"test.suffix={suffix}: no {min(bad)} can be in a file's name; take letters, digits, _ or -")
+        raise UserError(
+            f"test.suffix={quoted(suffix)}: no {min(bad)} can be in a file's name; take letters, digits, _ or -"
+        )
 
     def kind(name: str) -> str:
         own = PurePosixPath(name).suffix
         ending = f".{test.format}"
         if test.format == "auto":
-            ending = own if own.lower() in KEPT and not scored else LOSSLESS
+            ending = own if own.lower() in WRITTEN and not scored else LOSSLESS
         return suffix + ending
 
     return report.picture_names(inputs, kind)

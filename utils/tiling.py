@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import memory
-from utils.errors import UserError
+from utils.errors import UserError, quoted
 
 SMALLEST = 128  # pixels: below it a tile is more halo than core
 SIDES = (1024, 768, 512, 384, 256, SMALLEST)  # tiling is exact and 1024 costs a few percent: none larger is needed
@@ -139,7 +139,7 @@ def choose(
             side = int(setting) or None
         except ValueError:
             raise UserError(
-                f"test.tile={setting}: must be auto, 0 for the whole picture, or a side in pixels"
+                f"test.tile={quoted(setting)}: must be auto, 0 for the whole picture, or a side in pixels"
             ) from None
         check(side)
         return side

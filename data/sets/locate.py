@@ -17,7 +17,7 @@ from data import images, paths
 from data.pictures import Folder, Paired, doubts
 from data.sets import pairing
 from data.sets.table import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.evaluation.runner import Pictures
 
 LEVELS = 5  # of folders below the data root that are looked through
@@ -133,12 +133,12 @@ def _wanted(names: Sequence[str]) -> dict[tuple[str, str], str]:
         if _key(text) in sets:  # CSD:train is a set of its own
             name, split = sets[_key(text)], "all"
         if not name:
-            raise UserError(f"'{asked}': no such set{nearest(asked.lower(), map(str.lower, sets.values()))}")
+            raise UserError(f"'{quoted(asked)}': no such set{nearest(asked.lower(), map(str.lower, sets.values()))}")
         parts = GROUPS.get(name, (name,))
         having = [part for part in parts if split in BENCHMARKS[part].splits]
         if not having:
             known = {split for part in parts for split in BENCHMARKS[part].splits}
-            raise UserError(f"'{text}': no such split{nearest(split, known)}")
+            raise UserError(f"'{quoted(text)}': no such split{nearest(split, known)}")
         for part in having:
             group = name if name in GROUPS else ""
             wanted[part, split] = group and wanted.get((part, split), group)  # by itself: no longer optional

@@ -1,4 +1,5 @@
 import contextlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,11 @@ import pytest
 import scipy.io
 import tifffile
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from data import images, paths
-from utils.errors import UserError
+from utils import memory
+from utils.errors import UnfitError, UserError
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (13, 17, 3), dtype=np.uint8)
@@ -205,6 +207,60 @@ def test_a_picture_that_cannot_be_read_says_why_and_what_helps(tmp_path, monkeyp
     with pytest.raises(UserError, match=message) as refusal:
         images.read(path)
     assert "fetch" not in str(refusal.value)
+
+
+def claimed(path: Path, width: int, height: int) -> Path:
+    path.write_bytes(b"P6\n%d %d\n255\nabc" % (width, height))
+    return path
+
+
+def test_a_picture_that_memory_does_not_hold_is_refused_from_its_header(tmp_path, monkeypatch):
+    """A PNG of few bytes and many pixels, and a file of 22 bytes that claims more."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**28)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # not a byte is decoded
+    one_bit = saved(tmp_path / "a.png", Image.new("1", (5000, 5000)))
+    for path in (one_bit, claimed(tmp_path / "b.ppm", 22000, 22000)):
+        with pytest.raises(UserError, match=r"\(its \d+x\d+ pixels take \d\.\d GiB to read, 0\.2 GiB are free\); free"):
+            images.read(path)
+
+
+@pytest.mark.parametrize("where", ["convert", "fromarray", "div_"])
+def test_a_lack_of_memory_at_any_point_of_reading_is_the_picture_s(tmp_path, monkeypatch, where):
+    def fail(*_, **__):
+        raise (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            if where == "div_"
+            else MemoryError
+        )
+
+    path = saved(tmp_path / "a.png", Image.new("L", (4, 4)))
+    place = {"convert": Image.Image, "div_": torch.Tensor, "fromarray": np}[where]
+    monkeypatch.setattr(place, {"fromarray": "array"}.get(where, where), fail)
+    with pytest.raises(UserError, match=r"a\.png: .*too little memory"):
+        images.read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("c.png")
+    (tmp_path / "c.png").symlink_to("b.png")
+    wanted = {"a.png": "a pipe or a device", "b.png": "a link that leads nowhere", "x" * 5000: "no such picture"}
+    for name, words in (wanted | {"a\0b.png": r"a\\x00b\.png: no such picture"}).items():
+        with pytest.raises(UserError, match=words) as error:
+            images.read(tmp_path / name)
+        assert len(str(error.value)) < 400
+    os.mkfifo(tmp_path / "a.flist")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        paths.find(tmp_path / "a.flist")
+
+
+def test_a_name_as_long_as_may_be_is_written(tmp_path):
+    for name in ("n" * 251 + ".png", "\U0001f32b" * 62 + ".jpg"):
+        images.write(tmp_path / name, torch.rand(3, 4, 5))
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UnfitError, match="File name too long"):
+        images.write(tmp_path / ("n" * 252 + ".png"), torch.rand(3, 4, 5))
 
 
 def test_large_photographs_are_legal():
@@ -504,6 +560,36 @@ def test_what_a_flist_cannot_mean_is_said_with_its_line(tmp_path, monkeypatch, l
     (tmp_path / "x.flist").write_text(lines)
     with pytest.raises(UserError, match=message):
         paths.find("x.flist")
+
+
+def test_what_a_list_names_in_vain_can_be_told_in_place_of_refused(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.flist").write_bytes(b"\n".join([b"a.png", b"x" * 5000, b"~nouser/a.png", b"a\0b", b"na\xefve.png"]))
+    absent = []
+    assert paths.find(["x.flist", "gone.png"], absent=absent) == [Path("a.png")]
+    starts = ["line 2: xxx", "line 3: ~nouser/a.png is", r"line 4: a\x00b is", r"line 5: na\xefve.png is"]
+    assert [line.startswith(f"x.flist, {start}") for line, start in zip(absent, starts, strict=False)] == [True] * 4
+    assert absent[4].startswith("gone.png: no such file")
+    assert [len(line) < 300 and line.isprintable() for line in absent] == [True] * 5
+    with pytest.raises(UserError, match=r"gone\.png: no such file"):
+        paths.find(["gone.png", "gone.jpg"], absent=[])
+    (tmp_path / "x.flist").write_bytes("a.png".encode("utf-16"))
+    with pytest.raises(UserError, match="is UTF-16"):
+        paths.find("x.flist")
+
+
+def test_a_name_that_is_no_text_is_found_and_read(tmp_path):
+    name = os.fsdecode(b"na\xefve.png")
+    saved(tmp_path / "a.png", Image.new("L", (4, 4))).rename(tmp_path / name)
+    (tmp_path / "x.flist").write_bytes(b"na\xefve.png\n")
+    for source in (tmp_path, tmp_path / "x.flist"):
+        assert [images.read(path).shape for path in paths.find(source)] == [(3, 4, 4)]
+
+
+def test_a_home_of_nobody_is_refused():
+    with pytest.raises(UserError, match=r"~nouser/a\.png: ~nouser is nobody's home folder"):
+        paths.find("~nouser/a.png")
 
 
 def test_several_sources_are_one_and_name_a_picture_once(tmp_path):

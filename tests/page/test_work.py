@@ -14,8 +14,10 @@ from PIL import Image, ImageCms
 
 import models
 from data import images
+from page import __main__ as program
 from page import visitors, work
 from page.visitors import Visitors
+from utils import checkpoint, config
 from utils.errors import UserError
 
 
@@ -64,11 +66,43 @@ def test_what_is_written_has_all_pixels_and_keeps_what_belongs_to_it(photo, meth
     assert (images.read(written) - expected).abs().mean() < 0.01  # JPEG
 
 
-@pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("bmp", ".png"), ("tiff", ".png"), ("webp", ".png")])
-def test_other_formats_become_png(kind, ending, method, tmp_path):
+@pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("bmp", ".png"), ("tiff", ".tiff"), ("webp", ".webp")])
+def test_what_can_be_written_keeps_its_format_and_others_become_png(kind, ending, method, tmp_path):
     path = tmp_path / f"a.{kind}"
     Image.new("RGB", (20, 30), "grey").save(path)
     assert work.write(path, method, 1, tmp_path / "out").name == f"a_dehazed{ending}"
+
+
+@pytest.fixture(scope="module")
+def aknet():
+    settings = config.load("aknet", models.settings_types(), overrides=["aknet.width=8"])
+    torch.manual_seed(0)
+    return models.build(settings).eval()
+
+
+def test_a_method_without_transmission_has_one_strength(photo, aknet, tmp_path):
+    with torch.no_grad():
+        wanted = aknet.dehaze(images.read(photo)[None])
+    view = work.look(photo, aknet)
+    assert view.transmission is None
+    for strength in (0, 1, 1.5):
+        torch.testing.assert_close(view.clear(strength), wanted.clamp(0, 1))
+        written = images.read(work.write(photo, aknet, strength, tmp_path / "out"))
+        assert (written - wanted[0].clamp(0, 1)).abs().mean() < 0.01  # JPEG
+
+
+def test_every_method_whose_weights_are_at_hand_is_offered(aknet, tmp_path, monkeypatch):
+    identity = {"model": "aknet", "settings": {"aknet": {"width": 8}}}
+    for folder in ("aknet", "mine", "theirs"):
+        checkpoint.save_weights(tmp_path / folder / "weights.safetensors", aknet.inference_state(), identity)
+    monkeypatch.setattr(models, "SHIPPED", tmp_path)
+    files = [str(tmp_path / folder / "weights.safetensors") for folder in ("mine", "theirs")]
+    offered = program.offered(files, "cpu")
+    names = ["AKNet", "weights", str(tmp_path / "theirs" / "weights"), "DCP (dark channel prior)"]
+    assert list(offered) == names
+    assert [models.name_of(each) for each in offered.values()] == ["aknet", "aknet", "aknet", "dcp"]
+    with pytest.raises(UserError, match="is named twice"):
+        program.offered([files[0]] * 3, "cpu")
 
 
 def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 from typing import get_type_hints
 
@@ -290,6 +291,74 @@ def test_broken_files(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         load(files=[written(tmp_path / "config.yml", text)])
     assert "\n" not in str(error.value)
+
+
+def unfolding(depth: int, merge: bool) -> str:
+    """A few lines that aliases make 9 ** ``depth`` values."""
+    first, many = ("{batch: 1}", "  <<: [{}]") if merge else ("[x]", "  [{}]")
+    lines = [f"k{n}: &k{n}\n{many.format(', '.join([f'*k{n - 1}'] * 9))}\n" for n in range(1, depth)]
+    return f"k0: &k0 {first}\n{''.join(lines)}"
+
+
+HOSTILE = {
+    "train: {batch: !!int x}": "'x' is no int that can be in .*, line 1, column 16",
+    "train: {batch: !!int ''}": "'' is no int that can be",
+    "train: {clip: !!float x}": "'x' is no float that can be",
+    "compile: !!bool x": "'x' is no bool that can be",
+    "seed: !!timestamp x": "'x' is no timestamp that can be",
+    "train:\n  batch: 2024-13-45": "'2024-13-45' is no timestamp that can be in .*, line 2",
+    f"train: {'[' * 1000}": "brackets in brackets, too deep",
+    f"train: {{batch: {'9' * 400}}}": r"train\.batch=99+ \.\.\. 9+: needs a whole number of at most 64 bits",
+    f"train: {{batch: {'9' * 5000}}}": "9+ is no int that can be|9+' is no int that can be",
+    f"train: {{batch: 0x{'f' * 9000}}}": "a number of thousands of digits: needs a whole number of at most 64 bits",
+    "train: {batch: 1.0e300}": r"train\.batch='1\.0e300': needs a whole number",
+    unfolding(9, merge=False): "aliases .* make it more than 20,000 values",
+    unfolding(9, merge=True): "aliases .* make it more than 20,000 values",
+    "data: &a {hazy: x, pairs: *a}": "aliases",
+    "nedr: &a\n  <<: *a": "aliases",
+    'test: {output: "a\\0b"}': r"test\.output='a\\x00b': no path or name has such a character",
+    'data: {hazy: "\\ud800"}': r"data\.hazy='\\ud800': no path or name has such a character",
+    'train: {batch: "\\e[31m"}': r"train\.batch='\\x1b\[31m': needs a whole number",
+    f"train: {{batch: {'x' * 5000}}}": r"train\.batch='x+ \.\.\. x+': needs a whole number",
+    f"train: {{? {'x' * 900} : 1}}": r"unknown setting 'train\.x+ \.\.\. x+'",
+    f"# {'x' * 70_000}": "70,002 characters; settings have 65,536 at most",
+    "2001-01-01: 1": r"unknown setting 'datetime\.date\(2001, 1, 1\)'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_is_written_to_do_harm_is_one_short_line(tmp_path, text):
+    with pytest.raises(UserError, match=HOSTILE[text]) as error:
+        load(files=[written(tmp_path / "config.yml", text)])
+    assert str(error.value).isprintable()
+    assert len(str(error.value).replace(str(tmp_path), "")) < 420
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train.batch=!!int x",
+        "train.batch=2024-13-45",
+        f"train.batch={'x' * 70_000}",
+        f"test.weights={'[' * 400}{']' * 400}",
+        f"train={unfolding(9, merge=False)}",
+        f"{'x' * 5000}=1",
+        "data.hazy=a\0b",
+        'seed="\\UFFFFFFFF"',
+    ],
+)
+def test_it_is_on_the_command_line_too(text):
+    with pytest.raises(UserError) as error:
+        load(text)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 420
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.yml")
+    with pytest.raises(UserError, match="it is no file"):
+        load(files=[tmp_path / "config.yml"])
 
 
 def test_files_that_cannot_be_read(tmp_path):

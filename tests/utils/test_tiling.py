@@ -1,6 +1,7 @@
 """Tiles: what is put together from pieces is what the whole would have given, and pieces stay small."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,17 @@ def test_free_memory_is_the_least_that_is_known(monkeypatch):
     for limit, free in ((math.inf, 7), (3, 3)):
         monkeypatch.setattr(memory, "_group_limit", lambda limit=limit: limit)
         assert memory.free_memory(torch.device("cpu")) == free
+
+
+def test_a_limit_of_the_process_counts_too():
+    """That of ulimit -v, in a child, since it cannot be taken back."""
+    resource = pytest.importorskip("resource")
+    child = os.fork()
+    if not child:
+        taken = memory._status("VmSize:")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+        os._exit(not 0 < memory.free_memory(torch.device("cpu")) <= 2**28)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_available_memory(tmp_path):

@@ -1,11 +1,12 @@
 """Values of settings: their types and ranges, and what a text or a YAML value becomes."""
 
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         value = convert(value, args[0], path)
         wrong = args[1].check(value)
         if wrong:
-            raise UserError(f"{path}={value}: {wrong}")
+            raise UserError(f"{path}={quoted(value)}: {wrong}")
         return value
     if origin in (Union, types.UnionType):
         return _either(value, args, path)
     if origin is Literal:
         if value not in args:
-            raise UserError(f"{path}={value}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
+            raise UserError(f"{path}={quoted(value)}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
         return value
     if origin is list:
         if value is None or (args[0] is str and isinstance(value, str)):  # none, or one alone
@@ -88,7 +89,7 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     if origin is tuple:
         items = _sequence(value, path)
         if len(items) != len(args):
-            raise UserError(f"{path}={value}: needs {len(args)} values in brackets, got {len(items)}")
+            raise UserError(f"{path}={quoted(value)}: needs {len(args)} values in brackets, got {len(items)}")
         return tuple(convert(item, arg, path) for item, arg in zip(items, args, strict=True))
     return _scalar(value, kind, path)
 
@@ -116,8 +117,8 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str) and value:
-        return value
-    if kind is int and type(value) is int:  # not by way of float, which holds 53 bits
+        return _usable(value, path)
+    if kind is int and type(value) is int and abs(value) < 2**63:  # not by way of float, which holds 53 bits
         return value
     if kind in (int, float) and not isinstance(value, bool):
         try:
@@ -126,21 +127,38 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
             number = float("nan")
         if kind is float and number == number and abs(number) != float("inf"):
             return number
-        if kind is int and number.is_integer():
+        if kind is int and number.is_integer() and abs(number) < 2**63:
             return int(number)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    more = " of at most 64 bits" if kind is int and type(value) is int else ""
     if kind is str and value in (None, ""):
         raise UserError(f"{path} is empty: needs text")
     quotes = "; put it in quotes" if kind is str else ""
-    raise UserError(f"{path}={value!r}: needs {words[kind]}{quotes}")
+    raise UserError(f"{path}={_written(value)}: needs {words[kind]}{more}{quotes}")
+
+
+def _usable(text: str, path: str) -> str:
+    """``text``, if it can be a file's name. Raises `UserError`."""
+    try:
+        whole = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        whole = False
+    if not whole:
+        raise UserError(f"{path}={_written(text)}: no path or name has such a character in it; take it out")
+    return text
+
+
+def _written(value: Any) -> str:
+    """``value`` as Python writes it, texts in quotes, made short."""
+    return f"'{quoted(value)}'" if isinstance(value, str) else quoted(value)
 
 
 def _sequence(value: Any, path: str) -> list:
     if not isinstance(value, list | tuple):
-        raise UserError(f"{path}={value!r}: needs a list in brackets")
+        raise UserError(f"{path}={_written(value)}: needs a list in brackets")
     return list(value)
 
 
 def _hint(value: Any, choices: Iterable) -> str:
-    hint = nearest(str(value), map(str, choices))
+    hint = nearest(value, map(str, choices))
     return hint if "did you mean" in hint else ""

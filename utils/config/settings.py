@@ -10,6 +10,7 @@ good as any. On the command line nothing in it is YAML, so that "# a: [b" is a n
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import types
@@ -24,12 +25,14 @@ from utils.config.convert import convert
 from utils.config.schema import (
     Settings,
 )
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "configs.yml"
 TAG = "tag:yaml.org,2002:"
 READ_OTHERWISE = {TAG + name for name in ("bool", "int", "float", "timestamp", "merge", "value")}  # by YAML, unquoted
 NULL = ("~", "null", "Null", "NULL")
+LONGEST = 2**16  # characters of a file of settings; configs.yml has 17,000
+MOST = 20_000  # values in it, aliases written out
 QUOTED = re.compile(r"""'([^']|'')*'|"([^"\\]|\\.)*\"""")  # as a whole
 
 # key=value as typed; or, of a command's own options, the key and the value itself, which then no one has to quote.
@@ -52,7 +55,7 @@ def load(
     Raises `UserError` for an unknown key, a wrong type or a value that cannot work, naming where it stands.
     """
     if model not in methods:
-        raise UserError(f"unknown model '{model}'{nearest(model, methods)}")
+        raise UserError(f"unknown model '{quoted(model)}'{nearest(model, methods)}")
     tree: dict = {}
     overrides, schema = list(overrides), _schema(methods)
     defaults = read_yaml(DEFAULTS, schema)
@@ -85,7 +88,7 @@ def check_used(used: Collection[str], methods: Mapping[str, type], overrides: It
             remedy = (
                 f"write {fitting[0]}.{rest}" if fitting else f"take it out: {' and '.join(used)} has no such setting"
             )
-            raise UserError(f"'{text}': {block} is not in use here, {' and '.join(used)} is; {remedy}")
+            raise UserError(f"'{quoted(text)}': {block} is not in use here, {' and '.join(used)} is; {remedy}")
 
 
 def section(name: str, overrides: Iterable[Override] = ()) -> Any:
@@ -120,13 +123,16 @@ def read_yaml(path: Path, schema: Mapping[str, Any] | None = None) -> dict:
     Raises `UserError` if it cannot be read, if a key stands twice, or if a path lost its end to a comment.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"cannot read settings from {path}: it is no file")
         tree = _parsed(path.read_text(encoding="utf-8"), schema, str(path))
     except FileNotFoundError:
         raise UserError(f"no settings file {path}; create it (it may be empty) or name another folder") from None
     except yaml.YAMLError as error:
+        told = quoted(" ".join(str(error).split()), 300)
         raise UserError(
-            f"cannot read settings from {path}: {' '.join(str(error).split())}; mend that line (a text with signs of "
-            f"YAML's in it, as [ or ': ', wants quotes)"
+            f"cannot read settings from {path}: {told}; mend that line (a text with signs of YAML's in it, as [ or "
+            f"': ', wants quotes)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read settings from {path}: {error}; it must be a text file in UTF-8") from None
@@ -138,16 +144,54 @@ def read_yaml(path: Path, schema: Mapping[str, Any] | None = None) -> dict:
 
 
 def _parsed(text: str, kind: Any, source: str) -> Any:
-    """``text`` as YAML, see `_as_written`. Raises YAMLError, and `UserError` for a key that stands twice."""
-    loader = yaml.SafeLoader(text)
+    """``text`` as YAML, see `_as_written`. Raises YAMLError, and `UserError` for a key twice and for what is no end."""
+    if len(text) > LONGEST:
+        raise UserError(f"{quoted(source)}: {len(text):,} characters; settings have {LONGEST:,} at most: shorten them")
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
+        _check_size(node, source)
         _check_keys(node, source, "", set())
         return loader.construct_document(_as_written(node, kind, source))
+    except (yaml.YAMLError, UserError):
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("brackets in brackets, too deep") from None
+    except (ValueError, OverflowError) as error:  # a sign that no letter has
+        raise yaml.YAMLError(quoted(str(error))) from None
     finally:
         loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """Names the value, and its place, that is not of the kind that it says or looks like: there PyYAML raises any."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:
+            told = f"'{quoted(node.value)}' is no {node.tag.removeprefix(TAG)} that can be"
+            raise yaml.constructor.ConstructorError(problem=told, problem_mark=node.start_mark) from None
+
+
+def _check_size(node: yaml.Node, source: str) -> None:
+    """Refuse aliases by which a few lines become millions, or go on without end."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # as long as it is met below itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            each = (part for pair in parts for part in pair) if isinstance(node, yaml.MappingNode) else parts
+            sizes[id(node)] = 1 + sum(map(size, each))
+        return sizes[id(node)]
+
+    if size(node) > MOST:
+        raise UserError(f"{quoted(source)}: aliases (*NAME) make it more than {MOST:,} values; write out what is meant")
 
 
 def _check_keys(node: yaml.Node, source: str, prefix: str, seen: set[int]) -> None:
@@ -163,13 +207,13 @@ def _check_keys(node: yaml.Node, source: str, prefix: str, seen: set[int]) -> No
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge":
                 lines[key.value].append(key.start_mark.line + 1)
-            _check_keys(value, source, f"{prefix}{key.value}.", seen)
+            _check_keys(value, source, f"{prefix}{quoted(key.value, 60)}.", seen)
         for key, places in lines.items():
             if len(places) > 1:
                 where = f"lines {', '.join(map(str, places[:-1]))} and {places[-1]}"
                 raise UserError(
-                    f"{source}: '{prefix}{key}' stands {len(places)} times, in {where}, and all but the last would be "
-                    f"lost; make them one"
+                    f"{quoted(source)}: '{quoted(prefix + key)}' stands {len(places)} times, in {where}, and all but "
+                    f"the last would be lost; make them one"
                 )
 
 
@@ -199,7 +243,8 @@ def _check_whole(node: yaml.ScalarNode, source: str) -> None:
     line = mark.buffer[mark.pointer :].partition("\n")[0].rstrip("\0").strip()
     if "#" in line and line != node.value and os.path.exists(os.path.expanduser(line)):
         raise UserError(
-            f"{source}, line {mark.line + 1}: YAML takes all from # on for a comment, but there is a path '{line}'; "
+            f"{source}, line {mark.line + 1}: YAML takes all from # on for a comment, but there is a path "
+            f"'{quoted(line)}'; "
             f"put it in quotes"
         )
 
@@ -240,7 +285,7 @@ def _layers(
         tree = _typed(text, _kind(schema, key)) if isinstance(each, str) else each[1]
         for part in reversed(key.split(".")):
             tree = {part: tree}
-        yield tree, f"'{text}'"
+        yield tree, f"'{quoted(text)}'"
 
 
 def _key(override: Override) -> tuple[str, str]:
@@ -250,7 +295,7 @@ def _key(override: Override) -> tuple[str, str]:
     key, sign, _ = override.partition("=")
     if not sign or not key.strip():
         raise UserError(
-            f"cannot understand '{override}'; settings on the command line read key=value, as train.batch=4"
+            f"cannot understand '{quoted(override)}'; settings on the command line read key=value, as train.batch=4"
         )
     return key.strip(), override
 
@@ -260,16 +305,16 @@ def _typed(assignment: str, kind: Any) -> Any:
 
     A text that is in quotes as a whole loses them, so that "null" can be a name where null is nothing.
     """
-    value = assignment.partition("=")[2]
+    value, source = assignment.partition("=")[2], f"'{quoted(assignment)}'"
     try:
         if _is_text(kind):
-            return _text(value, kind, f"'{assignment}'")
+            return _text(value, kind, source)
         if "#" in value and not _hints(kind):
-            raise UserError(f"cannot understand the value in '{assignment}': a # begins no comment here; take it out")
-        return _parsed(value, kind, f"'{assignment}'")
-    except yaml.YAMLError:
+            raise UserError(f"cannot understand the value in {source}: a # begins no comment here; take it out")
+        return _parsed(value, kind, source)
+    except (yaml.YAMLError, RecursionError):
         raise UserError(
-            f"cannot understand the value in '{assignment}'; write it as in a config.yml, names in a list with signs "
+            f"cannot understand the value in {source}; write it as in a config.yml, names in a list with signs "
             f"of YAML's in quotes"
         ) from None
 
@@ -282,7 +327,9 @@ def _text(value: str, kind: Any, source: str) -> Any:
     if several and bare[0] + bare[-1] == "[]" and yaml.compose(bare).end_mark.index == len(bare):  # no comment after it
         return _parsed(bare, kind, source)
     if QUOTED.fullmatch(bare):
-        with contextlib.suppress(yaml.YAMLError):  # a backslash before what it cannot stand before
+        with contextlib.suppress(
+            yaml.YAMLError, ValueError, OverflowError
+        ):  # a backslash before what it cannot stand before
             return yaml.safe_load(bare)
     return value
 
@@ -293,10 +340,13 @@ def _merge(tree: dict, layer: Mapping, schema: Mapping[str, Any], source: str, p
         if key == "model" and not prefix:  # written by dump(); the command line's --model decides
             continue
         if key not in schema:
-            raise UserError(f"{source}: unknown setting '{prefix}{key}'{nearest(str(key), schema)}")
+            name = prefix + (key if isinstance(key, str) else quoted(key))
+            raise UserError(f"{source}: unknown setting '{quoted(name)}'{nearest(key, schema)}")
         if dataclasses.is_dataclass(schema[key]):
             if not isinstance(value, Mapping):
-                raise UserError(f"{source}: '{prefix}{key}' is a section and needs settings below it, got {value!r}")
+                raise UserError(
+                    f"{source}: '{prefix}{key}' is a section and needs settings below it, got {quoted([value])[1:-1]}"
+                )
             hints = get_type_hints(schema[key], include_extras=True)
             _merge(tree.setdefault(key, {}), value, hints, source, f"{prefix}{key}.")
         else:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
     """
     loaded = [load(run) for run in runs]
     paths = [run.path for run in loaded]
-    files = [path.resolve() for path in paths]
+    files = [os.path.realpath(path) for path in paths]
     if twice := [str(given) for given, file in zip(runs, files, strict=True) if files.count(file) > 1]:
         raise UserError(f"the same run is given twice ({', '.join(twice)}); name different runs")
     loaded = [dataclasses.replace(run, name=_name(run.path, paths)) for run in loaded]

@@ -23,7 +23,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from torch import Tensor
 
 from utils import rounding
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 from utils.evaluation import metrics
 
 Figure = Callable[[Tensor, Tensor | None], float]  # of a dehazed and its clear picture, (3,H,W) in [0,1]
@@ -124,7 +124,7 @@ _ONE_AT_A_TIME = threading.Lock()  # pyiqa sets cuDNN's global flags while it co
 def metric(name: str) -> Metric:
     """The metric of that name; raises `UserError` with the nearest name if there is none."""
     if name not in METRICS:
-        raise UserError(f"there is no metric '{name}'{nearest(name, METRICS)}")
+        raise UserError(f"there is no metric '{quoted(name)}'{nearest(name, METRICS)}")
     return METRICS[name]
 
 

@@ -1,9 +1,10 @@
 """What a long scoring run has done so far, one line a picture, so that an interrupted one goes on where it stopped."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Journal:
         scores = [(line["row"], _score(line)) for lines in same for line in lines[1:] if line.keys() == FIELDS]
         self.scores = {(row, score.name): score for row, score in scores} if known is None else known
         self.resumed = len(self.scores)
-        try:
+        with self._written():
             folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "w", encoding="utf-8") as file:  # anew, without what was cut short
                 file.write(json.dumps({"identity": digest}) + "\n")
@@ -44,6 +45,11 @@ class Journal:
                     file.writelines(_line(row, score) for (row, _), score in self.scores.items())
             for part in parts:
                 part.unlink()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{self.path}: cannot be written ({why}); check rights and space") from None
@@ -54,12 +60,13 @@ class Journal:
 
     def add(self, row: str, score: Score) -> None:
         """Note a picture whose figures and files are complete."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with self._written(), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(row, score))
 
     def close(self) -> None:
         """The run is complete and its report is written: forget the way there."""
-        self.path.unlink(missing_ok=True)
+        with self._written():
+            self.path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> list[dict]:
@@ -71,7 +78,7 @@ def _read(path: Path) -> list[dict]:
     for line in text.splitlines():
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             break
     return lines if all(isinstance(line, dict) for line in lines) else []
 

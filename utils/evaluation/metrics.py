@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, quoted
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-image")
 KINDS = ("psnr", "ssim")
@@ -101,7 +101,7 @@ PROTOCOLS = {each.name: each for each in _ALL}
 def protocol(name: str) -> Protocol:
     """The protocol of that name; raises `UserError` with the nearest name if there is none."""
     if name not in PROTOCOLS:
-        raise UserError(f"there is no protocol '{name}'{nearest(name, PROTOCOLS)}")
+        raise UserError(f"there is no protocol '{quoted(name)}'{nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

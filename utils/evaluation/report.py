@@ -1,5 +1,6 @@
 """The files of a scoring run: results.json (complete), results.md (for a paper), per_image.csv, and pictures' names."""
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,8 @@ from utils.evaluation import tables
 from utils.evaluation.results import Row, flat, keys
 from utils.files import write_text
 
+SKIPPED = "skipped.txt"
+
 
 def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
     """Write results.json, results.md and per_image.csv into ``folder``, each whole or not at all.
@@ -23,6 +26,15 @@ def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
     write_text(folder / "results.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
     write_text(folder / "results.md", tables.markdown(rows, results))
     write_text(folder / "per_image.csv", _csv(rows))
+
+
+def write_skipped(folder: Path, told: Sequence[str]) -> None:
+    """Write skipped.txt, a line for each picture that could not be used; there is none where all could be."""
+    if told:
+        write_text(folder / SKIPPED, "".join(f"{line}\n" for line in told))
+    else:
+        with contextlib.suppress(OSError):
+            (folder / SKIPPED).unlink(missing_ok=True)
 
 
 def picture_names(names: Sequence[str], kind: Callable[[str], str] = lambda name: ".png") -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ class Pictures:
 
     Each item has the ``path`` of its hazy picture, too. ``expected`` is the number that the whole set has, None where
     no one can know; ``preset`` the test-time settings with which the released methods treat this set; ``folder`` the
-    results' sub-folder, empty for a set of one's own.
+    results' sub-folder, empty for a set of one's own; ``absent`` tells, a line each, of pictures that are named and not
+    there.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Pictures:
     remarks: list[str] = field(default_factory=list)
     preset: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
+    absent: list[str] = field(default_factory=list)
 
     @property
     def benchmark(self) -> bool:
@@ -81,7 +84,7 @@ class Evaluation:
         self.further = extra_metrics.load(settings.test.metrics, device)
         self.rows: list[Row] = []
         self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and picture: its truth's fingerprint
-        self.told: set[str] = set()
+        self.told: dict[str, None] = {}  # in the order of the pictures
         self.kept = 0  # pictures that were there already, and were left as they are
         for name in settings.test.protocols:
             metrics.protocol(name)
@@ -115,8 +118,8 @@ class Evaluation:
         output.refuse_hidden(test, scored)
         files = {name: folder / file for name, file in output.names(names, test, scored).items()}
         keep = test.pictures and candidate.name != HAZY
-        done = {n: s for n, s in self.journal.done(key, names).items() if not keep or files[n].is_file()}
-        there = set() if scored or test.overwrite else {n for n in names if n not in done and files[n].exists()}
+        done = {n: s for n, s in self.journal.done(key, names).items() if not keep or os.path.isfile(files[n])}
+        there = set() if scored or test.overwrite else {n for n in names if n not in done and os.path.exists(files[n])}
         if test.temporal and (there or done):  # every frame is needed for those after it
             if there:
                 raise UserError(
@@ -144,6 +147,9 @@ class Evaluation:
         peak = self._gather(pictures, outcome)
         scores = done | {score.name: score for score in outcome.scores}
         outcome.scores = [scores[name] for name in names if name in scores]
+        for told in pictures.absent:
+            self._skip(told)
+        outcome.skipped = [*pictures.absent, *outcome.skipped]
         self._look_for_choice(pictures, candidate, outcome.scores)
         about = (_in_force(candidate, outcome.scores), pictures.remarks, peak, len(done))
         row = Row(pictures.name, candidate.name, pictures.expected, outcome, *about)
@@ -201,6 +207,8 @@ class Evaluation:
         if figures and self.ranks.first:
             found = results.build(self.rows, self.settings, methods(), device)
             report.write(self.output, self.rows, found)
+        if self.ranks.first:
+            report.write_skipped(self.output, list(self.told))
         self.ranks.exchange(None)  # what is noted is wanted until the report is there
         self.journal.close()
         return found
@@ -263,7 +271,7 @@ class Evaluation:
 
     def _skip(self, error: UserError | str) -> None:
         if str(error) not in self.told:  # every method meets it again
-            self.told.add(str(error))
+            self.told[str(error)] = None
             self.say(f"skipped: {error}")
 
     def _look_for_equal(self, pictures: Pictures, scores: Sequence[scoring.Score]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UnfitError, UserError
 from utils.evaluation import metrics
 from utils.memory import exhausted, release_memory
 
@@ -101,10 +101,10 @@ def run(
     """Dehaze ``items`` (those at ``indices``; by default all) on ``device``, measure each and save it.
 
     ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. One that
-    cannot be read, dehazed or measured is handed to ``on_error`` and left out; what ``save`` raises ends the run, since
-    it would be so for the next picture too. ``on_score`` hears of every picture as soon as all is done with it, in
-    order. ``workers`` threads read ahead and as many finish; 0: everything in turn. ``bar`` names a progress bar,
-    ``remedies`` what errors are to recommend.
+    cannot be read, dehazed or measured is handed to ``on_error`` and left out, and so is one whose own file cannot be
+    written (`UnfitError`); what else ``save`` raises ends the run, since it would be so for the next picture too.
+    ``on_score`` hears of every picture as soon as all is done with it, in order. ``workers`` threads read ahead and as
+    many finish; 0: everything in turn. ``bar`` names a progress bar, ``remedies`` what errors are to recommend.
     """
     outcome, place, started = Outcome(), torch.device(device), time.perf_counter()
     order = range(len(items)) if indices is None else indices
@@ -127,7 +127,7 @@ def run(
                 done = _dehaze(dehaze, arrived, place, remedies)
                 if place.type == "cpu" and _large(done):
                     release_memory()  # to measure and to save it takes memory too
-                pending.append(finishers.submit(_finish, done, measure, save))
+                pending.append(finishers.submit(_finish, done, measure, save, remedies))
                 collect(0 if _large(done) else workers)
         collect(0)
     seconds = outcome.seconds
@@ -164,14 +164,12 @@ class _Work:
 
 
 @contextmanager
-def _timed(work: _Work, stage: str, carry: bool = True) -> Iterator[None]:
-    """Count the seconds of a stage; with ``carry`` a `UserError` in it becomes the picture's."""
+def _timed(work: _Work, stage: str, carry: type[UserError] = UserError) -> Iterator[None]:
+    """Count the seconds of a stage; an error in it of the kind ``carry`` becomes the picture's, and it is left out."""
     start = time.perf_counter()
     try:
         yield
-    except UserError as error:
-        if not carry:
-            raise
+    except carry as error:
         work.error = error
     finally:
         work.seconds[stage] = time.perf_counter() - start
@@ -180,7 +178,12 @@ def _timed(work: _Work, stage: str, carry: bool = True) -> Iterator[None]:
 def _read(items: Sequence[dict], index: int) -> _Work:
     work = _Work()
     with _timed(work, "reading"):
-        work.item = items[index]
+        try:
+            work.item = items[index]
+        except (MemoryError, RuntimeError) as error:
+            if not exhausted(error):
+                raise
+            raise UserError(f"{items.names[index]}: there is too little memory to read it; shrink it") from None
     return work
 
 
@@ -210,22 +213,24 @@ def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> Itera
             raise
         size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
         what = f"{item['name']}: {size} pixels are too many for the memory of {device}"
-        raise UserError(f"{what}; {remedies.memory}") from None
+        raise UnfitError(f"{what}; {remedies.memory}") from None
 
 
-def _finish(work: _Work, measure: Measure | None, save: Save | None) -> _Work:
+def _finish(work: _Work, measure: Measure | None, save: Save | None, remedies: Remedies) -> _Work:
     """Measure and save, on a finishing thread."""
     if work.error is not None:
         return work
     item, dehazed, figures = work.item, work.dehazed, {}
+    cpu = torch.device("cpu")
     if measure is not None:
-        with _timed(work, "measuring"):
+        with _timed(work, "measuring"), enough_memory(item, cpu, remedies):
             figures = measure(item, dehazed)
     if save is not None and work.error is None:
-        with _timed(work, "saving", carry=False):
+        with _timed(work, "saving", carry=UnfitError), enough_memory(item, cpu, remedies):
             save(item, dehazed)
-    height, width = dehazed.shape[1:]
-    work.score = Score(item["name"], width, height, work.seconds["dehazing"], figures)
+    if work.error is None:
+        height, width = dehazed.shape[1:]
+        work.score = Score(item["name"], width, height, work.seconds["dehazing"], figures)
     work.item = work.dehazed = None  # their memory is wanted for the next
     return work
 

@@ -77,3 +77,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"progress\.jsonl"):
         Journal(tmp_path / "file", IDENTITY)
+
+
+def test_a_disk_that_fills_on_the_way_and_a_journal_that_is_none(tmp_path):
+    own = Journal(tmp_path, {})
+    own.path.unlink()
+    own.path.mkdir()
+    for work in (lambda: own.add("row", Score("a", 1, 1, 0.0, {})), own.close):
+        with pytest.raises(UserError, match=r"progress\.jsonl: cannot be written .* check rights and space"):
+            work()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "progress.jsonl").write_text("[" * 100_000)
+    assert Journal(tmp_path / "other", {}).resumed == 0
