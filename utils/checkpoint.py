@@ -111,6 +111,19 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any
     header = {"format": FORMAT, "version": str(VERSION), "metadata": json.dumps(metadata)}
     with atomic(path) as temporary:
         safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, temporary, header)
+        _order_header(temporary)
+
+
+def _order_header(path: Path) -> None:
+    """Put what is told of the weights in order: the library leaves that to chance, and with it the file's digest."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
