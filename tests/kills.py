@@ -1,7 +1,7 @@
 """Kill real trainings again and again, at random moments and in the middle of writing a file, and look at what is left.
 
     python tests/kills.py 50            # so many kills of a tiny NeDR, with and without workers
-    python tests/kills.py 2 --large     # of a D4 at full width, whose last.pt has some 280 MB, as it is being written
+    python tests/kills.py 2 --large     # of a D4 at full width, whose last.pt has 400 MB, as it is being written
 
 After every kill last.pt, the weights, the settings and the logs must be whole, and the next run goes on from them; one
 that was killed often must at last be, bit for bit, the one that was never killed. Linux only: trainings are forked from
@@ -39,7 +39,7 @@ import train
 from utils import checkpoint, errors, files
 
 ROOT = Path(train.__file__).parent
-TINY = ["warm_start.steps=5", "train.steps=5", "train.ema=0.5", "log.save_every=2", "log.validate_every=3"]
+TINY = ["warm_start.steps=5", "train.steps=5", "train.ema=0.5", "log.save_every=4", "log.validate_every=2"]
 TINY += ["nedr.gan_weight=0", "train.recalibrate=0", "log.pictures_every=3"]
 LARGE = ["warm_start.steps=0", "train.steps=3", "train.ema=0.5", "d4.base_channels=64", "d4.encoder_weights=none"]
 LARGE += ["log.save_every=1", "log.validate_every=0", "data.validation_hazy=", "data.validation_clear="]

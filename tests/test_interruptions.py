@@ -218,4 +218,4 @@ def test_fifty_kills_lose_nothing():
         assert done.returncode == 0, done.stdout + done.stderr
         counts = json.loads(done.stdout.splitlines()[-1])
         assert counts["kills"] == int(given[0])
-        assert counts["with a file half written"] >= counts["kills"] // 4
+        assert counts["kills"] - counts["at random"] >= counts["kills"] // 3  # while a file was being written
