@@ -16,9 +16,9 @@ import contextlib
 import functools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import models
 from data import datasets, images, loading
 from data.cache import Cache
-from utils import batchnorm, checkpoint, config, device, distributed, errors, files, memory
+from utils import batchnorm, checkpoint, config, device, distributed, errors, files, lock, memory
 from utils.batchnorm import recalibrate
 from utils.device import autocast
 from utils.errors import UserError
@@ -60,9 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(options.checkpoints)
     with distributed.group() as ranks:
         settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
-        run = Run(settings, folder, options.resume, ranks)
-        with signals.handled(run.signal), run.log:
-            return run.train()
+        with lock.held(folder) if ranks.first else contextlib.nullcontext("") as remark:
+            run = Run(settings, folder, options.resume, ranks)
+            ending = signals.handled(run.signal, at_once=ranks.world == 1)  # torchrun says everything twice
+            with ending, run.log, device.determined(run.device):
+                if remark:
+                    run.log.say(f"warning: {remark}")
+                return run.train()
 
 
 class Run:
@@ -81,7 +85,7 @@ class Run:
         self.device = ranks.pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()
-        device.prepare(self.device, settings.precision)
+        device.prepare(self.device, settings.precision, settings.deterministic)
         models.check_training(settings)
         self.at = Progress(progress.stages(settings), ranks.world)
         kinds = models.METHODS[settings.model].stages
@@ -94,8 +98,8 @@ class Run:
         changed = resuming.changes(saved, settings, self.last) if saved is not None else {}
         ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
 
-        torch.manual_seed(settings.seed)
-        torch.backends.cudnn.benchmark = True
+        checkpoint.seed(settings.seed)
+        torch.backends.cudnn.benchmark = not settings.deterministic
         self.method = models.build(settings)
         if saved is None:
             models.start(self.method, settings.train.init)
@@ -121,10 +125,11 @@ class Run:
         sources = filter(None, (*self.datasets.values(), self.validation))
         for line in resuming.told(changed):
             self.log.say(line)
-        for remark in (*device.remarks(self.device, settings.precision), *(r for s in sources for r in s.remarks)):
+        told = device.remarks(self.device, settings.precision, settings.deterministic)
+        for remark in (*told, *(r for s in sources for r in s.remarks)):
             self.log.say(f"warning: {remark}")
         if ranks.first:
-            (folder / "settings.yml").write_text(config.dump(settings), encoding="utf-8")
+            files.write_text(folder / "settings.yml", config.dump(settings))
 
     def signal(self, number: int) -> None:
         self.signalled = number
@@ -167,6 +172,9 @@ class Run:
         self.method.train()
         saves = False  # is it time to? Not after a step that was left out, but after the next
         with closing(loading.ahead(waiting, self.device)) as batches, bar:
+            if not at.validated:
+                self.validate(stage)
+                self.save()
             while not at.stage_ends and (chunk := self.receive(batches, stage.accumulate)):
                 self.terms = guard.step(self.updater, chunk)
                 self.ranks.average_statistics(self.method)
@@ -261,29 +269,51 @@ class Run:
         return finite(self.ranks.mean(self.terms), self.at.stage.name, self.settings.model)
 
     def validate(self, stage: progress.Stage) -> None:
-        """Score the averaged weights on the validation pairs and keep them if they are the best of their stage."""
-        count, ranks, pairs, step = self.settings.train.recalibrate, self.ranks, self.validation, self.at.global_step
+        """Score the averaged weights on the validation pairs and keep them if they are the best of their stage.
+
+        A signal cuts it short; the resumed run then begins with it.
+        """
+        at, pairs, step = self.at, self.validation, self.at.global_step
+        at.validated = False
         with self.looking() as method:
-            if count:
-                recalibrate(method, self.loader(stage, 0, count), self.device)
-                ranks.average_statistics(method)
+            scores = self.scores(stage, method)
+            if None in scores:
+                return
+            at.validated = True
             if pairs is None:
                 return self.export(method)
-            how = {"device": self.device, "bar": "validating" if ranks.first else None}
-
-            def dehaze(hazy: Tensor) -> Tensor:
-                return method.dehaze(hazy, method.tile(hazy, self.settings.test.tile))
-
-            mean = scoring.mean(ranks.spread(lambda items: scoring.score(dehaze, items, **how), pairs))
+            mean = scoring.mean(scores)
             psnr, ssim, hazy = (mean[key] for key in ("ours.psnr", "ours.ssim", "hazy.psnr"))
-            if better := psnr > self.at.best:
-                self.at.best = psnr
+            if better := psnr > at.best:
+                at.best = psnr
                 self.export(method)
         self.log.figures(stage.name, step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
             f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation pictures "
             f"(hazy: {hazy:.2f} dB){', the best of this stage so far' if better else ''}"
         )
+
+    def scores(self, stage: progress.Stage, method: models.Method) -> list[scoring.Score | None]:
+        """Of the validation pictures, by all processes; with None among them where a signal came before the end."""
+        count, ranks, pairs = self.settings.train.recalibrate, self.ranks, self.validation
+        if count:
+            recalibrate(method, takewhile(lambda _: not self.signalled, self.loader(stage, 0, count)), self.device)
+            ranks.average_statistics(method)
+        if any(ranks.agree(self.signalled)):
+            return [None]
+
+        def dehaze(hazy: Tensor) -> Tensor:
+            if self.signalled:
+                raise signals.LeftError
+            return method.dehaze(hazy, method.tile(hazy, self.settings.test.tile))
+
+        def score(items: Sequence[dict]) -> list[scoring.Score | None]:
+            try:
+                return scoring.score(dehaze, items, device=self.device, bar="validating" if ranks.first else None)
+            except signals.LeftError:
+                return [None] * len(items)
+
+        return [] if pairs is None else ranks.spread(score, pairs)
 
     def export(self, method: models.Method) -> None:
         if self.ranks.first:
@@ -302,8 +332,13 @@ class Run:
         return selection.chosen_on(names, len(self.validation), [selection.fingerprint(each) for each in prints])
 
     def keep_weights(self) -> None:
-        """Put the weights of a stage that is over beside those of the next, under the stage's name."""
-        if self.ranks.first and self.weights.exists():
+        """Put the weights of a stage that is over beside those of the next, under the stage's name.
+
+        Where they are the next stage's already, whose beginning was not saved before the run died, it was done then.
+        """
+        if not (self.ranks.first and self.weights.exists()):
+            return
+        if checkpoint.read_metadata(self.weights).get("stage") == self.at.stage.name:
             with files.atomic(self.weights.with_stem(self.at.stage.name)) as temporary:
                 shutil.copyfile(self.weights, temporary)
 
@@ -317,6 +352,7 @@ class Run:
         state |= {"updater": self.updater.state_dict()}
         checkpoint.check_finite(state["networks"] | state["ema"].get("weights", {}), self.last)
         if self.ranks.first:
+            self.log.flush()  # first: what was logged up to a saved step is never lost
             checkpoint.save(self.last, state)
         self.saved = self.at.global_step
         self.remember()

@@ -1,5 +1,6 @@
 """Batches of a dataset: read by workers, waited for with a clock, sent to the GPU ahead of their use."""
 
+import contextlib
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.errors import UserError
+from utils.training.signals import NUMBERS
 
 
 def loader(
@@ -30,9 +32,9 @@ def loader(
     batches of ``world * batch``. ``stop - start`` must then be a multiple of that; else raises ValueError.
 
     Tensors are stacked, ``skipped`` lists are joined, all else becomes a list. A `UserError` in a worker arrives as
-    it was raised. Leaves the global random state alone. An iterator has workers of its own, from the first batch on:
-    keep one as long as possible. Close it (contextlib.closing) if you leave before the end: workers ignore the signals
-    that end a run.
+    it was raised; the death of a worker is one, too, where a batch is asked for and nowhere else. Leaves the global
+    random state alone. An iterator has workers of its own, from the first batch on: keep one as long as possible. Close
+    it (contextlib.closing) if you leave before the end: workers ignore the signals that end a run.
     """
     return _Loader(
         _Carried(dataset),
@@ -151,10 +153,46 @@ class _Carried(Dataset):
 
 class _Loader(DataLoader):
     def __iter__(self) -> Iterator[dict]:
-        for batch in super().__iter__():
+        with _deaths_waited_for():
+            batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError) as error:
+                raise _death(batches) or error from None
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+@contextlib.contextmanager
+def _deaths_waited_for() -> Iterator[None]:
+    """PyTorch has the death of a worker raise an error wherever the trainer is, in the middle of a step; not so here.
+
+    Where the batch of a dead worker is asked for, it is noticed anyway, within seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    try:
+        yield
+    finally:
+        if before is not None and signal.getsignal(signal.SIGCHLD) != before:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _death(batches: Iterator) -> UserError | None:
+    """What to tell of a worker of ``batches`` that is dead; None where all live."""
+    dead = [each for each in getattr(batches, "_workers", ()) if each.exitcode is not None]
+    if not dead:
+        return None
+    code, known = dead[0].exitcode, {number.value: number.name for number in signal.Signals}
+    killed = f"was killed ({known.get(-code, -code)}), as the system does where memory runs out"
+    how = killed if code < 0 else f"ended by itself (status {code})"
+    return UserError(
+        f"a process that reads pictures, {dead[0].pid}, {how}: set a lower data.workers, data.cache or batch "
+        f"and go on with --resume"
+    )
 
 
 def _collate(items: list) -> dict | UserError:
@@ -172,5 +210,5 @@ def _collate(items: list) -> dict | UserError:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the cores
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the trainer decides when to stop
+    for number in NUMBERS:  # they reach the whole group; the trainer decides when to stop
         signal.signal(number, signal.SIG_IGN)

@@ -253,6 +253,13 @@ def read_weights(path: Path, names: Collection[str]) -> dict[str, Tensor]:
     return found
 
 
+def seed(number: int) -> None:
+    """Begin every random generator in use anew: PyTorch's, Python's and NumPy's."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
 def random_states() -> dict[str, Any]:
     """The states of every random generator in use, as plain values that weights_only loading admits."""
     kind, keys, *rest = np.random.get_state()

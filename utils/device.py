@@ -1,6 +1,7 @@
 """Where a run computes, and in what precision."""
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ from utils.errors import UserError, quoted
 from utils.memory import EXHAUSTED
 
 EXHAUSTED += ("could not create a primitive", "could not create a memory object")
+
+
+CUBLAS = ":4096:8"  # with which cuBLAS sums in one order, as NVIDIA documents
 
 
 def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
@@ -51,16 +55,37 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def prepare(device: torch.device, precision: str) -> None:
+def prepare(device: torch.device, precision: str, deterministic: bool = False) -> None:
     """Make ``device`` the current one, and set how exact products in float32 are on a GPU.
 
     With precision=float32 they are float32, of convolutions and matrices alike; with all others they are TF32 (10 bits
     of mantissa), what a reduced precision leaves in float32 included. PyTorch's own default has TF32 for convolutions
-    alone.
+    alone. ``deterministic``: only algorithms that give the same bits every time; one that there is not for an operation
+    is a RuntimeError where it is wanted, see `determined`.
     """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS)  # read when a GPU computes its first product
+        if given not in (CUBLAS, ":16:8"):
+            raise UserError(f"deterministic=true: products are not with CUBLAS_WORKSPACE_CONFIG={given}; unset it")
     if device.type == "cuda":
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
+
+
+@contextlib.contextmanager
+def determined(device: torch.device) -> Iterator[None]:
+    """Turns the lack of a deterministic algorithm for an operation inside into a `UserError` that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).partition(" does not have a deterministic implementation")
+        if not what[1]:
+            raise
+        raise UserError(
+            f"deterministic=true: {what[0]} has no deterministic form on {describe(device)}; set deterministic=false"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -73,8 +98,11 @@ def varied_sizes() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def remarks(device: torch.device, precision: str) -> list[str]:
+def remarks(device: torch.device, precision: str, deterministic: bool = False) -> list[str]:
     """What is worth knowing of that precision on this device: a line, or none."""
+    if deterministic and device.type == "cuda":
+        config = os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        return [f"deterministic=true: slower; CUBLAS_WORKSPACE_CONFIG={config} is in force"]
     if device.type != "cpu" or precision != "bf16" or torch.cpu._is_avx512_bf16_supported() or _is_arm():
         return []
     return ["precision=bf16: this processor has no bf16 units and emulates them; precision=float32 will be faster"]

@@ -146,7 +146,7 @@ class Ranks:
     def start(self, seed: int, step: int = 0) -> None:
         """Random numbers of its own for every process but the first, which goes on as a single one does."""
         if not self.first:
-            torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1))
+            checkpoint.seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1))
 
     def restore(self, state: dict[str, Any], method: nn.Module, seed: int, step: int) -> None:
         """Go on from `states` that are in a checkpoint of ``step``; a process that has none there starts anew."""

@@ -1,7 +1,9 @@
 """Batches: whose they are, where they are read, and when they arrive."""
 
 import itertools
+import multiprocessing
 import os
+import signal
 from contextlib import closing
 
 import pytest
@@ -169,3 +171,36 @@ def test_batches_arrive_whole_on_a_gpu():
             seen += batch["x"].sum()
             assert batch["k"] == list(range(4 * k, 4 * k + 4))
     assert seen.item() == 2 * sum(range(400))
+
+
+class Deadly(Positions):
+    """The worker that is to read item ``k`` is killed, as the system does where memory runs out."""
+
+    def __init__(self, k, how):
+        self.k, self.how = k, how
+
+    def __getitem__(self, k):
+        if k == self.k:
+            self.how()
+        return super().__getitem__(k)
+
+
+DEATHS = {
+    r"was killed \(SIGKILL\), as .* memory runs out": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    r"ended by itself \(status 3\)": lambda: os._exit(3),
+}
+
+
+@pytest.mark.parametrize("told", DEATHS)
+def test_a_worker_s_death_is_told_where_its_batch_is_asked_for(told, monkeypatch):
+    """Not in the middle of a step, where PyTorch has it raise an error."""
+    patience = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(patience, "__defaults__", (0.1,))  # in place of 5 s
+    before = signal.getsignal(signal.SIGCHLD)
+    with closing(iter(loader(Deadly(4, DEATHS[told]), 0, 60, 2, workers=1))) as batches:
+        assert next(batches)["k"] == [0, 1]
+        [worker] = multiprocessing.active_children()
+        worker.join()  # here SIGCHLD comes
+        assert signal.getsignal(signal.SIGCHLD) == before
+        with pytest.raises(UserError, match=rf"process that reads pictures, {worker.pid}, {told}.*lower data\.workers"):
+            next(batches)

@@ -37,6 +37,16 @@ def test_the_gradient_of_reflection(monkeypatch, pad, height, width):
     torch.testing.assert_close(gradients(ours, x), gradients(theirs, x), **CLOSE)
 
 
+def test_the_gradient_of_reflection_is_ours_where_it_must_be_the_same_every_time():
+    x = torch.rand(1, 2, 5, 6, requires_grad=True)
+    assert "_Reflect" not in layers.reflect(x, 2).grad_fn.name()
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert "_Reflect" in layers.reflect(x, 2).grad_fn.name()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_gradient_of_reflection_leaves_what_it_is_given():
     """It may be another's too, as where a map is used twice, or no memory of its own, as that of a sum."""
     x = layers.channels_last(torch.randn(1, 4, 256, 257)).requires_grad_()

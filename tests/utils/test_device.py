@@ -1,5 +1,6 @@
 """Precisions that a device can do, and memory that is kept."""
 
+import os
 import subprocess
 import sys
 
@@ -84,3 +85,33 @@ def test_cudnn_does_not_search_where_sizes_vary():
 def test_tf32_wants_a_gpu():
     with pytest.raises(UserError, match="precision=tf32 needs a GPU"):
         device.autocast(torch.device("cpu"), "tf32")
+
+
+def test_deterministic_algorithms_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        device.prepare(torch.device("cpu"), "float32", deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert device.remarks(torch.device("cuda"), "float32", True) == [
+            "deterministic=true: slower; CUBLAS_WORKSPACE_CONFIG=:4096:8 is in force"
+        ]
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":8:1")
+        with pytest.raises(UserError, match="with CUBLAS_WORKSPACE_CONFIG=:8:1; unset it"):
+            device.prepare(torch.device("cpu"), "float32", deterministic=True)
+    finally:
+        device.prepare(torch.device("cpu"), "float32")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_form_is_named():
+    told = "grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set ..."
+    with (
+        pytest.raises(UserError, match=r"^deterministic=true: grid_sampler_2d_backward_cuda has no .* on cpu"),
+        device.determined(torch.device("cpu")),
+    ):
+        raise RuntimeError(told)
+    with pytest.raises(RuntimeError, match="other"), device.determined(torch.device("cpu")):
+        raise RuntimeError("other")

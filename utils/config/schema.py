@@ -214,6 +214,7 @@ class Settings:
     device: str
     precision: Literal["float32", "tf32", "bf16", "fp16"]
     compile: bool
+    deterministic: bool
     data: Data
     haze: Haze
     degradations: Degradations

@@ -1,14 +1,13 @@
 """What a long scoring run has done so far, one line a picture, so that an interrupted one goes on where it stopped."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils import files
 from utils.evaluation.scoring import Score
 
 NAME = "progress.jsonl"
@@ -20,8 +19,9 @@ class Journal:
     """The file progress.jsonl in a results folder: first what the run is, then every finished picture.
 
     ``identity`` (JSON-able) says all that the figures depend on. If the file is of the same identity, ``resumed`` is
-    the number of pictures in it; if it is of another one, it is begun anew and ``replaced`` is True. A last line that
-    was cut short by the interruption does not count. Raises `UserError` if the file cannot be written.
+    the number of pictures in it; if it is of another one, it is begun anew and ``replaced`` is True. Lines that are
+    damaged, as the last one may be, do not count; ``damaged`` says how many there were. Raises `UserError` if the file
+    cannot be written.
 
     Of several processes the first takes into its file what all of an interrupted run noted; then the others, of
     ``rank`` 1 and so on, begin files of their own, and are told what is ``known``.
@@ -31,28 +31,19 @@ class Journal:
         self.path = folder / (PART.format(rank) if rank else NAME)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         parts = [] if rank else sorted(folder.glob(PART.format("*")))
-        files = [] if rank else [lines for lines in map(_read, (self.path, *parts)) if lines]
-        same = [lines for lines in files if lines[0] == {"identity": digest}]
-        self.replaced = bool(files) and not same
+        read = [] if rank else [files.read_records(path) for path in (self.path, *parts)]
+        self.damaged = sum(len(damaged) for _, damaged in read)
+        found = [lines for lines, _ in read if lines]
+        same = [lines for lines in found if lines[0] == {"identity": digest}]
+        self.replaced = bool(found) and not same
         scores = [(line["row"], _score(line)) for lines in same for line in lines[1:] if line.keys() == FIELDS]
         self.scores = {(row, score.name): score for row, score in scores} if known is None else known
         self.resumed = len(self.scores)
-        with self._written():
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "w", encoding="utf-8") as file:  # anew, without what was cut short
-                file.write(json.dumps({"identity": digest}) + "\n")
-                if not rank:
-                    file.writelines(_line(row, score) for (row, _), score in self.scores.items())
+        done = [] if rank else [_line(row, score) for (row, _), score in self.scores.items()]
+        with files.writing(self.path):
+            files.write_text(self.path, "".join(f"{line}\n" for line in (json.dumps({"identity": digest}), *done)))
             for part in parts:
                 part.unlink()
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            why = error.strerror or error
-            raise UserError(f"{self.path}: cannot be written ({why}); check rights and space") from None
 
     def done(self, row: str, names: Iterable[str]) -> dict[str, Score]:
         """The scores of those of ``names`` that are finished in ``row`` (a method on a set), by name."""
@@ -60,31 +51,16 @@ class Journal:
 
     def add(self, row: str, score: Score) -> None:
         """Note a picture whose figures and files are complete."""
-        with self._written(), open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(row, score))
+        files.append_line(self.path, _line(row, score))
 
     def close(self) -> None:
         """The run is complete and its report is written: forget the way there."""
-        with self._written():
+        with files.writing(self.path):
             self.path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError):
-            break
-    return lines if all(isinstance(line, dict) for line in lines) else []
-
-
 def _line(row: str, score: Score) -> str:
-    return json.dumps({"row": row} | dataclasses.asdict(score)) + "\n"  # Python's JSON has Infinity and NaN
+    return json.dumps({"row": row} | dataclasses.asdict(score))  # Python's JSON has Infinity and NaN
 
 
 def _score(line: dict) -> Score:

@@ -109,6 +109,9 @@ class Evaluation:
             self.say(f"going on where an interrupted run stopped: {self.journal.resumed} pictures are done")
         elif self.journal.replaced:
             self.say("an interrupted run with other settings or files was here; beginning anew")
+        if self.journal.damaged:
+            told = f"{self.journal.damaged} damaged lines are left out; their pictures are done anew"
+            self.say(f"{self.journal.path}: {told}")
 
     def row(self, pictures: Pictures, candidate: Candidate) -> Row:
         """Dehaze, measure and save all of a set; pictures that an earlier run did are not done again."""

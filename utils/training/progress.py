@@ -51,7 +51,7 @@ class Progress:
 
     ``step`` counts the steps of the present stage, ``seen`` the pictures that they took in all processes: with the
     number of processes or the batch changed in between, neither follows from the other. ``best`` is the best validation
-    score of the present stage so far.
+    score of the present stage so far. ``validated`` is False while a validation that was due is not over.
     """
 
     stages: list[Stage]
@@ -60,6 +60,7 @@ class Progress:
     step: int = 0
     seen: int = 0
     best: float = -math.inf
+    validated: bool = True
 
     @property
     def stage(self) -> Stage:
@@ -100,7 +101,8 @@ class Progress:
         return every > 0 and self.step % every == 0
 
     def state_dict(self) -> dict:
-        return {"stage": self.stage.name, "step": self.step, "seen": self.seen, "best": self.best}
+        place = {"stage": self.stage.name, "step": self.step, "seen": self.seen}
+        return place | {"best": self.best, "validated": self.validated}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from ``state``. Raises `UserError` if its stage has no steps any more."""
@@ -111,3 +113,4 @@ class Progress:
             )
         self.number, self.step, self.best = names.index(state["stage"]), state["step"], state["best"]
         self.seen = state.get("seen", self.step * self.stage.per_step)  # of before there could be many processes
+        self.validated = state.get("validated", True)

@@ -1,9 +1,11 @@
 """What a run tells while it goes: lines on the screen and in log.txt, figures in log.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,28 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from utils import files
+from utils.errors import UserError
+
 
 class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)  # above the progress bar, not through it
+        with contextlib.suppress(OSError):  # of a terminal that was closed; the training does not end of it
+            tqdm.write(self.format(record), file=sys.stderr)  # above the progress bar, not through it
+
+
+class _File(logging.Handler):
+    """Adds whole lines to a file. That one could not be written is told once, and the training goes on."""
+
+    def __init__(self, path: Path, tell: Callable[[str], None]):
+        super().__init__()
+        self.path, self.tell = path, tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            files.append_line(self.path, self.format(record))
+        except UserError as error:
+            self.tell(str(error))
 
 
 class Speed:
@@ -39,7 +59,7 @@ class Silence:
     def say(self, *_, **__) -> None:
         """Nothing, as of all others."""
 
-    warn_once = figures = pictures = say
+    warn_once = figures = pictures = flush = say
 
     def __enter__(self) -> "Silence":
         return self
@@ -51,19 +71,22 @@ class RunLog:
     """The log of one experiment folder, and its progress bar. A resumed run goes on from global step ``start``."""
 
     def __init__(self, folder: Path, start: int = 0):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.figures_file = folder / "log.jsonl"
-        self._forget_after(start)
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=start or None)
+        self.figures_file, self._seen = folder / "log.jsonl", set()
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            damaged = self._forget_after(start)
+            # TensorBoard forgets the points from this step on.
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self.log = logging.getLogger(f"nedr-dehaze.{folder}")
         self.log.setLevel(logging.DEBUG)
         self.log.propagate = False
-        screen, file = _Screen(), logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        screen, file = _Screen(), _File(folder / "log.txt", self._lost)
         if sys.stderr.isatty():
             screen.setLevel(logging.INFO)  # the progress bar tells the rest
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log.handlers = [screen, file]
-        self._seen: set[str] = set()
+        if damaged:
+            self.warn_once(f"{self.figures_file}: damaged lines are left out: {', '.join(map(str, damaged))}")
 
     def say(self, message: str) -> None:
         self.log.info(message)
@@ -80,30 +103,52 @@ class RunLog:
         if "loss" in groups:
             told = ", ".join(f"{name} {value:.4g}" for name, value in groups["loss"].items())
             self.log.debug(f"{stage}, step {step}: {told}")
-        with self.figures_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
+        with self._kept_going():
+            files.append_line(self.figures_file, json.dumps({"stage": stage, "step": step, **figures}))
+        with self._kept_going():
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
 
     def pictures(self, step: int, pictures: dict[str, Tensor], columns: int = 4) -> None:
         """TensorBoard grids of (N,1 or 3,H,W) pictures in [0,1], the first ``columns`` of each."""
         for name, batch in pictures.items():
             shown = batch[:columns].detach().float().cpu().clamp(0, 1)
-            self.board.add_image(f"pictures/{name}", make_grid(shown, nrow=columns), step)
+            with self._kept_going():
+                self.board.add_image(f"pictures/{name}", make_grid(shown, nrow=columns), step)
+
+    def flush(self) -> None:
+        """What was logged so far is in the files: TensorBoard's otherwise comes there up to two minutes later."""
+        with self._kept_going():
+            self.board.flush()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_) -> None:
-        self.board.close()
+        with self._kept_going():
+            self.board.close()
         for handler in self.log.handlers:
             handler.close()
         self.log.handlers = []
 
-    def _forget_after(self, start: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint from which it now goes on."""
-        if not self.figures_file.exists():
-            return
-        lines = self.figures_file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if start and line.endswith("}") and json.loads(line)["step"] <= start]
-        self.figures_file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    @contextlib.contextmanager
+    def _kept_going(self) -> Iterator[None]:
+        """What cannot be logged inside is told once, and does not end the training: whether it can be saved will."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self._lost(str(error) if isinstance(error, UserError) else f"cannot write TensorBoard's files: {error}")
+
+    def _lost(self, why: str) -> None:
+        if why not in self._seen:  # said on the screen alone, since files fail
+            self._seen.add(why)
+            with contextlib.suppress(OSError):
+                tqdm.write(f"warning: {why}; the training goes on, and the log lacks lines", file=sys.stderr)
+
+    def _forget_after(self, start: int) -> list[int]:
+        """Drop what an interrupted run logged after the checkpoint from which it now goes on; returns damaged lines."""
+        records, damaged = files.read_records(self.figures_file)
+        kept = [record for record in records if isinstance(step := record.get("step"), int) and step <= start]
+        if damaged or len(kept) < len(records):
+            files.write_text(self.figures_file, "".join(json.dumps(record) + "\n" for record in kept))
+        return damaged

@@ -84,8 +84,40 @@ def test_a_disk_that_fills_on_the_way_and_a_journal_that_is_none(tmp_path):
     own.path.unlink()
     own.path.mkdir()
     for work in (lambda: own.add("row", Score("a", 1, 1, 0.0, {})), own.close):
-        with pytest.raises(UserError, match=r"progress\.jsonl: cannot be written .* check rights and space"):
+        with pytest.raises(UserError, match=r"cannot write .*progress\.jsonl: "):
             work()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "progress.jsonl").write_text("[" * 100_000)
     assert Journal(tmp_path / "other", {}).resumed == 0
+
+
+def test_a_damaged_line_costs_its_own_picture_alone(tmp_path):
+    first = Journal(tmp_path, IDENTITY)
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        first.add("row", score(name))
+    lines = (tmp_path / NAME).read_bytes().splitlines(keepends=True)
+    lines[2] = b"\xff\x00" + lines[2][:9] + b"\n"
+    (tmp_path / NAME).write_bytes(b"".join(lines))
+    second = Journal(tmp_path, IDENTITY)
+    assert (second.resumed, second.damaged) == (2, 1)
+    assert Journal(tmp_path, IDENTITY).damaged == 0
+
+
+def test_begun_again_it_is_never_less_than_it_was(tmp_path, monkeypatch):
+    """Killed while it writes the file anew, it has lost nothing."""
+    Journal(tmp_path, IDENTITY).add("row", score("1.jpg"))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Journal(tmp_path, IDENTITY)
+    monkeypatch.undo()
+    assert Journal(tmp_path, IDENTITY).resumed == 1
+
+
+def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, monkeypatch):
+    journal = Journal(tmp_path, IDENTITY)
+    journal.add("row", score("1.jpg"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", lambda file, data: 1)
+        with pytest.raises(UserError, match=r"progress\.jsonl: No space left on device"):
+            journal.add("row", score("2.jpg"))
+    assert Journal(tmp_path, IDENTITY).resumed == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils.errors import UserError
 from utils.training.run_log import RunLog, Silence, Speed
 
 
@@ -97,3 +98,74 @@ def test_the_other_processes_write_nothing(tmp_path, capsys):
         log.figures("train", 1, loss={"a": 1.0})
         log.pictures(1, {"a": torch.rand(1, 3, 2, 2)})
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_damaged_line_is_told_and_blocks_nothing(tmp_path, capsys):
+    with RunLog(tmp_path) as log:
+        for step in (1, 2):
+            log.figures("train", step, loss={"a": float(step)})
+    text = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(
+        b'{"st\x00\xff}\n{"stage": "train"}\n' + text + b'{"stage": "train", "step": 2'
+    )
+    with RunLog(tmp_path, start=2):
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert "log.jsonl: damaged lines are left out: 1, 5" in capsys.readouterr().err
+
+
+def test_the_log_is_put_right_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Killed while it drops lines, a run has the log as it was."""
+    with RunLog(tmp_path) as log:
+        for step in (1, 2):
+            log.figures("train", step, loss={"a": float(step)})
+    before = (tmp_path / "log.jsonl").read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        RunLog(tmp_path, start=1)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_tensorboard_keeps_all_points_up_to_the_step_resumed_from(tmp_path):
+    """Three runs are killed: what they had not flushed is gone; each resumes from where it flushed and saved."""
+    for start in (0, 2, 4):
+        log = RunLog(tmp_path, start)
+        for step in (start + 1, start + 2):
+            log.figures("train", step, loss={"a": float(step)})
+        log.flush()
+        log.figures("train", start + 3, loss={"a": -1.0})  # never saved
+        log.board.file_writer.event_writer._async_writer._writer.flush = lambda: None  # nor flushed: killed
+    assert scalars(tmp_path, "loss/a")[:6] == [(step, float(step)) for step in range(1, 7)]
+
+
+def test_a_new_run_in_an_old_folder_hides_the_old_points(tmp_path):
+    for value in (1.0, 2.0):
+        with RunLog(tmp_path) as log:
+            log.figures("train", 1, loss={"a": value})
+    assert scalars(tmp_path, "loss/a") == [(1, 2.0)]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, capsys, monkeypatch):
+    with RunLog(tmp_path) as log:
+        log.figures("train", 1, loss={"a": 1.0})
+        monkeypatch.setattr("os.write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        log.board.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        for step in (2, 3):
+            log.figures("train", step, loss={"a": 1.0})
+        monkeypatch.undo()
+    shown = capsys.readouterr().err
+    for file in ("log.jsonl", "log.txt", "TensorBoard"):
+        assert sum("No space left" in line and file in line for line in shown.splitlines()) == 1, shown
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        RunLog(tmp_path / "file")
+
+
+def test_a_closed_terminal_does_not_end_the_training(tmp_path, monkeypatch):
+    with RunLog(tmp_path) as log:
+        monkeypatch.setattr("tqdm.tqdm.write", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError))
+        log.say("still here")
+    assert "still here" in (tmp_path / "log.txt").read_text()

@@ -1,0 +1,103 @@
+"""One run a folder: who is refused, and whose lock is taken over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from utils import lock, processes
+from utils.errors import UserError
+
+OWN = {"host": processes.host(), "process": os.getpid(), "started": processes.started(os.getpid())}
+
+
+def put(folder, **changes):
+    (folder / lock.NAME).write_text(json.dumps(OWN | changes))
+
+
+def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    with lock.held(tmp_path) as remark:
+        assert remark == ""
+        with (
+            pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .*: wait for it, end it \(kill"),
+            lock.held(tmp_path),
+        ):
+            pass
+        assert json.loads((tmp_path / lock.NAME).read_text()) == OWN
+    assert not list(tmp_path.iterdir())
+    with lock.held(tmp_path) as remark:
+        assert remark == ""
+
+
+def test_an_error_inside_gives_the_folder_back(tmp_path):
+    with pytest.raises(ValueError, match="inside"), lock.held(tmp_path):
+        raise ValueError("inside")
+    assert not list(tmp_path.iterdir())
+
+
+def killed(collected: bool) -> int:
+    child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    child.send_signal(signal.SIGKILL)
+    if collected:
+        child.wait()
+    else:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    return child.pid
+
+
+@pytest.mark.parametrize("collected", [True, False])
+def test_the_lock_of_a_dead_process_is_taken_over_and_told(collected, tmp_path):
+    pid = killed(collected)
+    put(tmp_path, process=pid, started="boot:1")
+    (tmp_path / f".last.pt.{pid}.tmp").touch()
+    with lock.held(tmp_path) as remark:
+        assert remark == f"the last run in {tmp_path} (process {pid}) ended without a word; its lock is taken over"
+        assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not processes.started(os.getpid()), reason="needs /proc")
+def test_a_later_process_of_the_same_number_is_another(tmp_path):
+    put(tmp_path, started="another boot:17")
+    with lock.held(tmp_path) as remark:
+        assert "ended without a word" in remark
+
+
+def test_of_another_machine_nothing_is_known(tmp_path):
+    put(tmp_path, host="elsewhere", process=1, started="boot:1")
+    with (
+        pytest.raises(UserError, match=r"process 1 on elsewhere, .*if it runs no more, remove .*\.lock"),
+        lock.held(tmp_path),
+    ):
+        pass
+    assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1, "process": "x"}'])
+def test_a_lock_that_does_not_name_its_owner_is_taken_over(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.01)
+    (tmp_path / lock.NAME).write_text(text)
+    with lock.held(tmp_path) as remark:
+        assert "ended without a word" in remark
+
+
+def test_two_that_take_over_at_once_do_not_both_have_it(tmp_path):
+    """The other was faster: between the look at the old lock and its removal there is a new one."""
+    put(tmp_path, process=1, started="new")
+    assert not lock._remove(tmp_path / lock.NAME, OWN | {"process": 2})
+    assert json.loads((tmp_path / lock.NAME).read_text())["process"] == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_lock_that_another_has_taken_over_is_left_to_it(tmp_path):
+    with lock.held(tmp_path):
+        put(tmp_path, host="elsewhere")
+    assert (tmp_path / lock.NAME).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot write"), lock.held(tmp_path / "absent"):
+        pass
