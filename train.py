@@ -73,35 +73,54 @@ class Run:
     """One training run: what it is made of (what can be refused is refused first), its loop, and what it remembers."""
 
     def __init__(self, settings: config.Settings, folder: Path, resume: bool, ranks: distributed.Ranks):
-        self.settings, self.last, self.weights = settings, folder / "last.pt", folder / "weights.safetensors"
-        self.ranks, self.aside = ranks, folder / "nonfinite"
+        self.settings = settings
+        self.ranks = ranks
+        self.folder = folder
+        self.last = folder / "last.pt"
+        self.weights = folder / "weights.safetensors"
+        self.aside = folder / "nonfinite"
+        self.signalled, self.ending = 0, 0  # signals: to this process, and as all agreed on
+        self.terms: dict[str, Tensor] = {}
+        self.check(resume)
+        saved = checkpoint.read(self.last) if self.last.exists() else None
+        changed = resuming.changes(saved, settings, self.last) if saved is not None else {}
+        ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
+        self.build()
+        self.restore(saved, changed)
+        self.begin_log(changed)
+
+    def check(self, resume: bool) -> None:
+        """Refuse what cannot be trained, before anything is built; finds the device and the images."""
+        settings = self.settings
         if self.last.exists() and not resume:
-            raise UserError(f"{folder} holds a run already: go on with --resume, or remove {self.last} to start anew")
+            raise UserError(
+                f"{self.folder} holds a run already: go on with --resume, or remove {self.last} to start anew"
+            )
         if self.weights.resolve() == models.shipped(settings.model) and not self.last.exists():
             raise UserError(
                 f"{self.weights} ships with this project, and training in its folder would replace it: copy "
-                f"{folder / 'config.yml'} into a new folder and name that"
+                f"{self.folder / 'config.yml'} into a new folder and name that"
             )
-        self.device = ranks.pick(settings.device)
+        self.device = self.ranks.pick(settings.device)
         self.autocast = lambda: autocast(self.device, settings.precision)
         self.autocast()
         device.prepare(self.device, settings.precision, settings.deterministic)
         models.check_training(settings)
-        self.at = Progress(progress.stages(settings), ranks.world)
+        self.at = Progress(progress.stages(settings), self.ranks.world)
         kinds = models.METHODS[settings.model].stages
-        cache = Cache(settings.data.cache / ranks.local_world, settings.data.border, settings.data.short_side)
+        cache = Cache(settings.data.cache / self.ranks.local_world, settings.data.border, settings.data.short_side)
         self.datasets = {
             each.name: datasets.training(settings, each.name, kinds[each.name], cache) for each in self.at.stages
         }
         self.validation = datasets.validation(settings)
-        saved = checkpoint.read(self.last) if self.last.exists() else None
-        changed = resuming.changes(saved, settings, self.last) if saved is not None else {}
-        ranks.check_same(saved and [saved.get("stage"), saved.get("step")], self.last)
 
+    def build(self) -> None:
+        """The method, alike in all processes, and its average."""
+        settings, ranks = self.settings, self.ranks
         checkpoint.seed(settings.seed)
         torch.backends.cudnn.benchmark = not settings.deterministic
         self.method = models.build(settings)
-        if saved is None:
+        if not self.last.exists():
             models.start(self.method, settings.train.init)
         if settings.train.checkpointing:
             self.method.save_memory()
@@ -110,26 +129,33 @@ class Run:
         if settings.train.sync_batchnorm and ranks.world > 1:
             batchnorm.synchronise(self.method)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
-        self.signalled, self.ending, self.terms = 0, 0, {}  # signals: to this process, and as all agreed on
         ranks.start(settings.seed)
+
+    def restore(self, saved: dict | None, changed: dict) -> None:
+        """Go on from the checkpoint ``saved``, of which the settings ``changed`` are others now; or from the start."""
         if saved is not None:
             self.load_state_dict(saved)
         if changed.keys() & resuming.CHOICE:
-            self.at.best = -math.inf  # it was the best on other pictures
+            self.at.best = -math.inf  # it was the best on other images
         self.updater = self.make_updater(saved and saved["updater"])
         networks = [self.method] if self.ema.average is None else [self.method, self.ema.average]
-        self.divergence, self.saved = Divergence(networks, self.at.global_step), self.at.global_step
-        self.log = RunLog(folder, self.at.global_step) if ranks.first else Silence()
+        self.divergence = Divergence(networks, self.at.global_step)
+        self.saved = self.at.global_step
+
+    def begin_log(self, changed: dict) -> None:
+        """Open the log, with what is to be said first, and write settings.yml."""
+        settings, first = self.settings, self.ranks.first
+        self.log = RunLog(self.folder, self.at.global_step) if first else Silence()
         if settings.compile:
             compile_networks(self.method.named_children(), self.device, self.log.say)
-        sources = filter(None, (*self.datasets.values(), self.validation))
         for line in resuming.told(changed):
             self.log.say(line)
-        told = device.remarks(self.device, settings.precision, settings.deterministic)
-        for remark in (*told, *(r for s in sources for r in s.remarks)):
+        sources = filter(None, (*self.datasets.values(), self.validation))
+        remarks = device.remarks(self.device, settings.precision, settings.deterministic)
+        for remark in (*remarks, *(remark for source in sources for remark in source.remarks)):
             self.log.say(f"warning: {remark}")
-        if ranks.first:
-            files.write_text(folder / "settings.yml", config.dump(settings))
+        if first:
+            files.write_text(self.folder / "settings.yml", config.dump(settings))
 
     def signal(self, number: int) -> None:
         self.signalled = number

@@ -589,7 +589,7 @@ def test_nothing_readable_is_still_a_report(run, pairs, tmp_path):
 def test_raw_weights_in_place_of_the_averaged_ones(run, pairs, experiment, tmp_path):
     state = checkpoint.read(experiment / "last.pt")
     averaged = {k: v * 1.1 if v.is_floating_point() else v for k, v in state["networks"].items() if "removal" in k}
-    state["ema"] = {"weights": averaged}
+    state["ema"] = {"weights": averaged, "steps": 1}
     checkpoint.save(tmp_path / "both.pt", {k: v for k, v in state.items() if k not in ("format", "version")})
     raw, named = run("--weights", experiment / "last.pt", *pairs, "--output", "raw"), ["--weights", "both.pt", *pairs]
     assert raw.status == run(*named, "--output", "ema").status == 0

@@ -41,10 +41,12 @@ ALONE = (
     "torch.save(w(torch.load(%r, 'cpu', weights_only=False)), 'weights.pth')"
 )
 TORCHSCRIPT = "import torch; torch.save(torch.jit.load(%r, 'cpu').state_dict(), 'weights.pth')"
+MARKS = ("format", "version", "checksum")  # of a file, beside its state
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors and plain values) with this project's mark, version and checksum, atomically."""
+    state = {key: value for key, value in state.items() if key not in MARKS}  # of one that was read
     write(path, {"format": FORMAT, "version": VERSION, "checksum": trust.digest(state), **state})
 
 
@@ -94,8 +96,7 @@ def _ours(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     _check_kinds(path, state)
     _check_version(path, state.get("version", 0))
     told = state.pop("checksum", None)
-    marks = ("format", "version")
-    if told is not None and told != trust.digest({k: v for k, v in state.items() if k not in marks}):
+    if told is not None and told != trust.digest({k: v for k, v in state.items() if k not in MARKS}):
         raise UserError(_changed(path))
     average = state.get("ema") or {"weights": {}, "steps": 0}  # {}: without averaging
     steps = average.get("steps")

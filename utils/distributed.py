@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from utils import checkpoint, device
@@ -116,18 +114,15 @@ class Ranks:
             dist.all_reduce(flat)
             torch._foreach_copy_(running, flat.split([len(tensor) for tensor in running]))
 
-    def reducer(self, parameters: Iterable[nn.Parameter]) -> nn.Module:
-        """What a loss goes through before its backward pass, which then leaves the means of ``parameters``' gradients.
-
-        PyTorch's DDP around nothing but the loss: its buckets are sent while the backward pass goes on, for exactly
-        these parameters, whichever networks the loss came through and however often. Alone: what changes nothing.
-        """
-        if self.world == 1:
-            return _Alone()
-        # Of 1x1 convolutions, whose gradients come in another layout than the weights; they are copied.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        how = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(_Around(parameters), **how)
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients of ``parameters`` by their means over all processes; all have them of the same ones."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.world == 1 or not gradients:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.world
+        dist.all_reduce(flat)
+        means = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [mean.view_as(each) for mean, each in zip(means, gradients, strict=True)])
 
     def states(self, method: nn.Module) -> dict[str, Any]:
         """What a checkpoint holds of each process: ``random`` states, the first one's and ``others``.
@@ -216,21 +211,3 @@ def _buffers(method: nn.Module) -> dict[str, Tensor]:
     """Persistent buffers, on the CPU."""
     parameters = dict(method.named_parameters())
     return {key: value.cpu() for key, value in method.state_dict().items() if key not in parameters}
-
-
-class _Alone(nn.Identity):
-    """What stands in DDP's place where there is one process."""
-
-    no_sync = contextlib.nullcontext
-
-
-class _Around(nn.Module):
-    """Holds parameters for DDP to see; a loss passes through as it is."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        super().__init__()
-        self.held = nn.ParameterList(parameters)
-        self.unused = nn.Parameter(self.held[0].new_zeros(1))  # there is always one, or DDP warns that there is none
-
-    def forward(self, loss: Tensor) -> Tensor:
-        return loss

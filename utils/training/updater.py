@@ -3,7 +3,6 @@
 Where a loss or a gradient is no number, its optimiser does not step.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -56,7 +55,6 @@ class Updater:
             name: schedule(optimiser, stage.schedule, stage.steps, epoch, **shape)
             for name, optimiser in optimisers.items()
         }
-        self.reducers = {name: ranks.reducer(parameters_of(optimiser)) for name, optimiser in optimisers.items()}
         self.device, self.precision, self.clip = device, settings.precision, stage.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.ranks, self.left_out = ranks, torch.zeros((), device=device)
@@ -75,11 +73,8 @@ class Updater:
         for k, batch in enumerate(batches, 1):
             stepping, pending, due, found = k == len(batches), losses(batch), [], {}
             while (loss := self._next(pending)) is not None:
-                reducer = self.reducers[loss.optimiser]
-                with contextlib.nullcontext() if stepping else reducer.no_sync():  # gradients are sent once, summed up
-                    moved = parameters_of(self.optimisers[loss.optimiser])  # no other gradient is computed
-                    value = reducer(self.scaler.scale(loss.value / len(batches)))
-                    value.backward(inputs=moved, retain_graph=loss.shared)
+                moved = parameters_of(self.optimisers[loss.optimiser])  # no other gradient is computed
+                self.scaler.scale(loss.value / len(batches)).backward(inputs=moved, retain_graph=loss.shared)
                 lost = (~loss.value.detach().isfinite()).float()
                 wrong[loss.optimiser] = torch.maximum(lost, wrong.get(loss.optimiser, lost))
                 found |= {name: term.detach() for name, term in {loss.optimiser: loss.value, **loss.terms}.items()}
@@ -101,6 +96,7 @@ class Updater:
 
     def _move(self, optimiser: Optimizer, wrong: Tensor) -> None:
         """A step of ``optimiser``, unless its loss is ``wrong`` (1: no number) or a gradient is none, or overflows."""
+        self.ranks.average_gradients(parameters_of(optimiser))
         gradients = [p.grad for p in parameters_of(optimiser) if p.grad is not None]
         fp16 = self.scaler.is_enabled()
         if gradients and not fp16:
