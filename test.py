@@ -1,4 +1,4 @@
-"""Score methods on benchmarks or on your own pairs, dehaze pictures without ground truth, compare finished runs.
+"""Score methods on benchmarks or on your own pairs, dehaze images without ground truth, compare finished runs.
 
 Benchmarks by name (--list-benchmarks), with the dark channel prior beside the model, under two protocols:
     python test.py --model nedr dcp --checkpoints DIR --data-root datasets --benchmarks SOTS HSTS --protocols ours d4
@@ -6,7 +6,7 @@ What an experiment's config.yml names (test.hazy, test.clear, test.benchmarks):
     python test.py --model nedr --checkpoints checkpoints/test_example
 Several trained methods side by side:
     python test.py --weights a/weights.safetensors b/weights.safetensors --benchmarks SOTS --output results
-Folders, .flists or pictures, by the weights that ship with this project or by your own (--checkpoints, --weights):
+Folders, .flists or images, by the weights that ship with this project or by your own (--checkpoints, --weights):
     python test.py --hazy photos --output dehazed
     python test.py --hazy photos/*.jpg --output dehazed
 A clip, or a folder of frames, steady over time:
@@ -17,9 +17,9 @@ A method without weights, on the embedded samples:
 Finished runs side by side:
     python test.py --compare checkpoints/a checkpoints/b
 An interrupted run, given the same command again, goes on where it stopped.
-torchrun --nproc_per_node N test.py ... shares the pictures out among N processes, on several machines too.
+torchrun --nproc_per_node N test.py ... shares the images out among N processes, on several machines too.
 
-Exit status: 0, all was done; 2, an error that one line tells, or some pictures could not be used; 130, interrupted.
+Exit status: 0, all was done; 2, an error that one line tells, or some images could not be used; 130, interrupted.
 """
 
 import argparse
@@ -46,12 +46,12 @@ from utils.evaluation.runner import Candidate, Evaluation, Pictures
 from utils.files import home
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
-FORM = ("format", "quality", "suffix", "strength", "show")  # of the pictures
+FORM = ("format", "quality", "suffix", "strength", "show")  # of the images
 TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; ``argv`` as on the command line. Returns 0, or 2 if some pictures could not be used."""
+    """The command; ``argv`` as on the command line. Returns 0, or 2 if some images could not be used."""
     args = parse(argv)
     if args.list_models or args.list_benchmarks:
         print(table.listing() if args.list_benchmarks else models.listing())
@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
     settings = config.load((args.model or models.names())[0], types, files, overrides, used=types)
     check_read(args.settings)
     place = ranks.pick(settings.device)
-    device.autocast(place, settings.precision)  # refuses here what it would refuse at every picture
+    device.autocast(place, settings.precision)  # refuses here what it would refuse at every image
     device.prepare(place, settings.precision)
     output = home(settings.test.output or (folder or Path()) / "results")
     say = partial(tqdm.write, file=sys.stderr) if ranks.first else lambda line: None
@@ -81,7 +81,7 @@ def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
         others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
         clips.check([*named, *others], settings.test)
         tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
-        return ranks.agree(clips.run(named[ranks.rank :: ranks.world], tested, settings, place, output))[0]
+        return ranks.all_max(clips.run(named[ranks.rank :: ranks.world], tested, settings, place, output))[0]
     sets = find(settings.test, output)
     tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)
@@ -98,8 +98,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--benchmarks", help="sets by name; O-HAZE:test is a split, SOTS and HSTS are groups")
     parser.add_argument("--data-root", metavar="DIR", help="where the benchmarks are")
     paths = partial(parser.add_argument, nargs="+", metavar="PATH")
-    paths("--hazy", help="folders, .flists, pictures or sample:test/hazy, and then ...")
-    paths("--clear", help="... the ground truth; without it pictures only, no figures")
+    paths("--hazy", help="folders, .flists, images or sample:test/hazy, and then ...")
+    paths("--clear", help="... the ground truth; without it images only, no figures")
     several("--protocols", help="how PSNR and SSIM are taken: ours (default), d4, dehazeformer, ffa, ...")
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
     parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
@@ -111,8 +111,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one("--quality", help="of JPEG and WebP, 1 to 100 (95)")
     one("--suffix", help="put at the end of the pictures' names, as _dehazed")
     one("--strength", help="how much of the haze is taken away: 0 none, 1 what is found (default), up to 4 more")
-    one("--show", help="what is in the pictures: dehazed, side_by_side (hazy, dehazed) or transmission")
-    parser.add_argument("--overwrite", action="store_true", help="make pictures anew that are there already")
+    one("--show", help="what is in the images: dehazed, side_by_side (hazy, dehazed) or transmission")
+    parser.add_argument("--overwrite", action="store_true", help="make images anew that are there already")
     several("--compare", metavar="RUN", help="put the results of finished runs side by side, and leave")
     parser.add_argument("--list-models", action="store_true", help="print size and paper of every model and leave")
     parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
@@ -154,13 +154,13 @@ def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Over
     given += [f"test.{name}={getattr(args, name)}" for name in FORM if getattr(args, name) is not None]
     given += ["test.overwrite=true"] if args.overwrite else []
     others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
-    return folder, files, [*others, *args.settings, *given]  # what config.yml names beside is of other pictures
+    return folder, files, [*others, *args.settings, *given]  # what config.yml names beside is of other images
 
 
 def find(test: config.Test, output: Path) -> list[Pictures]:
-    """The sets to score, or the pictures to dehaze. Results never become inputs."""
+    """The sets to score, or the images to dehaze. Results never become inputs."""
     if test.benchmarks and test.hazy:
-        raise UserError("benchmarks and hazy pictures are two things to score; give one of them")
+        raise UserError("benchmarks and hazy images are two things to score; give one of them")
     if test.benchmarks:
         return [found.pictures() for found in locate.find(test.benchmarks, test.data_root)]
     if not test.hazy:
@@ -172,7 +172,7 @@ def find(test: config.Test, output: Path) -> list[Pictures]:
     hazy = list(dict.fromkeys(named))
     results = [os.path.realpath(output / part) for part in RESULTS]
     if any(Path(os.path.realpath(path)).is_relative_to(folder) for path in hazy for folder in results):
-        raise UserError(f"{output} holds earlier results, which are among the hazy pictures; give another --output")
+        raise UserError(f"{output} holds earlier results, which are among the hazy images; give another --output")
     remarks = [f"{tables.pictures(len(named) - len(hazy))} named twice, taken once"] if len(hazy) < len(named) else []
     remarks += dict.fromkeys([*paths.passed_over(test.hazy), *paths.passed_over(test.clear or [])])
     root = paths.folder_of(test.hazy)

@@ -6,7 +6,7 @@
 An experiment is a folder with a config.yml (what differs from configs.yml; key=value lies over both). The run adds
 settings.yml (all settings in force), last.pt (everything, to go on from), weights.safetensors (for test.py; the best
 validated ones of the present stage, or the latest), warm_start.safetensors (those of a warm start that is over),
-log.txt, log.jsonl, tensorboard/ and nonfinite/ (pictures whose losses were no numbers). What may change over a resume
+log.txt, log.jsonl, tensorboard/ and nonfinite/ (images whose losses were no numbers). What may change over a resume
 stands in utils/training/resuming.py. CUDA_VISIBLE_DEVICES chooses the GPU; torchrun --nproc_per_node N train.py ...
 takes N of them (docs/distributed.md).
 """
@@ -39,10 +39,10 @@ from utils.training.compiling import compile_networks
 from utils.training.divergence import Divergence, Step
 from utils.training.ema import EMA, buffers_kept
 from utils.training.progress import Progress
-from utils.training.run_log import RunLog, Silence, Speed
+from utils.training.run_log import NullLog, RunLog, Speed
 from utils.training.updater import Updater, finite, remedy
 
-ASIDE = 4  # steps, and pictures of each batch, that are set aside where losses are no numbers
+ASIDE = 4  # steps, and images of each batch, that are set aside where losses are no numbers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,7 +125,7 @@ class Run:
         if settings.train.checkpointing:
             self.method.save_memory()
         self.method.to(self.device)
-        ranks.share(self.method)
+        ranks.broadcast(self.method)
         if settings.train.sync_batchnorm and ranks.world > 1:
             batchnorm.synchronise(self.method)
         self.ema = EMA(self.method, self.method.averaged, settings.train.ema)
@@ -145,7 +145,7 @@ class Run:
     def begin_log(self, changed: dict) -> None:
         """Open the log, with what is to be said first, and write settings.yml."""
         settings, first = self.settings, self.ranks.first
-        self.log = RunLog(self.folder, self.at.global_step) if first else Silence()
+        self.log = RunLog(self.folder, self.at.global_step) if first else NullLog()
         if settings.compile:
             compile_networks(self.method.named_children(), self.device, self.log.say)
         for line in resuming.told(changed):
@@ -184,7 +184,7 @@ class Run:
         )
 
     def loader(self, stage: progress.Stage, start: int, batches: int) -> DataLoader:
-        """So many batches for each process, from position ``start`` of the stage's pictures on."""
+        """So many batches for each process, from position ``start`` of the stage's images on."""
         stop, how = start + batches * stage.batch * self.ranks.world, {"pin": self.device.type == "cuda"}
         how |= {"workers": self.settings.data.workers, "rank": self.ranks.rank, "world": self.ranks.world}
         return loading.loader(self.datasets[stage.name], start, stop, stage.batch, **how)
@@ -221,7 +221,7 @@ class Run:
                 if saves and not self.divergence.row:
                     self.save()
                     saves = False
-        [self.ending] = self.ranks.agree(self.signalled)
+        [self.ending] = self.ranks.all_max(self.signalled)
         if self.ending and not at.stage_ends:
             self.save()
 
@@ -236,17 +236,17 @@ class Run:
     def check_steps(self, wait: bool) -> None:
         """Tell of the steps that were left out, and raise `UserError` after too many, or at the end of the stage."""
         for step in self.divergence.known(wait):
-            self.log.warn_once(f"step {step.number} was left out: {step.what()}; pictures in {self.set_aside(step)}")
+            self.log.warn_once(f"step {step.number} was left out: {step.what()}; images in {self.set_aside(step)}")
             row, ends = self.divergence.row, self.at.stage_ends and step.number == self.at.global_step
             if ends or row >= self.settings.train.nonfinite:
                 if self.divergence.good > self.saved:
                     self.save()
                 last = f"the last {row} steps were" if row > 1 else "the last step was"
                 told = remedy(self.at.stage.name, self.settings.model)
-                raise UserError(f"{last} left out (pictures in {self.aside}): {step.what()}; {told}")
+                raise UserError(f"{last} left out (images in {self.aside}): {step.what()}; {told}")
 
     def set_aside(self, step: Step) -> Path:
-        """Write the first pictures of a step that was left out, of a few steps; returns where they are."""
+        """Write the first images of a step that was left out, of a few steps; returns where they are."""
         folder = self.aside / f"step_{step.number}{f'_{self.ranks.rank}' if self.ranks.rank else ''}"
         if self.aside.is_dir() and len(list(self.aside.iterdir())) >= ASIDE:
             return self.aside
@@ -260,19 +260,19 @@ class Run:
     def receive(self, batches: Iterator[dict], count: int) -> list[dict[str, Tensor]]:
         """The next batches, on the device; none after a signal. All processes go on together, or stop together.
 
-        Pictures that could not be read were replaced and are named once.
+        Images that could not be read were replaced and are named once.
         """
         received, failure = [], ""
         try:
             received = [] if self.signalled else [next(batches) for _ in range(count)]
-        except UserError as error:  # not one picture is left
+        except UserError as error:  # not one image is left
             failure = str(error)
         skipped = [message for batch in received for message in batch.pop("skipped")]
-        self.ending, failed, news = self.ranks.agree(self.signalled, bool(failure), bool(skipped))
-        for message in chain(*self.ranks.exchange(skipped)) if news else ():
+        self.ending, failed, news = self.ranks.all_max(self.signalled, bool(failure), bool(skipped))
+        for message in chain(*self.ranks.all_gather(skipped)) if news else ():
             self.log.warn_once(f"skipped: {message}")
         if failed:
-            failure = next(filter(None, self.ranks.exchange(failure)))
+            failure = next(filter(None, self.ranks.all_gather(failure)))
             if self.at.global_step:
                 self.save()
             raise UserError(failure)
@@ -315,17 +315,17 @@ class Run:
                 self.export(method)
         self.log.figures(stage.name, step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
-            f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation pictures "
+            f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation images "
             f"(hazy: {hazy:.2f} dB){', the best of this stage so far' if better else ''}"
         )
 
     def scores(self, stage: progress.Stage, method: models.Method) -> list[scoring.Score | None]:
-        """Of the validation pictures, by all processes; with None among them where a signal came before the end."""
+        """Of the validation images, by all processes; with None among them where a signal came before the end."""
         count, ranks, pairs = self.settings.train.recalibrate, self.ranks, self.validation
         if count:
             recalibrate(method, takewhile(lambda _: not self.signalled, self.loader(stage, 0, count)), self.device)
             ranks.average_statistics(method)
-        if any(ranks.agree(self.signalled)):
+        if any(ranks.all_max(self.signalled)):
             return [None]
 
         def dehaze(hazy: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ class Run:
             except signals.LeftError:
                 return [None] * len(items)
 
-        return [] if pairs is None else ranks.spread(score, pairs)
+        return [] if pairs is None else ranks.map(score, pairs)
 
     def export(self, method: models.Method) -> None:
         if self.ranks.first:

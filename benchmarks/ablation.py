@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 0, 2 if a case or a picture is missing from the table, or the status of what stopped it."""
+    """The command. Returns 0, 2 if a case or an image is missing from the table, or the status of what stopped it."""
     options = parse(arguments)
     folder = Path(options.checkpoints)
     cases = [plan(folder, name, options.settings) for name in options.cases]

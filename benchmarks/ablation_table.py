@@ -17,9 +17,9 @@ DIGITS = {"psnr": 2, "ssim": 4}
 DIFFERENCE = ("diff.", "95 % interval")
 HEAD = ("case", *MODULES.values(), "params", "PSNR (dB)", *DIFFERENCE, "SSIM", *DIFFERENCE)
 ALIKE = (
-    "all cases see the same pictures, crops and synthetic haze in the same order. Initial weights and the random "
-    "density of the unpaired game come from one generator with the same seed, from which a module draws too, so they "
-    "differ between cases",
+    "all cases see the same images, crops and synthetic haze in the same order. Initial weights and the random "
+    "density of adversarial training come from one generator with the same seed, from which a module draws too, so "
+    "they differ between cases",
     "one training each: a small difference may be the seed's; another (seed=11, in another folder) tells",
     "params: parameters of the network that dehazes",
 )
@@ -134,6 +134,6 @@ def _budget(settings: Mapping[str, Any]) -> str:
         if steps := settings[f"{stage}.steps"]:
             batch = settings[f"{stage}.batch"] * settings.get(f"{stage}.accumulate", 1)
             parts.append(f"{what} steps: {steps:,} of {tables.pictures(batch)}")
-    weights = "the best on the validation pictures" if settings["data.validation_hazy"] else "the last"
+    weights = "the best on the validation images" if settings["data.validation_hazy"] else "the last"
     crop = f"{settings['data.crop_size']} pixels ({settings['data.crop']})"
     return f"every case: {', then '.join(parts)}; crops of {crop}; seed {settings['seed']}; its weights: {weights}"

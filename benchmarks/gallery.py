@@ -2,7 +2,7 @@
 
     python -m benchmarks.gallery [--output docs]
 
-Pictures of the sample set (`data.sample`), and rendered ones (`benchmarks.scenes`), whose truth is known.
+Images of the sample set (`data.sample`), and rendered ones (`benchmarks.scenes`), whose truth is known.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from utils import errors, rounding
 from utils.evaluation import metrics, panels
 
 METHODS = ("nedr", "dcp")
-WIDE = 270  # pixels of each picture; five stand side by side
+WIDE = 270  # pixels of each image; five stand side by side
 SKY = 300.0  # metres: how far away the sky is taken to be
 
 
@@ -77,7 +77,7 @@ def hazed(clear: Tensor, metres: Tensor, seen: float, airlight: tuple[float, flo
 
 
 def treat(case: Case, methods: dict[str, Method]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Captions and pictures, and the PSNR of the hazy picture and of every method's."""
+    """Captions and images, and the PSNR of the hazy image and of every method's."""
     found = {name: method.estimate(case.hazy[None]) for name, method in methods.items()}
     made = {"hazy": case.hazy} | {name: each["clear"][0] for name, each in found.items()}
     figures = {name: metrics.psnr(picture, case.clear) for name, picture in made.items()}
@@ -107,7 +107,7 @@ HEAD = """# Gallery
 
 Hazy, dehazed by the weights that ship (nedr) and by the dark channel prior (dcp), the truth, and the transmission
 that nedr found (white: no haze); with PSNR in dB at full size. All of it is made by `python -m benchmarks.gallery`:
-pictures of the sample set with haze made by the haze law, and a rendered street for what that set lacks. Photographs of
+images of the sample set with haze made by the haze law, and a rendered street for what that set lacks. Photographs of
 real haze are harder than either; what was seen on those stands in the
 [model card](../checkpoints/README.md#where-it-fails).
 """

@@ -1,4 +1,4 @@
-"""Seconds and peak memory to dehaze one picture, method by method and size by size, each case in a process of its own.
+"""Seconds and peak memory to dehaze one image, method by method and size by size, each case in a process of its own.
 
     python -m benchmarks.photographs nedr dcp FILE nedr@nedr.working_size=0 --sizes 256x256 620x460 4000x3000
 
@@ -55,7 +55,7 @@ def run(method: str, size: str, threads: int) -> dict:
 
 
 def measure(named: str, width: int, height: int, threads: int) -> dict[str, float]:
-    """Median seconds of dehazing a picture, after one to warm up, and the process's peak memory in bytes."""
+    """Median seconds of dehazing an image, after one to warm up, and the process's peak memory in bytes."""
     torch.set_num_threads(threads)
     memory.keep_memory()
     place, method = torch.device("cpu"), _load(named)

@@ -1,4 +1,4 @@
-"""A street, rendered: pictures with known depth for what the sample set lacks (night, white walls, a wide sky)."""
+"""A street, rendered: images with known depth for what the sample set lacks (night, white walls, a wide sky)."""
 
 from typing import NamedTuple
 

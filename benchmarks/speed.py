@@ -4,8 +4,8 @@
     python -m benchmarks.speed --sizes 256 --steps 128 --repeats 3 --output results/speed
     python -m benchmarks.speed --into docs/performance.md README.md
 
-Forward passes, training steps (one unpaired step of all five networks), a large picture in tiles and the loading of
-pictures for such steps, each in a process of its own, by this code base in float32 and in reduced precision, and by a
+Forward passes, training steps (one unpaired step of all five networks), a large image in tiles and the loading of
+images for such steps, each in a process of its own, by this code base in float32 and in reduced precision, and by a
 step-by-step copy of the released code (tests/models/nedr_reference.py) with the same networks. Cases of one size are
 taken in turn, in two rounds (large batches in one). On a GPU also steps of the largest batch that fits. The table goes
 to the screen, and with all figures as speed.json and speed.md to --output; --into writes it between the marks
@@ -29,14 +29,14 @@ from utils.files import write_text
 ROUNDS = 2
 PRECISIONS = ("float32", "bf16", "fp16")
 LARGE = (1536, 2048)  # of a photograph of three megapixels, in tiles
-USUAL = (460, 620)  # of the pictures of RESIDE
+USUAL = (460, 620)  # of the images of RESIDE
 FILES = (480, 640)  # of the files from which crops are loaded
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = re.compile(r"(<!-- speed( in short)? -->\n).*?(<!-- /speed -->)", re.DOTALL)
 KINDS = {
     "forward": "forward pass",
     "step": "training step",
-    "tiled": "large picture, tiles of 512",
+    "tiled": "large image, tiles of 512",
     "loading": "loading",
 }
 
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__, formatter_class=style)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     sides = {"type": int, "nargs": "*", "metavar": "SIDE"}
-    parser.add_argument("--sizes", **sides, default=[128, 256, 512, 1024], help="of pictures to dehaze, pixels a side")
+    parser.add_argument("--sizes", **sides, default=[128, 256, 512, 1024], help="of images to dehaze, pixels a side")
     parser.add_argument("--steps", **sides, default=[128, 256], help="of crops to train on")
     parser.add_argument(
         "--batches",
@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="crops a step, the first for all --steps, others (the released is 6) for the largest",
     )
     parser.add_argument(
-        "--large", action=argparse.BooleanOptionalAction, default=True, help="pictures of 620x460, and in tiles, too"
+        "--large", action=argparse.BooleanOptionalAction, default=True, help="images of 620x460, and in tiles, too"
     )
     parser.add_argument("--compiled", action="store_true", help="steps by torch.compile too; minutes to begin with")
     parser.add_argument(
@@ -177,13 +177,13 @@ def markdown(results: Results, machine: dict) -> str:
 
 
 def _remarks(results: Results) -> list[str]:
-    """Of the cases: operations, pictures a second, what reduced precision costs."""
+    """Of the cases: operations, images a second, what reduced precision costs."""
     forward = {case: run for case, run in results.items() if (case.kind, case.of) == ("forward", "ours")}
     macs = [f"{run.flops / 2e9:.1f} GMACs at {_size(case)}" for case, run in forward.items() if case.label == "float32"]
     notes = ["- " + ", ".join(macs) + " (forward)."] if macs else []
     rates = [f"{1 / run.median:.3g} in {case.label}" for case, run in forward.items() if case[3:5] == USUAL]
     if rates:
-        notes.append(f"- Pictures of {USUAL[1]}x{USUAL[0]} a second: {', '.join(rates)}.")
+        notes.append(f"- Images of {USUAL[1]}x{USUAL[0]} a second: {', '.join(rates)}.")
     for case, run in results.items():
         if case.kind == "loading":
             made = f"{run.batch / run.median:.3g} pairs of hazy and clear crops of {CROP}x{CROP} a second"

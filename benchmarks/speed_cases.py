@@ -1,8 +1,8 @@
 """What benchmarks.speed measures, one case in a process of its own: so each has its own memory, and no other's heap.
 
-A case is NeDR's ``forward`` (whole picture, `Method.dehaze`), ``step`` (the unpaired game, all three optimisers) or
-``tiled`` (a large picture in tiles), by this code base or by the ``reference``, the released code written down step by
-step (tests/models/nedr_reference.py), which takes the same weights; or ``loading``, the pictures for such steps.
+A case is NeDR's ``forward`` (whole image, `Method.dehaze`), ``step`` (adversarial training, all three optimisers) or
+``tiled`` (a large image in tiles), by this code base or by the ``reference``, the released code written down step by
+step (tests/models/nedr_reference.py), which takes the same weights; or ``loading``, the images for such steps.
 """
 
 import json
@@ -31,7 +31,7 @@ from utils.training.compiling import compile_networks
 from utils.training.updater import Updater
 
 OVERRIDES = ("nedr.variant=released", "nedr.airlight=max", "nedr.encoder_weights=none", "train.ema=0")
-CROP, WORKERS = 256, 2  # pixels of the pictures loaded for training, and processes that do it
+CROP, WORKERS = 256, 2  # pixels of the images loaded for training, and processes that do it
 SECONDS = 10.0  # a case is repeated until it has taken so long, but at least thrice after the first pass
 
 
@@ -183,7 +183,7 @@ def _largest(case: Case, place: torch.device) -> int:
 
 
 def _loading(case: Case, repeats: int) -> Run:
-    """Batches of hazy and clear crops, of pictures of the case's size that have been decoded before."""
+    """Batches of hazy and clear crops, of images of the case's size that have been decoded before."""
     with tempfile.TemporaryDirectory() as folder:
         hazy, clear = _pictures(case._replace(batch=12), torch.device("cpu"))
         _save(hazy, Path(folder, "hazy"))
@@ -211,7 +211,7 @@ def _save(pictures: Tensor, folder: Path) -> None:
 
 
 def _pictures(case: Case, place: torch.device) -> tuple[Tensor, Tensor]:
-    """Smooth pictures with some grain, hazy and clear (N,3,H,W) in [0,1]."""
+    """Smooth images with some grain, hazy and clear (N,3,H,W) in [0,1]."""
     coarse = torch.rand(2, case.batch, 3, 8, 8, device=place)
     smooth = torch.nn.functional.interpolate(coarse.flatten(0, 1), (case.height, case.width), mode="bicubic")
     smooth = (smooth + 0.05 * torch.randn_like(smooth)).clamp(0, 1).unflatten(0, (2, case.batch))

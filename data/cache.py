@@ -1,4 +1,4 @@
-"""Decoded pictures in memory that the processes which read for one training run share."""
+"""Decoded images in memory that the processes which read for one training run share."""
 
 import mmap
 import multiprocessing
@@ -19,18 +19,18 @@ EMPTY, BEING_WRITTEN, READY = range(3)
 
 
 class Cache:
-    """Reads pictures as `images` does, and decodes each that was announced (`add`) once, as long as there is room.
+    """Reads images as `images` does, and decodes each that was announced (`add`) once, as long as there is room.
 
-    Up to ``gib`` GiB of 8-bit steps are kept; 0 keeps none. Memory is taken as pictures come, none beforehand, and
-    all workers forked from this process share it, both ways: whoever decodes a picture spares the others that. Where
+    Up to ``gib`` GiB of 8-bit steps are kept; 0 keeps none. Memory is taken as images come, none beforehand, and
+    all workers forked from this process share it, both ways: whoever decodes an image spares the others that. Where
     workers are spawned instead, theirs is a cache of 0. What is not 8-bit (16-bit grey, depth in fractions) is decoded
     anew every time. A file that changes during the run is not read again.
 
-    What is in stays in, and when the room is used up, nothing more comes in: a stream shows every picture once an
-    epoch, in an order drawn anew. A picture just decoded is wanted again in the next epoch only, and no picture that is
+    What is in stays in, and when the room is used up, nothing more comes in: a stream shows every image once an
+    epoch, in an order drawn anew. An image just decoded is wanted again in the next epoch only, and no image that is
     in already is likely to be wanted later than that: to put it in another's place gains nothing.
 
-    Of every picture and depth map ``border`` pixels are cut from all sides first, and what is larger is then shrunk to
+    Of every image and depth map ``border`` pixels are cut from all sides first, and what is larger is then shrunk to
     a short side of ``short_side`` pixels (antialiased; 0: not), so that a small network's views of large photographs
     are read once and kept small.
 
@@ -73,7 +73,7 @@ class Cache:
             self._rows |= zip(new, table, strict=True)
 
     def picture(self, path: Path) -> Pixels:
-        """A picture (3,H,W). Raises `UserError` as `images.read`."""
+        """An image (3,H,W). Raises `UserError` as `images.read`."""
         return Pixels(self._decoded(images.decode, path))
 
     def depth(self, path: Path) -> Pixels:
@@ -120,7 +120,7 @@ class Cache:
             row[0] = READY
 
     def _place(self, offset: int, shape: tuple[int, int, int]) -> Tensor:
-        """(C,H,W) of a place that holds (H,W,C), which is how pictures come from the decoder."""
+        """(C,H,W) of a place that holds (H,W,C), which is how images come from the decoder."""
         height, width, channels = shape
         place = self._memory[offset : offset + height * width * channels]
         return place.view(height, width, channels).permute(2, 0, 1)

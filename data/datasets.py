@@ -1,4 +1,4 @@
-"""Datasets to train on: endless shuffled streams of pictures, pairs, and clear pictures made hazy.
+"""Datasets to train on: endless shuffled streams of images, pairs, and clear images made hazy.
 
 A stream is a pure function of the position: item k is the same whatever was read before, by how many workers, in
 which process. To resume is to start at a position.
@@ -22,15 +22,15 @@ from utils.errors import UserError, quoted
 
 
 def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Dataset:
-    """The pictures of a stage of training, as the settings have it; what is odd about them is in its ``remarks``.
+    """The images of a stage of training, as the settings have it; what is odd about them is in its ``remarks``.
 
-    ``kind``: ``paired`` hazy and clear pictures of one scene; ``unpaired`` ones, independently shuffled; ``synthetic``
-    haze or the ``degraded`` imaging model on clear pictures. Unpaired without data.hazy, the hazy pictures are clear
-    ones of another stream, with synthetic haze. The stage ``warm_start`` has clear pictures and depth of its own, and
-    may take a part of its pictures from a pool without depth, outdoors. With warm_start.replay, unpaired pictures come
+    ``kind``: ``paired`` hazy and clear images of one scene; ``unpaired`` ones, independently shuffled; ``synthetic``
+    haze or the ``degraded`` imaging model on clear images. Unpaired without data.hazy, the hazy images are clear
+    ones of another stream, with synthetic haze. The stage ``warm_start`` has clear images and depth of its own, and
+    may take a part of its images from a pool without depth, outdoors. With warm_start.replay, unpaired images come
     with those of the warm start.
     ``cache``, of data.cache GiB, is one for all stages; None keeps nothing. Raises `UserError` if they are not to be
-    found, or hazy pictures lack their ground truth.
+    found, or hazy images lack their ground truth.
     """
     data, warm = settings.data, settings.warm_start
     if data.pairs and kind != "paired":
@@ -74,7 +74,7 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
             made = Unpaired(synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy"), clear)
             made = Replayed(made, supervised("warm_start")) if warm.replay else made
         case _:
-            raise ValueError(f"no such kind of training pictures: {kind}")
+            raise ValueError(f"no such kind of training images: {kind}")
     made.remarks = list(dict.fromkeys(remarks))
     return made
 
@@ -91,12 +91,12 @@ def validation(settings: Settings) -> Paired | None:
 def _required(source: str | None, key: str) -> str:
     if source is None:
         what = re.split("[._]", key)[-1]
-        raise UserError(f"{key} is not set: name a folder or a .flist of {what} pictures, as {key}=PATH")
+        raise UserError(f"{key} is not set: name a folder or a .flist of {what} images, as {key}=PATH")
     return source
 
 
 def _clear_and_depth(settings: Settings, stage: str, find: Callable) -> tuple[list[Path], list[Path] | None]:
-    """The clear pictures of a stage, and the depth maps if there are any."""
+    """The clear images of a stage, and the depth maps if there are any."""
     data, warm = settings.data, settings.warm_start
     if stage == "warm_start":
         clear, depth = _required(warm.clear or data.clear, "warm_start.clear"), warm.depth

@@ -64,7 +64,7 @@ def degrade(
 def illuminate(x: Tensor, factor: float, gamma: float) -> Tensor:
     """Change the light on a scene: ``factor`` x^gamma, clamped to [0,1]; any shape, x in [0,1].
 
-    So Lv et al. make dark pictures, "Attention Guided Low-Light Image Enhancement" (IJCV 2021). The airlight goes
+    So Lv et al. make dark images, "Attention Guided Low-Light Image Enhancement" (IJCV 2021). The airlight goes
     through it as well: it is scattered light of the same source.
     """
     return (factor * x**gamma).clamp(0, 1)

@@ -1,6 +1,6 @@
 """The numbers of depth maps: float and 16-bit TIFF, PNG, PFM, NumPy's .npy, MATLAB's .mat, OpenEXR.
 
-What holds for pictures (white, 8 or 16 bit) does not hold for depth: any real number from 0 on is one.
+What holds for images (white, 8 or 16 bit) does not hold for depth: any real number from 0 on is one.
 """
 
 import importlib
@@ -12,13 +12,13 @@ import numpy as np
 
 from utils.errors import UserError
 
-EXTENSIONS = frozenset({".npy", ".mat", ".exr", ".pfm"})  # beside those of pictures
+EXTENSIONS = frozenset({".npy", ".mat", ".exr", ".pfm"})  # beside those of images
 REQUIREMENTS = "requirements-extras.txt"
 AXES = ("Z", "Y", "R", "V")  # channels of an EXR file that hold depth, the usual name first
 
 
 def load(path: Path) -> np.ndarray | None:
-    """The numbers (H,W) in a file of arrays; None where it is to be read as a picture. Raises `UserError`."""
+    """The numbers (H,W) in a file of arrays; None where it is to be read as an image. Raises `UserError`."""
     reader = READERS.get(path.suffix.lower())
     return None if reader is None else reader(path)
 
@@ -44,7 +44,7 @@ def check(path: Path, depth: np.ndarray) -> None:
         told = f"{' and '.join(found)} of {depth.size} values" if found else "all are zero"
         raise UserError(
             f"{path}: depth must be finite, not negative and not zero everywhere ({told}); fill such places, for "
-            f"instance sky with the largest depth, or remove the picture"
+            f"instance sky with the largest depth, or remove the image"
         )
 
 

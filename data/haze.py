@@ -26,9 +26,9 @@ from utils.errors import UserError
 
 
 def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace) -> None:
-    """Write a clear picture, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone.
+    """Write a clear image, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone.
 
-    The name is the path below the folder of clear pictures, without extension.
+    The name is the path below the folder of clear images, without extension.
     """
     clear, depth, name = task
     pixels, depth_pixels = pictures.read_with_depth(clear, depth)
@@ -46,7 +46,7 @@ def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace)
 
 
 def _make(clear: Tensor, depth: Tensor, rng: np.random.Generator, options: argparse.Namespace) -> tuple[Tensor, str]:
-    """A hazy picture, and what its name tells of it: by the law the airlight, as ITS does."""
+    """A hazy image, and what its name tells of it: by the law the airlight, as ITS does."""
     if options.degradations is not None:
         return degradations.degrade(clear, depth, rng, options.degradations)["hazy"], ""
     grey = round(rng.uniform(*options.airlight), 5)  # the name tells it with five places: be true to it
@@ -76,9 +76,9 @@ def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None, str]]:
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    """Refuse an output that holds hazy pictures, or whose pictures the next run would read as clear ones or depth."""
+    """Refuse an output that holds hazy images, or whose images the next run would read as clear ones or depth."""
     if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
-        raise UserError(f"{options.output}: holds hazy pictures already; give another --output or remove them")
+        raise UserError(f"{options.output}: holds hazy images already; give another --output or remove them")
     for option in ("clear", "depth"):
         sources = [os.path.realpath(paths.resolve(source)) for source in getattr(options, option) or ()]
         if any(Path(os.path.realpath(options.output)).is_relative_to(source) for source in sources):
@@ -94,10 +94,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description="Write a hazy set: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth, in the manner of RESIDE's ITS.",
     )
     paths = partial(parser.add_argument, nargs="+", metavar="PATH")
-    paths("--clear", required=True, help="clear pictures: folders, .flists, pictures or sample:train/clear")
+    paths("--clear", required=True, help="clear images: folders, .flists, images or sample:train/clear")
     paths("--depth", help="depth maps of the same names (grey, float TIFF, .npy, .mat, .exr); else made up")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--per-image", type=int, default=1, help="hazy pictures of each clear one (1)")
+    parser.add_argument("--per-image", type=int, default=1, help="hazy images of each clear one (1)")
     parser.add_argument("--density", type=float, nargs=2, help="range of beta (0.6 1.8)")
     parser.add_argument("--airlight", type=float, nargs=2, help="range of A (0.7 1.0)")
     parser.add_argument(
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
                 pass
             pool.close()  # and wait: what `with` does, terminate, waits for ever where a caller has caught SIGTERM
             pool.join()
-    print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy pictures in {options.output}")
+    print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy images in {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The one door through which pixels enter and leave, and the rules by which files are found.
 
-Pictures are decoded by content, not by name, turned upright by their EXIF tag and handed out as RGB tensors
+Images are decoded by content, not by name, turned upright by their EXIF tag and handed out as RGB tensors
 (3,H,W), float32 in [0,1]. What cannot be read whole is refused with a `UserError`; nothing is guessed or filled in.
 """
 
@@ -28,15 +28,15 @@ MAX_PIXELS = 500_000_000
 READING = 16  # bytes a pixel that `read` takes at its height: three floats beside the steps that they come from
 JPEG_QUALITY = 95
 JPEG_EXIF = 65533  # bytes that a JPEG has room for
-# Of the disk, not of one picture: it would be so for the next one too.
+# Of the disk, not of one image: it would be so for the next one too.
 LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE})
 
 
 def read(path: str | Path) -> Tensor:
-    """Read a picture of any kind as RGB: (3,H,W), float32 in [0,1].
+    """Read an image of any kind as RGB: (3,H,W), float32 in [0,1].
 
     Grey becomes three equal channels, alpha is dropped, 16-bit grey is divided by 65535; of an animation or a
-    multi-page file this is the first page. Raises `UserError` for anything that is not a whole picture.
+    multi-page file this is the first page. Raises `UserError` for anything that is not a whole image.
     """
     with _enough_memory(path):
         return Pixels(decode(path))[:]
@@ -100,7 +100,7 @@ def write(
 ) -> None:
     """Write (3,H,W) or (1,H,W), float in [0,1], as 8 bit by rounding: PNG, JPEG, WebP or TIFF, as the name ends.
 
-    ``like`` is the picture that it was made from, whose colours and EXIF it keeps (`data.keepsakes`). Folders are made,
+    ``like`` is the image that it was made from, whose colours and EXIF it keeps (`data.keepsakes`). Folders are made,
     and the file appears whole or not at all. Values outside [0,1] are clamped. ``quality``: of JPEG and WebP.
     """
     pixels = to_8bit(image)
@@ -132,7 +132,7 @@ def _decode(path: Path) -> Image.Image:
             return _upright(image)
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly any kind
         why, remedy = _unread(error)
-        raise UserError(f"{path}: cannot be read as a picture ({why}); {remedy}") from error
+        raise UserError(f"{path}: cannot be read as an image ({why}); {remedy}") from error
 
 
 @functools.cache
@@ -147,16 +147,16 @@ def _silence_libtiff() -> None:
 def _no_file(path: Path) -> str:
     """Why there is nothing to read, and what to do."""
     if os.path.isdir(path):
-        return "a folder, not a picture; name a file in it"
+        return "a folder, not an image; name a file in it"
     if os.path.exists(path):
         return "a pipe or a device, not a file; write what comes from it into a file"
     if os.path.islink(path):
-        return "no such picture: a link that leads nowhere; mend or remove it"
-    return "no such picture; check the path"
+        return "no such image: a link that leads nowhere; mend or remove it"
+    return "no such image; check the path"
 
 
 def _check_memory(image: Image.Image) -> None:
-    """Refuse, before a byte of it is decoded, a picture that does not fit into the memory that is free."""
+    """Refuse, before a byte of it is decoded, an image that does not fit into the memory that is free."""
     free = memory.free_memory(torch.device("cpu"))
     need = image.width * image.height * READING
     if need > free:
@@ -176,14 +176,14 @@ def _enough_memory(path: str | Path) -> Iterator[None]:
         if not memory.exhausted(error):
             raise
         why, remedy = _unread(MemoryError())
-        raise UserError(f"{path}: cannot be read as a picture ({why}); {remedy}") from error
+        raise UserError(f"{path}: cannot be read as an image ({why}); {remedy}") from error
 
 
 def _unread(error: Exception) -> tuple[str, str]:
-    """Why a picture could not be decoded, and what to do."""
+    """Why an image could not be decoded, and what to do."""
     told = quoted(" ".join(str(error).split()))
     if isinstance(error, Image.UnidentifiedImageError):
-        return "of no known picture format, or damaged at its beginning", "convert it to PNG or JPEG, or remove it"
+        return "of no known image format, or damaged at its beginning", "convert it to PNG or JPEG, or remove it"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"it has more than {MAX_PIXELS:,} pixels", "shrink it or cut it into parts"
     if isinstance(error, MemoryError):
@@ -211,7 +211,7 @@ def _rgb(path: str | Path, image: Image.Image) -> Image.Image:
 
 
 def _whole_numbers(path: str | Path, image: Image.Image) -> np.ndarray:
-    """(H,W) of a picture in one of Pillow's integer modes (I, I;16, I;16B ...), which must fit 16 bit."""
+    """(H,W) of an image in one of Pillow's integer modes (I, I;16, I;16B ...), which must fit 16 bit."""
     values = np.array(image)
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path}: pixels beyond 16 bit have no agreed white; save it with 8 or 16 bit")
@@ -219,21 +219,21 @@ def _whole_numbers(path: str | Path, image: Image.Image) -> np.ndarray:
 
 
 def _single_channel(path: Path) -> np.ndarray:
-    """(H,W) of a depth map that is a picture, in the numbers of the file: 8, 16 or 32 bit, or float."""
+    """(H,W) of a depth map that is an image, in the numbers of the file: 8, 16 or 32 bit, or float."""
     image = _decode(path)
     if image.mode == "F" or image.mode.startswith("I"):
         return np.array(image)
     pixels = np.array(image if image.mode == "L" else _rgb(path, image))
     if pixels.ndim == 3:
         if (pixels != pixels[..., :1]).any():
-            raise UserError(f"{path}: a coloured picture cannot be a depth map; save depth as grey, of any bit depth")
+            raise UserError(f"{path}: a coloured image cannot be a depth map; save depth as grey, of any bit depth")
         pixels = pixels[..., 0]
     return pixels
 
 
 def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int = JPEG_QUALITY, **kept: bytes) -> None:
     if path.suffix.lower() not in files.WRITTEN:
-        raise UserError(f"{path}: pictures are written as .png, .jpg, .webp or .tif; give it such a name")
+        raise UserError(f"{path}: images are written as .png, .jpg, .webp or .tif; give it such a name")
     format = files.WRITTEN[path.suffix.lower()]
     options = {"PNG": {"compress_level": compress_level}, "TIFF": {"compression": "tiff_deflate"}}
     options = options.get(format, {"quality": quality})
@@ -248,6 +248,6 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int 
             part.unlink()
         why = getattr(error, "strerror", None) or error
         small = max(image.size) < 16384 or format not in ("WEBP", "JPEG")
-        remedy = "check rights and space" if small else f"{format} is not for so large pictures; write PNG"
+        remedy = "check rights and space" if small else f"{format} is not for so large images; write PNG"
         kind = UserError if getattr(error, "errno", None) in LASTING else UnfitError
         raise kind(f"{path}: cannot be written ({why}); {remedy}") from error

@@ -1,4 +1,4 @@
-"""What a picture made from another keeps of it beside the pixels: the meaning of its colours, and its EXIF."""
+"""What an image made from another keeps of it beside the pixels: the meaning of its colours, and its EXIF."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ STORAGE = frozenset(
 
 
 def of(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
-    """Of the picture in ``path`` what Pillow saves with one of ``size`` (H, W): ``icc_profile``, ``exif``, or neither.
+    """Of the image in ``path`` what Pillow saves with one of ``size`` (H, W): ``icc_profile``, ``exif``, or neither.
 
-    The profile only if it is one of RGB, as what is written is: that of a grey or CMYK picture says nothing of it. What
+    The profile only if it is one of RGB, as what is written is: that of a grey or CMYK image says nothing of it. What
     cannot be read is left out, since the pixels are what counts.
     """
     kept = {}
@@ -34,7 +34,7 @@ def of(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
 
 
 def _exif(image: Image.Image, size: Sequence[int]) -> bytes:
-    """Without what is true of that file alone; no thumbnail either, which would show the picture as it was."""
+    """Without what is true of that file alone; no thumbnail either, which would show the image as it was."""
     exif = image.getexif()
     for tag in STORAGE & set(exif):
         del exif[tag]

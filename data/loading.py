@@ -190,7 +190,7 @@ def _death(batches: Iterator) -> UserError | None:
     killed = f"was killed ({known.get(-code, -code)}), as the system does where memory runs out"
     how = killed if code < 0 else f"ended by itself (status {code})"
     return UserError(
-        f"a process that reads pictures, {dead[0].pid}, {how}: set a lower data.workers, data.cache or batch "
+        f"a process that reads images, {dead[0].pid}, {how}: set a lower data.workers, data.cache or batch "
         f"and go on with --resume"
     )
 
@@ -201,7 +201,7 @@ def _collate(items: list) -> dict | UserError:
             return item
     columns = {key: [item[key] for item in items] for key in items[0]}
     # default_collate is torch.stack, in a worker right into the memory in which the batch goes to the trainer: copied
-    # there afterwards, batches of 6 pictures took twice as long to hand over, of 32 four times.
+    # there afterwards, batches of 6 images took twice as long to hand over, of 32 four times.
     batch = {key: default_collate(value) if isinstance(value[0], Tensor) else value for key, value in columns.items()}
     if "skipped" in batch:
         batch["skipped"] = [message for messages in batch["skipped"] for message in messages]

@@ -1,4 +1,4 @@
-"""What users name: folders, .flists, pictures and the sample set, as lists of files; what is passed over in them."""
+"""What users name: folders, .flists, images and the sample set, as lists of files; what is passed over in them."""
 
 import difflib
 import os
@@ -90,7 +90,7 @@ EXTENSIONS = frozenset(
 DEPTH_EXTENSIONS = EXTENSIONS | depth_files.EXTENSIONS
 
 
-RESULTS = ".dehazed"  # the file that names, in a folder of results, the sub-folders of pictures that were made
+RESULTS = ".dehazed"  # the file that names, in a folder of results, the sub-folders of images that were made
 
 
 def resolve(source: str | Path) -> Path:
@@ -119,7 +119,7 @@ def find(
     extensions: frozenset[str] = EXTENSIONS,
     absent: list[str] | None = None,
 ) -> list[Path]:
-    """List the pictures of a folder (with its subfolders, 2 before 10), a picture file, a .flist, or several of these.
+    """List the images of a folder (with its subfolders, 2 before 10), an image file, a .flist, or several of these.
 
     What an earlier run has made in the folder or below is left out, see `mark_results`; `passed_over` tells of it.
     A .flist names one file a line, in its own order, as often as it says; blank lines are skipped, and so are those
@@ -139,14 +139,14 @@ def find(
         if not found:
             told = "".join(f"; {remark}" for remark in passed_over(path, extensions))
             wanted = " ".join(sorted(extensions))
-            raise UserError(f"{path}: no pictures in this folder or below{told}; wanted: {wanted}")
+            raise UserError(f"{path}: no images in this folder or below{told}; wanted: {wanted}")
         return found
     if path.suffix.lower() == ".flist":
         return _read_list(path, absent)
     if path.suffix.lower() not in extensions:
         if unread := describe_unread([path.name], extensions):
             raise UserError(f"{path}: {unread}")
-        raise UserError(f"{path}: neither a folder, a picture nor a .flist (a text file with one path a line)")
+        raise UserError(f"{path}: neither a folder, an image nor a .flist (a text file with one path a line)")
     return [path]
 
 
@@ -197,7 +197,7 @@ def passed_over(source: str | Path | Sequence[str | Path], extensions: frozenset
 
 
 def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSIONS) -> str:
-    """Of files whose kind holds pictures but is not read: how many of which kind, and what to do. Empty if none are."""
+    """Of files whose kind holds images but is not read: how many of which kind, and what to do. Empty if none are."""
     kinds = Counter(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
     unread = {k: number for k, number in kinds.items() if k in (HEIF | RAW | OTHER | video.EXTENSIONS) - extensions}
     if not unread:

@@ -1,4 +1,4 @@
-"""Whole pictures, each once and in order: pairs to score on, folders to dehaze."""
+"""Whole images, each once and in order: pairs to score on, folders to dehaze."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SOTS_BORDER = 10  # pixels by which SOTS-indoor's official ground truth is large
 
 
 class Paired(Dataset):
-    """Whole pictures with their ground truth, to score on: {hazy, clear, name, path}; see `pairing.pairs`.
+    """Whole images with their ground truth, to score on: {hazy, clear, name, path}; see `pairing.pairs`.
 
     A ground truth that is ``border`` pixels larger on every side is cut at the centre: SOTS-indoor as RESIDE ships
     it, 640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
@@ -46,7 +46,7 @@ class Paired(Dataset):
 
 
 class Folder(Dataset):
-    """Whole pictures to dehaze: {hazy, name, path}, the name being the path below ``root`` (or what they share)."""
+    """Whole images to dehaze: {hazy, name, path}, the name being the path below ``root`` (or what they share)."""
 
     def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
         self.paths = list(paths)
@@ -66,7 +66,7 @@ class Folder(Dataset):
 
 
 def doubts(paired: Paired) -> list[str]:
-    """A warning where the hazy pictures look clearer than their ground truth, as in mixed-up folders; else none.
+    """A warning where the hazy images look clearer than their ground truth, as in mixed-up folders; else none.
 
     Haze is light added to every channel, so a hazy picture's darkest channel is the brighter one. Looks at three.
     """
@@ -80,11 +80,11 @@ def doubts(paired: Paired) -> list[str]:
         clearer += bool(item["hazy"].amin(0).mean() < item["clear"].amin(0).mean())
     if clearer * 2 <= len(looked):
         return []
-    return ["the hazy pictures look clearer than their ground truth; are the two folders mixed up?"]
+    return ["the hazy images look clearer than their ground truth; are the two folders mixed up?"]
 
 
 def read_pair(hazy_path: Path, clear_path: Path, border: int, cache: Cache) -> tuple[Pixels, Pixels]:
-    """Both pictures, in one size: a ground truth ``border`` larger on every side is cut. Else raises `UserError`."""
+    """Both images, in one size: a ground truth ``border`` larger on every side is cut. Else raises `UserError`."""
     hazy, clear = cache.picture(hazy_path), cache.picture(clear_path)
     if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
         clear = clear.inside(border)
@@ -104,7 +104,7 @@ def names(paths: list[Path], root: str | Path | None = None) -> list[str]:
 
 
 def read_with_depth(clear: Path, depth: Path | None, cache: Cache | None = None) -> tuple[Pixels, Pixels | None]:
-    """Read a picture (3,H,W) and its depth map (1,H,W). Raises `UserError` if their sizes differ."""
+    """Read an image (3,H,W) and its depth map (1,H,W). Raises `UserError` if their sizes differ."""
     cache = cache or Cache()
     picture = cache.picture(clear)
     if depth is None:

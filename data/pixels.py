@@ -1,4 +1,4 @@
-"""Decoded pictures that become numbers in [0,1] only where they are looked at.
+"""Decoded images that become numbers in [0,1] only where they are looked at.
 
 A file's 8-bit steps are a quarter of the size of the numbers that they stand for, and training looks at a crop: to cut
 first and convert then gives the same numbers (both go pixel by pixel) for a share of the work.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pixels:
-    """A picture (C,H,W): ``pixels[:, a:b, c:d]`` is a contiguous tensor, float32 in [0,1].
+    """An image (C,H,W): ``pixels[:, a:b, c:d]`` is a contiguous tensor, float32 in [0,1].
 
     ``values`` are uint8 steps, or float32 in [0,1] of what 8 bits do not hold. ``levels``: what each of the 256 steps
     stands for; None is step / 255.
@@ -42,7 +42,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Stack:
-    """Pictures of one size as the channels of one, to be cut alike: to be looked at like `Pixels`."""
+    """Images of one size as the channels of one, to be cut alike: to be looked at like `Pixels`."""
 
     layers: tuple[Pixels, ...]
 

@@ -28,7 +28,7 @@ from utils.errors import UserError, nearest, quoted
 FOLDER = Path(__file__).with_name("sample_set")
 TRAIN = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
 TEST = ("coffee.png", "chelsea.png")  # no scene of these is in TRAIN
-DENSITIES = (0.7, 1.2, 1.7)  # of the hazy pictures _1, _2, _3 of each scene
+DENSITIES = (0.7, 1.2, 1.7)  # of the hazy images _1, _2, _3 of each scene
 LONG_SIDE = 400  # pixels
 SEED = 10
 DOFFS = 31.086  # Middlebury: depth is proportional to 1 / (disparity + this many pixels)

@@ -1,4 +1,4 @@
-"""Endless shuffled streams of pictures, pairs, and clear pictures made hazy: pure functions of the position."""
+"""Endless shuffled streams of images, pairs, and clear images made hazy: pure functions of the position."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,10 +29,10 @@ def crop(
 ) -> Tensor:
     """Cut a random piece of ``shape`` (h,w) out of (C,H,W): (C,h,w), all in [0,1]. Stack what must be cut alike on C.
 
-    ``random``: a plain crop; raises `UserError` if the picture is smaller. The other two cut a rectangle of that aspect
+    ``random``: a plain crop; raises `UserError` if the image is smaller. The other two cut a rectangle of that aspect
     and resize it. ``short_side``: the largest there is (for squares the released rule of NeDR and D4; bicubic,
     antialiased). ``view``: a share of the largest, uniform in ``view``, by antialiased bilinear interpolation, as a
-    network with a working size sees pictures. ``flip``: mirrored half the time.
+    network with a working size sees images. ``flip``: mirrored half the time.
     """
     height, width = shape
     if rule != "random":
@@ -61,15 +61,15 @@ def _size(shape: tuple[int, int]) -> str:
 
 
 class Stream(Dataset):
-    """Pictures in an order that is shuffled anew for every epoch, without end.
+    """Images in an order that is shuffled anew for every epoch, without end.
 
-    ``stream[k]``, k >= 0, is ``{name: transform(picture, rng), "skipped": [...]}``. Each picture comes once an
-    epoch of ``len(paths)``; streams of different ``name`` are shuffled independently. A picture that cannot be used
+    ``stream[k]``, k >= 0, is ``{name: transform(image, rng), "skipped": [...]}``. Each image comes once an
+    epoch of ``len(paths)``; streams of different ``name`` are shuffled independently. An image that cannot be used
     is replaced by the next one in the order, and ``skipped`` says why. Raises `UserError` if none can be used.
     ``cache`` spares decoding and changes nothing else.
     """
 
-    remarks: Sequence[str] = ()  # what is odd about the pictures, a line each
+    remarks: Sequence[str] = ()  # what is odd about the images, a line each
 
     def __init__(self, paths: Sequence, transform: Transform, seed: int, name: str, cache: Cache | None = None):
         self.paths, self.transform, self.name, self.cache = list(paths), transform, name, cache or Cache()
@@ -79,7 +79,7 @@ class Stream(Dataset):
         self._announce()
 
     def _announce(self) -> None:
-        """Tell the cache which pictures will be read."""
+        """Tell the cache which images will be read."""
         self.cache.add(self.paths)
 
     def __getitem__(self, k: int) -> dict:
@@ -88,7 +88,7 @@ class Stream(Dataset):
         epoch, place = divmod(k, len(self.paths))
         order, skipped = self._order(epoch), []
         for step in range(len(order)):
-            # Orders draw from [..., epoch], pictures from [..., k + 2^32]: never the same numbers.
+            # Orders draw from [..., epoch], images from [..., k + 2^32]: never the same numbers.
             rng = np.random.default_rng([*self.entropy, 2**32 + k])
             try:
                 item = self._load(order[(place + step) % len(order)], rng)
@@ -96,7 +96,7 @@ class Stream(Dataset):
                 skipped.append(str(error))
             else:
                 return {**item, "skipped": skipped}
-        raise UserError(f"none of the {len(order)} {self.name} pictures can be used; the first: {skipped[0]}")
+        raise UserError(f"none of the {len(order)} {self.name} images can be used; the first: {skipped[0]}")
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._shuffled[0] != epoch:
@@ -110,11 +110,11 @@ class Stream(Dataset):
 
 
 class Synthetic(Stream):
-    """A stream of clear pictures made hazy on the fly: the items of ``add_haze``, with ``skipped``.
+    """A stream of clear images made hazy on the fly: the items of ``add_haze``, with ``skipped``.
 
     ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` gets the crop and is as `synthesis.random_haze` or
-    `degradations.degrade`. Depth maps are matched to the pictures by name, see `pairing`; without ``depth_paths`` it
-    makes them up. Raises `UserError` at once if a picture has no depth map; a map of another size than its picture is
+    `degradations.degrade`. Depth maps are matched to the images by name, see `pairing`; without ``depth_paths`` it
+    makes them up. Raises `UserError` at once if an image has no depth map; a map of another size than its image is
     skipped like an unreadable one.
     """
 
@@ -143,7 +143,7 @@ class Synthetic(Stream):
 
 
 class Pairs(Stream):
-    """A stream of hazy pictures with their ground truth, cut and flipped alike: {hazy, clear, skipped}.
+    """A stream of hazy images with their ground truth, cut and flipped alike: {hazy, clear, skipped}.
 
     A pair that cannot be read, or whose sizes do not agree by the rule of `Paired`, is skipped.
     """
@@ -176,7 +176,7 @@ class Mixed(Dataset):
 
 
 class Unpaired(Dataset):
-    """Hazy and clear pictures of different scenes: item k holds item k of each stream, {hazy, clear, skipped}.
+    """Hazy and clear images of different scenes: item k holds item k of each stream, {hazy, clear, skipped}.
 
     ``epoch_length`` is the size of the larger pool.
     """

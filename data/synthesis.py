@@ -31,10 +31,10 @@ def smooth_depth(height: int, width: int, rng: np.random.Generator) -> Tensor:
 
 
 def outdoor_depth(clear: Tensor, rng: np.random.Generator) -> Tensor:
-    """Make up the depth of an outdoor picture (3,H,W) in [0,1] that has none: (1,H,W), largest value 1.
+    """Make up the depth of an outdoor image (3,H,W) in [0,1] that has none: (1,H,W), largest value 1.
 
     A ground plane that recedes to a horizon, level or tilted, with all above it far away, times smooth noise; at times
-    the noise alone. A guided filter lays it along the edges of the picture. Believable, not true: what it teaches is
+    the noise alone. A guided filter lays it along the edges of the image. Believable, not true: what it teaches is
     that far things have soft, even and bright haze, and near ones have none.
     """
     _, height, width = clear.shape
@@ -46,7 +46,7 @@ def outdoor_depth(clear: Tensor, rng: np.random.Generator) -> Tensor:
     noise = F.interpolate(coarse.float(), (height, width), mode="bicubic", align_corners=False)
     strength, plain = rng.uniform(0, 0.7), rng.random() < 0.15
     depth = (1.5 * noise).sigmoid() if plain else plane * (strength * noise).exp()
-    short = min(height, width) / 160  # the radii are those of pictures of this short side
+    short = min(height, width) / 160  # the radii are those of images of this short side
     radius = max(1, round(short * rng.integers(6, 20)))
     depth = physics.guided_filter(clear[None], depth, radius, float(10 ** rng.uniform(-3.5, -2)))[0]
     return _from_0_to_1(depth)
@@ -55,8 +55,8 @@ def outdoor_depth(clear: Tensor, rng: np.random.Generator) -> Tensor:
 def varied_outdoor_depth(clear: Tensor, rng: np.random.Generator, shares: config.OutdoorDepth) -> Tensor:
     """`outdoor_depth`, or, by their ``shares``, another kind, so that no one kind of mistake is learnt: (1,H,W).
 
-    Patches: constant in superpixels, as depth estimated from one picture is (RESIDE's outdoor sets have such). Dark
-    channel: -log(1 - 0.95 dark), the haze that the picture has already, more of it. Noise: anything smooth.
+    Patches: constant in superpixels, as depth estimated from one image is (RESIDE's outdoor sets have such). Dark
+    channel: -log(1 - 0.95 dark), the haze that the image has already, more of it. Noise: anything smooth.
     """
     kinds = {"patches": shares.patches, "dark": shares.dark_channel, "noise": shares.noise}
     if not any(kinds.values()):
@@ -113,9 +113,9 @@ def random_haze(
 ) -> dict[str, Tensor]:
     """Put haze of random density and airlight on ``clear`` (3,H,W), by ``law``.
 
-    First the clear picture may change its exposure and its white balance, so that it is another clear picture. The
+    First the clear image may change its exposure and its white balance, so that it is another clear image. The
     airlight is a grey from its range, cut at 1; at times each channel of it is moved by up to ``law.colour``. At times
-    it is dusk: ``law.light`` darkens the clear picture and the airlight alike, by a factor from its range.
+    it is dusk: ``law.light`` darkens the clear image and the airlight alike, by a factor from its range.
     Without ``depth`` (1,H,W) that is made up as ``made_up`` has it (smooth | outdoor; by default ``law.depth``).
     -> hazy, clear (3,H,W), transmission (1,H,W), airlight (3,1,1), density (1,).
     """

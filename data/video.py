@@ -82,7 +82,7 @@ class Reader:
         if not moving:
             others = self._others()
             self.container.close()
-            raise UserError(f"{path}: has no video, only {others}; name a clip with pictures")
+            raise UserError(f"{path}: has no video, only {others}; name a clip with images")
         self.stream, self.sound = moving[0], list(self.container.streams.audio)
         self.stream.thread_type = "AUTO"
         self.time_base, self.rate = self.stream.time_base, self.stream.average_rate or Fraction(25)
@@ -176,7 +176,7 @@ class Reader:
                 last, seen = pts if last is None else max(pts, last + 1), seen + 1
                 yield Frame(self._pixels(frame), last, frame.duration or step)
         if lost:
-            self.broken.append(f"{lost} of its packets are damaged: pictures may be missing or spoilt")
+            self.broken.append(f"{lost} of its packets are damaged: images may be missing or spoilt")
         if self.stream.frames and seen < 0.98 * self.stream.frames - 1:
             self.broken.append(f"cut short: it holds {seen} of {self.stream.frames} frames")
 
@@ -191,7 +191,7 @@ class Reader:
 
 
 class Writer:
-    """A clip like that of ``reader`` with other pictures, in ``path``, which appears when it is closed.
+    """A clip like that of ``reader`` with other images, in ``path``, which appears when it is closed.
 
     H.264 (VP9 in WebM) of constant quality ``crf``, with the times, the sound, the colours and the titles of the
     other. Raises `UserError` if it cannot be written.
@@ -228,7 +228,7 @@ class Writer:
         return stream
 
     def write(self, pixels: Tensor, pts: int, duration: int) -> None:
-        """A picture (3 or 1,H,W) in [0,1]; an odd side is grown by repeating its last line."""
+        """An image (3 or 1,H,W) in [0,1]; an odd side is grown by repeating its last line."""
         rgb = pixels.expand(3, -1, -1).mul(255).round_().clamp_(0, 255).byte().permute(1, 2, 0).cpu().numpy()
         rgb = np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0)), mode="edge")
         frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")

@@ -1,4 +1,4 @@
-"""Contrastive loss on VGG features: the dehazed picture is drawn to the clear one, away from the hazy one."""
+"""Contrastive loss on VGG features: the dehazed image is drawn to the clear one, away from the hazy one."""
 
 from collections.abc import Mapping
 
@@ -11,15 +11,15 @@ LAYERS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 /
 
 
 class GaussianContrastive(nn.Module):
-    """Gaussian perceptual contrastive loss: 0 where the prediction is the clear picture, below 1.47 everywhere.
+    """Gaussian perceptual contrastive loss: 0 where the prediction is the clear image, below 1.47 everywhere.
 
-    Three (N,3,H,W) in [0,1] -> scalar, the mean over the pictures. A layer's share is d(pred, clear) / (d(clear, hazy)
+    Three (N,3,H,W) in [0,1] -> scalar, the mean over the images. A layer's share is d(pred, clear) / (d(clear, hazy)
     + d(pred, hazy) + d(pred, clear) + 1e-6), with d(a, b) = 1 - exp(-m^2 / (2 sigma^2)) and m the mean of |a - b| over
     the layer's map; ``layers`` gives VGG19's layers and the weights of their shares. Gradients flow to the prediction
     alone.
 
     KA-Net's abstract (TPAMI 2024) only names such a loss; this form is our reconstruction, after the code that its
-    first author released with C4RSD (TIP 2025). That feeds VGG pictures of different ranges, without ImageNet's
+    first author released with C4RSD (TIP 2025). That feeds VGG images of different ranges, without ImageNet's
     normalisation; here all three are alike and normalised.
 
     ``weights`` and ``key`` as of `VGGFeatures`. Keep the loss in a list, lest VGG become part of a method's weights.

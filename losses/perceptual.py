@@ -31,7 +31,7 @@ def layer_names(network: str) -> dict[str, int]:
 class VGGFeatures(nn.Module):
     """Feature maps of a frozen VGG by layer name. (N,3,H,W) in [0,1] -> {name: (N,C,h,w)}.
 
-    Pictures are normalised here, by ImageNet's mean and deviation. ``network`` vgg16 or vgg19; ``layers`` names such as
+    Images are normalised here, by ImageNet's mean and deviation. ``network`` vgg16 or vgg19; ``layers`` names such as
     relu3_3; ``weights`` ``hub`` (torchvision's ImageNet weights) or a file of them (.pth or .safetensors). Raises
     `UserError` where weights cannot be had: its remedies are the settings KEY.weights and KEY_weight.
     """
@@ -60,8 +60,8 @@ class VGGFeatures(nn.Module):
 class EfficientNetFeatures(nn.Module):
     """Maps of a frozen EfficientNet-lite0 by stride. (N,3,H,W) in [0,1] -> {name: (N,C,H/stride,W/stride)}.
 
-    ``layers``: stride2, stride4, stride8, stride16, stride32; the first three keep most of what a picture looks like.
-    Pictures are normalised here, by the mean and the deviation with which it was trained (0.5 and 0.5). ``weights``:
+    ``layers``: stride2, stride4, stride8, stride16, stride32; the first three keep most of what an image looks like.
+    Images are normalised here, by the mean and the deviation with which it was trained (0.5 and 0.5). ``weights``:
     hub | package | a file, as of `imagenet.load`. Raises `UserError` as `VGGFeatures`.
     """
 

@@ -1,4 +1,4 @@
-"""Priors on clear pictures that D4's ancestors add to the game, and the energy of the dark channel prior for t."""
+"""Priors on clear images that D4's ancestors train with, and the energy of the dark channel prior for t."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ RIDGE = 1e-6  # epsilon of the matting Laplacian, as of both papers
 
 
 def dark_channel_loss(clear: Tensor, size: int = 15) -> Tensor:
-    """Mean of the dark channel, near 0 for haze-free pictures (He et al., TPAMI 2011). (N,3,H,W) -> scalar."""
+    """Mean of the dark channel, near 0 for haze-free images (He et al., TPAMI 2011). (N,3,H,W) -> scalar."""
     return dark_channel(clear, size).mean()
 
 
@@ -25,7 +25,7 @@ def dark_channel_energy(
     """E = (t'Lt + fidelity |t - t_dcp|^2) / pixels, with no label: scalar.
 
     The energy whose minimum is the softly matted t of the dark channel prior; a network that descends on it over many
-    pictures gives a better t than that minimum (Golts, Freedman, Elad, TIP 2020, arXiv 1812.07051). ``t`` (N,1,H,W);
+    images gives a better t than that minimum (Golts, Freedman, Elad, TIP 2020, arXiv 1812.07051). ``t`` (N,1,H,W);
     ``hazy`` (N,3,H,W) and ``airlight`` (N,3,1,1), which get no gradient; ``size`` of the dark channel's window.
     """
     with torch.no_grad():
@@ -36,7 +36,7 @@ def dark_channel_energy(
 def matting_energy(t: Tensor, guide: Tensor, ridge: float = RIDGE) -> Tensor:
     """t'Lt of each sample, L the matting Laplacian of ``guide`` (Levin, Lischinski, Weiss, TPAMI 2008). -> (N,).
 
-    In every 3x3 window within the picture the best line a.I + b is fitted to t; what it leaves, |t - a.I - b|^2 +
+    In every 3x3 window within the image the best line a.I + b is fitted to t; what it leaves, |t - a.I - b|^2 +
     ridge |a|^2, is the window's share: time and memory grow with the pixels. ``guide`` gets no gradient. The lines are
     fitted by orthogonal directions, since covariances would lose a ridge of 1e-6 in single precision.
     """

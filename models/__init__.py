@@ -73,7 +73,7 @@ def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema
     """A trained method from a file, in eval mode: our .pt or .safetensors, or an official one of any method.
 
     Without ``file`` the weights of NeDR that ship with this project, or those of a method that is named (``d4``;
-    ``dcp`` needs none). Call what comes back with a picture to have it without haze, see `Method.forward`:
+    ``dcp`` needs none). Call what comes back with an image to have it without haze, see `Method.forward`:
 
     >>> import numpy as np
     >>> dehaze = load()

@@ -27,7 +27,7 @@ class Tested(NamedTuple):
     """A method ready to be tested, where its weights come from (None: it has none), and what was asked of it.
 
     ``name`` is the method's, and the weights' folder with it where several are of one method; ``asked`` are the
-    test-time settings that the user gave, and presets of benchmarks do not go over them. ``chosen_on``: the pictures
+    test-time settings that the user gave, and presets of benchmarks do not go over them. ``chosen_on``: the images
     that the weights were chosen on, as of `utils.evaluation.selection`, if they were and say so.
     """
 

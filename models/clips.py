@@ -52,7 +52,7 @@ def run(paths: Sequence[Path], tested: Sequence[Tested], settings: Settings, dev
 def check(paths: Sequence[Path], test: object) -> None:
     """Refuse what does not go with clips. Raises `UserError`."""
     if others := [path for path in paths if not video.is_clip(path)]:
-        raise UserError(f"{others[0]} is no clip, and {paths[0]} is; give clips and pictures in two commands")
+        raise UserError(f"{others[0]} is no clip, and {paths[0]} is; give clips and images in two commands")
     if test.clear or test.metrics:
         raise UserError("clips are dehazed, not scored; leave out --clear and --metrics, or score a folder of frames")
     if video.is_clip(test.output or "") and len(paths) > 1:

@@ -15,7 +15,7 @@ def parameters(module: nn.Module, children: Collection[str]) -> int:
 
 
 def macs(dehaze: Callable[[Tensor], Tensor], device: torch.device | str = "cpu", side: int = SIDE) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one picture of ``side`` x ``side`` pixels.
+    """Multiply-accumulates of convolutions and matrix products for one image of ``side`` x ``side`` pixels.
 
     Half of what PyTorch's FLOP counter counts; element-wise work is not in it, as in other papers' figures.
     """

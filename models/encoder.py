@@ -36,7 +36,7 @@ def create(name: str) -> nn.Module:
     if network is None or not _serves(network):
         raise UserError(
             f"encoder={name}: gives maps at strides {', '.join(map(str, strides))}; needed are 4, 8, 16 and 32, as "
-            f"(N,C,H,W), of pictures of any size; take one such as {RELEASED}"
+            f"(N,C,H,W), of images of any size; take one such as {RELEASED}"
         )
     return network
 
@@ -51,7 +51,7 @@ def maps(network: nn.Module, image: Tensor, tile: int | None) -> list[Tensor]:
 
     With ``tile`` each is made from the one before, in exact tiles: all but the first of ``tile`` / 2 of their own
     pixels, not of the picture's: the coarser the map, the wider its halo is, and the less memory it takes. That is for
-    EfficientNet-lite alone; other networks look at the whole picture, in memory that grows with it.
+    EfficientNet-lite alone; other networks look at the whole image, in memory that grows with it.
     """
     if tile is None or not getattr(network, "in_tiles", False):
         return network(image)

@@ -4,7 +4,7 @@
 
 writes ``network.onnx``: small (1,3,h,w), sides multiples of 32 and at least 128 -> transmission (1,1,h,w) and airlight
 (1,3,1,1); and ``picture.onnx``: hazy (1,3,H,W) of any size whose sides are above the working size -> clear (1,3,H,W)
-and transmission (1,1,H,W), with the resizing and the formula in the graph. Both take pictures in [0,1].
+and transmission (1,1,H,W), with the resizing and the formula in the graph. Both take images in [0,1].
 An extra: `pip install -r requirements-extras.txt`.
 """
 
@@ -75,7 +75,7 @@ class Resizing(nn.Module):
 
 
 class Rest(nn.Module):
-    """hazy (1,3,H,W), small, t and A -> the clear picture and t at full size."""
+    """hazy (1,3,H,W), small, t and A -> the clear image and t at full size."""
 
     def __init__(self, method: NeDR):
         super().__init__()

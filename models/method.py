@@ -40,7 +40,7 @@ class Method(nn.Module):
 
     A subclass gives `about`, `Settings` (its block of configs.yml), `restore` or `find`, and, unless it is free of
     training, `stages`, `optimisers`, `losses` and, where it does not train on pairs, `pictures`. ``stage`` is
-    ``warm_start`` (supervised, before all else) or ``train`` (the method's own game).
+    ``warm_start`` (supervised, before all else) or ``train`` (the method's own training).
     """
 
     about: ClassVar[About]
@@ -116,23 +116,23 @@ class Method(nn.Module):
         yield from ()
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pictures worth looking at, (N,1 or 3,H,W) in [0,1], by name; here those of a method that trains on pairs."""
+        """Images worth looking at, (N,1 or 3,H,W) in [0,1], by name; here those of a method that trains on pairs."""
         with torch.no_grad():
             return {"hazy": batch["hazy"], "dehazed": self.restore(batch["hazy"]), "clear": batch["clear"]}
 
     def restore(self, hazy: Tensor) -> Tensor:
-        """Clear pictures for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1].
+        """Clear images for hazy ones whose sides suit the networks. (N,3,H,W) -> same shape in [0,1].
 
         All that a new method needs in order to dehaze; one with more to show or with tiles of its own gives `find`.
         """
         raise UserError(f"{type(self).__name__} cannot dehaze")
 
     def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
-        """What the method finds in hazy pictures (N,3,H,W) whose sides suit the networks.
+        """What the method finds in hazy images (N,3,H,W) whose sides suit the networks.
 
         ``clear`` (N,3,H,W) in [0,1] and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight``.
         With ``tile``, the side of tiles in pixels, memory must stay bounded. Here tiles are taken through `restore`
-        with a quarter of their side around them and cross-faded, so that what the networks take from the whole picture
+        with a quarter of their side around them and cross-faded, so that what the networks take from the whole image
         is a tile's own; a method whose computation can be taken apart overrides this with tiles that give the numbers
         of the whole.
         """
@@ -184,10 +184,10 @@ class Method(nn.Module):
         return back(found[name])
 
     def dehaze(self, hazy: Tensor, tile: int | None = None, ensemble: bool = False, strength: float = 1.0) -> Tensor:
-        """Clear pictures for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
+        """Clear images for hazy ones of any size. (N,3,H,W) in [0,1] -> same shape in [0,1].
 
         ``tile`` computes in tiles of that many pixels a side, at least 128, to bound memory (see `tile`); None:
-        the whole picture at once. ``ensemble`` averages over the eight flips and quarter turns of the picture
+        the whole image at once. ``ensemble`` averages over the eight flips and quarter turns of the image
         (geometric self-ensemble; Lim et al., EDSR, CVPRW 2017), in eight times the time and the memory of one.
         ``strength`` as of `estimate`. Raises `UserError` for another shape and for smaller tiles.
         """
@@ -203,7 +203,7 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def estimate(self, hazy: Tensor, tile: int | None = None, strength: float = 1.0) -> dict[str, Tensor]:
-        """The clear pictures as of `dehaze`, and what else the method finds in hazy ones (N,3,H,W), by name.
+        """The clear images as of `dehaze`, and what else the method finds in hazy ones (N,3,H,W), by name.
 
         ``clear`` (N,3,H,W) and, where the method has them, ``transmission`` (N,1,H,W) and ``airlight`` (N,3,1,1). Sides
         that do not suit the networks are padded by reflection, to the right and below, and all maps cropped again.
@@ -240,7 +240,7 @@ class Method(nn.Module):
             )
 
     def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
-        """What `find` gives for pictures of any size: padded for it, and cropped again."""
+        """What `find` gives for images of any size: padded for it, and cropped again."""
         height, width = hazy.shape[-2:]
         return {name: found[..., :height, :width] for name, found in self.find(self.padded(hazy), tile).items()}
 
@@ -252,7 +252,7 @@ class Method(nn.Module):
 
 def _check(hazy: Tensor) -> None:
     if hazy.dim() != 4 or hazy.shape[1] != 3 or 0 in hazy.shape:
-        raise UserError(f"dehaze needs pictures of shape (N,3,H,W), got {tuple(hazy.shape)}")
+        raise UserError(f"dehaze needs images of shape (N,3,H,W), got {tuple(hazy.shape)}")
 
 
 def reflect(x: Tensor, dim: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures as programs have them (Pillow, NumPy, PyTorch), taken to what the methods want, and back."""
+"""Images as programs have them (Pillow, NumPy, PyTorch), taken to what the methods want, and back."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from torch import Tensor
 from utils.rounding import to_8bit
 
 Picture = TypeVar("Picture", Image.Image, np.ndarray, Tensor)
-Back = Callable[[Tensor], Any]  # (N,C,H,W) in [0,1] -> the kind of picture that was given
+Back = Callable[[Tensor], Any]  # (N,C,H,W) in [0,1] -> the kind of image that was given
 
 KEPT = ("icc_profile", "exif", "dpi")  # of a Pillow image's `info`: what its own `save` writes again
 SLACK = 1e-3  # beyond [0,1]; more is no rounding
@@ -27,14 +27,14 @@ def opened(image: Any) -> tuple[Tensor, Back]:
         return _tensor(image)
     name = type(image).__name__
     remedy = "; open the file first (PIL.Image.open)" if isinstance(image, str) or hasattr(image, "__fspath__") else ""
-    raise TypeError(f"a picture is a Pillow image, a NumPy array or a PyTorch tensor, not {name}{remedy}")
+    raise TypeError(f"an image is a Pillow image, a NumPy array or a PyTorch tensor, not {name}{remedy}")
 
 
 def _pillow(image: Image.Image) -> tuple[Tensor, Back]:
     if image.mode == "F" or image.mode.startswith("I"):
         raise ValueError(f"a Pillow image of mode {image.mode} has no agreed white; convert it to RGB, of 8 bit, first")
     if 0 in image.size:
-        raise ValueError(f"the picture is empty: {image.width}x{image.height} pixels")
+        raise ValueError(f"the image is empty: {image.width}x{image.height} pixels")
     kept = {key: image.info[key] for key in KEPT if key in image.info}
     if image.mode not in ("RGB", "RGBA", "P"):  # a profile of grey or CMYK says nothing of RGB
         kept.pop("icc_profile", None)
@@ -99,7 +99,7 @@ def _unit(values: Tensor) -> Tensor:
 
 def _hint(shape: tuple[int, ...]) -> str:
     if len(shape) == 4 and shape[-1] == 3:
-        return "; give an array picture by picture, and tensors with the channels in front (permute(0, 3, 1, 2))"
+        return "; give an array image by image, and tensors with the channels in front (permute(0, 3, 1, 2))"
     if len(shape) == 3 and (shape[0] == 3 or shape[2] == 3):
         return "; arrays have the channels last (transpose(1, 2, 0)), tensors in front (permute(2, 0, 1))"
     if 4 in (shape[:1] + shape[-1:]):

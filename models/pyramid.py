@@ -59,7 +59,7 @@ class Pyramid(nn.Module):
     H and W are multiples of 32, at least 64. ``mixer`` makes the module that works on each encoder map at F, 2F,
     4F and 8F channels (NeDR's KAN-CID; None for none). The pooled maps carry gradients; detach where not wanted.
     The encoder, 4 % of NeDR's operations, stays in float32 under autocast.
-    ``tile`` computes the same, map by map, in tiles of that many pixels of the picture a side, in eval mode.
+    ``tile`` computes the same, map by map, in tiles of that many pixels of the image a side, in eval mode.
     ``backbone`` is timm's name of the encoder.
     """
 

@@ -2,7 +2,7 @@
 
 A network that sees each frame by itself finds another airlight in every one, and J = (I - A) / t + A multiplies that by
 1/t - 1. Haze changes slowly, so A is averaged over seconds. So is t, at the size at which the network finds it, moved
-along with the camera and only where the picture stayed the same; edges are then taken from the present frame (`fine`).
+along with the camera and only where the image stayed the same; edges are then taken from the present frame (`fine`).
 At a cut all begins anew.
 """
 

@@ -21,7 +21,7 @@ from utils import device, errors
 from utils.errors import UserError, quoted
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-# What the browser may load for the page, and nothing from elsewhere: fonts, scripts and pictures are the server's own.
+# What the browser may load for the page, and nothing from elsewhere: fonts, scripts and images are the server's own.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="further weights to pick from, official ones too")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("--megapixels", type=float, default=60, help="the largest picture taken (60)")
+    parser.add_argument("--megapixels", type=float, default=60, help="the largest image taken (60)")
     parser.add_argument("--megabytes", type=float, default=100, help="the largest file taken (100)")
     parser.add_argument("--pictures", type=int, default=100, help="the most taken at once (100)")
     return parser.parse_args(arguments)

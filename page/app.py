@@ -48,7 +48,7 @@ class Page:
         self.methods, self.visitors, self.limits = methods, visitors, limits
 
     def take(self, files: list[str] | None, request: gr.Request) -> tuple:
-        """Dropped files become the visitor's pictures: -> the choice of pictures, both buttons, words."""
+        """Dropped files become the visitor's images: -> the choice of images, both buttons, words."""
         visitor, files = self.visitors.get(request.session_hash), files or []
         most = self.limits.pictures
         refused = visitor.take(files[:most], self.limits.megapixels)
@@ -67,7 +67,7 @@ class Page:
         return self.take([str(_samples()[event.index])], request)
 
     def show(self, name: str | None, method: str, strength: float, words: str, request: gr.Request) -> tuple:
-        """Run the network on the chosen picture: -> before and after, transmission, words."""
+        """Run the network on the chosen image: -> before and after, transmission, words."""
         visitor = self.visitors.get(request.session_hash)
         path = visitor.pictures.get(name or "")
         if path is None:
@@ -92,7 +92,7 @@ class Page:
             return shown[0], visitor.show(visitor.view.clear(strength))
 
     def save(self, name: str | None, method: str, strength: float, request: gr.Request) -> tuple:
-        """The chosen picture at its full size: -> file, words."""
+        """The chosen image at its full size: -> file, words."""
         visitor = self.visitors.get(request.session_hash)
         path = visitor.pictures.get(name or "")
         if path is None:
@@ -110,7 +110,7 @@ class Page:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio finds it by this default)
     ) -> tuple:
-        """All pictures at full size: -> zip, words. Stops when the visitor leaves."""
+        """All images at full size: -> zip, words. Stops when the visitor leaves."""
         visitor = self.visitors.get(request.session_hash)
         paths = list(visitor.pictures.values())
         if not paths:
@@ -216,4 +216,4 @@ def _words(refused: list[str]) -> str:
     return "".join(f'<p role="alert">{html.escape(each)}</p>' for each in refused)
 
 
-GONE = _words(["there is no picture here any more; drop it again"])
+GONE = _words(["there is no image here any more; drop it again"])

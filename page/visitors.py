@@ -1,4 +1,4 @@
-"""Who is on the page, with which pictures; what was uploaded is deleted when its visitor leaves."""
+"""Who is on the page, with which images; what was uploaded is deleted when its visitor leaves."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ IDLE = 6 * 3600.0  # seconds after which a visitor who does nothing counts as go
 
 
 class Visitor:
-    """One open page: its pictures, in a folder of its own, and what is shown of them."""
+    """One open page: its images, in a folder of its own, and what is shown of them."""
 
     def __init__(self, root: Path):
         self.folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=root))
@@ -31,7 +31,7 @@ class Visitor:
         self.seen = time.monotonic()
 
     def take(self, files: Sequence[str | Path], megapixels: float) -> list[str]:
-        """Take these pictures in place of those that are here; returns what is refused, in words.
+        """Take these images in place of those that are here; returns what is refused, in words.
 
         Those among them that were taken before stay as they are: the server's own copies may be gone by now.
         """
@@ -55,11 +55,11 @@ class Visitor:
 
     @property
     def pictures(self) -> dict[str, Path]:
-        """The visitor's pictures by name."""
+        """The visitor's images by name."""
         return {path.name: path for path in self._taken.values()}
 
     def show(self, image: Tensor) -> str:
-        """A file of a picture (1,C,H,W) for the browser, under a new name, which no cache knows; old ones go."""
+        """A file of an image (1,C,H,W) for the browser, under a new name, which no cache knows; old ones go."""
         path = self.new_folder() / "shown.jpg"
         images.write(path, image[0])
         self._shown.append(path)
@@ -73,7 +73,7 @@ class Visitor:
         try:
             return Path(tempfile.mkdtemp(dir=self.folder))
         except FileNotFoundError as error:
-            raise UserError("these pictures were deleted when the page was left; drop them again") from error
+            raise UserError("these images were deleted when the page was left; drop them again") from error
 
 
 class Visitors:

@@ -1,4 +1,4 @@
-"""What the page does with pictures, whoever asks: check, look, change the strength, write."""
+"""What the page does with images, whoever asks: check, look, change the strength, write."""
 
 import zipfile
 from collections.abc import Callable
@@ -21,7 +21,7 @@ COMPRESSION = 3  # of PNG: a third of the time of Pillow's 6, and files a few pe
 
 
 class View(NamedTuple):
-    """A picture as the page shows it, with what the method found in it: all that a change of strength needs."""
+    """An image as the page shows it, with what the method found in it: all that a change of strength needs."""
 
     hazy: Tensor  # (1,3,h,w) in [0,1]
     transmission: Tensor | None  # (1,1,h,w); None: the method finds none, and knows one strength alone
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 def check(path: Path, megapixels: float) -> None:
-    """Refuse what is no picture, or too large, from its first bytes. Raises `UserError`."""
+    """Refuse what is no image, or too large, from its first bytes. Raises `UserError`."""
     try:
         Image.MAX_IMAGE_PIXELS = images.MAX_PIXELS  # Pillow would warn of less than the page takes
         with Image.open(path) as image:
@@ -52,7 +52,7 @@ def check(path: Path, megapixels: float) -> None:
 
 @torch.no_grad()
 def look(path: Path, method: Method) -> View:
-    """What ``method`` finds in a picture at its full size, made small enough to be shown. Raises `UserError`."""
+    """What ``method`` finds in an image at its full size, made small enough to be shown. Raises `UserError`."""
     hazy, found = _found(path, method)
     haze = (_small(found["transmission"]), found["airlight"]) if "transmission" in found else (None, None)
     return View(_small(hazy).clamp(0, 1), *haze, _small(found["clear"]).clamp(0, 1))
@@ -60,7 +60,7 @@ def look(path: Path, method: Method) -> View:
 
 @torch.no_grad()
 def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
-    """Dehaze a picture at its full size into ``folder``, in its format if that can be written, else as PNG.
+    """Dehaze an image at its full size into ``folder``, in its format if that can be written, else as PNG.
 
     A method that finds no transmission knows one strength alone.
     """
@@ -77,7 +77,7 @@ def told(error: UserError, path: Path) -> str:
 
 
 def each(paths: list[Path], do: Callable[[Path], None], going: Callable[[int], bool]) -> list[str]:
-    """``do`` with every picture while ``going`` says so, told how many are done; what could not be done, in words."""
+    """``do`` with every image while ``going`` says so, told how many are done; what could not be done, in words."""
     refused = []
     for done, path in enumerate(paths):
         if not going(done):
@@ -92,8 +92,8 @@ def each(paths: list[Path], do: Callable[[Path], None], going: Callable[[int], b
 def write_zip(
     archive: Path, paths: list[Path], write: Callable[[Path], Path], going: Callable[[int], bool]
 ) -> list[str]:
-    """What ``write`` makes of every picture, in one file; see `each`."""
-    with zipfile.ZipFile(archive, "w") as file:  # stored as they are: pictures are compressed already
+    """What ``write`` makes of every image, in one file; see `each`."""
+    with zipfile.ZipFile(archive, "w") as file:  # stored as they are: images are compressed already
 
         def add(path: Path) -> None:
             written = write(path)

@@ -100,7 +100,7 @@ def official_file(official_state, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pool(tmp_path) -> list[Path]:
-    """Seven flat pictures 24x20; number n has brightness 10 n."""
+    """Seven flat images 24x20; number n has brightness 10 n."""
     for n in range(7):
         images.write(tmp_path / "pool" / f"{n}.png", torch.full((3, 20, 24), 10 * n / 255))
     return paths.find(tmp_path / "pool")

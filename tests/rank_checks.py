@@ -50,7 +50,7 @@ class Double(TorchFunctionMode):
 
 
 def game(ranks: distributed.Ranks, sync: bool, exact: bool = True) -> dict:
-    """One step of NeDR's game on the same two pictures and random haze, however many processes share them.
+    """One step of NeDR's game on the same two images and random haze, however many processes share them.
 
     ``exact``: in float64, all of it, since batch norm over few pixels makes much of float32's rounding. It takes long.
     """
@@ -96,7 +96,7 @@ def steps(ranks: distributed.Ranks) -> dict:
 
 
 def norms(ranks: distributed.Ranks) -> dict:
-    """Batch norm with an activation over shares of 3 and 1 pictures: what comes out, gradients and statistics."""
+    """Batch norm with an activation over shares of 3 and 1 images: what comes out, gradients and statistics."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 1), BatchNormAct2d(5), nn.BatchNorm2d(5, momentum=None)).double().train()
     x, weights = torch.randn(4, 3, 6, 6).double(), torch.randn(4, 5, 6, 6).double()
@@ -120,8 +120,8 @@ def norms(ranks: distributed.Ranks) -> dict:
 
 def small_things(ranks: distributed.Ranks) -> dict:
     found = {
-        "spread": ranks.spread(lambda items: [item**2 for item in items], range(5)),
-        "agree": ranks.agree(ranks.rank),
+        "spread": ranks.map(lambda items: [item**2 for item in items], range(5)),
+        "agree": ranks.all_max(ranks.rank),
     }
     try:
         finite(ranks.mean({"a": 1.0, "b": float("nan") if ranks.rank else 1.0}))

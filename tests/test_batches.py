@@ -30,7 +30,7 @@ def run(capfd, tmp_path, monkeypatch):
 
 
 def fill(folder, count: int) -> tuple[dict[str, bytes], list[str]]:
-    """``count`` pictures, in two folders; a third of them is cut short. -> the whole ones by name, names of the bad."""
+    """``count`` images, in two folders; a third of them is cut short. -> the whole ones by name, names of the bad."""
     rng, whole, bad = np.random.default_rng(0), {}, []
     (folder / "deep").mkdir(parents=True)
     for n in range(count):
@@ -44,7 +44,7 @@ def fill(folder, count: int) -> tuple[dict[str, bytes], list[str]]:
 
 
 def made(tmp_path) -> dict[str, int]:
-    """The pictures that were made, without their endings, and when."""
+    """The images that were made, without their endings, and when."""
     folder = tmp_path / "out" / "pictures"
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder).with_suffix("")): path.stat().st_mtime_ns for path in files}
@@ -63,15 +63,15 @@ def test_all_that_can_be_done_is_done_and_again_only_what_is_missing(run, tmp_pa
     assert status == 2
     assert [f"skipped: {line}" for line in listed] == skipped
     assert sorted(line.split(": ")[0] for line in listed) == sorted(f"in/{name}" for name in bad)
-    assert last == f"error: {len(bad)} pictures could not be used, as said above and in out/skipped.txt"
-    assert out.startswith(f"{count - len(bad)} pictures done")
+    assert last == f"error: {len(bad)} images could not be used, as said above and in out/skipped.txt"
+    assert out.startswith(f"{count - len(bad)} images done")
     before = made(tmp_path)
     assert before.keys() == stems(whole.keys() - set(bad))
     (tmp_path / "in" / bad[0]).write_bytes(whole[bad[0]])
     status, out, err = run()
     assert (status, len(err.splitlines())) == (2, len(bad))
-    assert out.startswith("1 picture done")
-    assert f"{count - len(bad)} pictures there already" in out
+    assert out.startswith("1 image done")
+    assert f"{count - len(bad)} images there already" in out
     assert before.items() < made(tmp_path).items()
     for name in bad:
         (tmp_path / "in" / name).write_bytes(whole[name])
@@ -96,7 +96,7 @@ def test_odd_names_links_pipes_and_claims_cost_one_line_each(run, tmp_path, monk
         assert status == 2
         assert len(err.splitlines()) == 5
         assert all(line.isprintable() and len(line) < 300 for line in err.splitlines())
-        assert out.startswith("5 pictures done")
+        assert out.startswith("5 images done")
     assert len(made(tmp_path)) == 5
 
 
@@ -105,11 +105,11 @@ def test_what_a_list_names_in_vain_is_told_and_the_rest_is_done(run, tmp_path):
     lines = [b"in/a.png", b"x" * 5000, b"~nouser/a.png", b"a\0b.png", b"na\xefve.png"]
     (tmp_path / "x.flist").write_bytes(b"\n".join(lines))
     status, out, err = run(hazy=["x.flist"])
-    assert (status, out[:14]) == (2, "1 picture done")
+    assert (status, out[:14]) == (2, "1 image done")
     *skipped, last = err.splitlines()
     assert [line.partition(": ")[2].startswith("x.flist, line ") for line in skipped] == [True] * 4
     assert all(line.isprintable() and len(line) < 300 for line in skipped)
-    assert last.startswith("error: 4 pictures could not be used")
+    assert last.startswith("error: 4 images could not be used")
     assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 4
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_written_is_its_own_misfortune_unless_the_disk_is_full(ru
     for name in ("a.png", "b" * 245 + ".png", "c.png"):
         images.write(tmp_path / "in" / name, torch.rand(3, 8, 9))
     status, out, err = run("--suffix", "_dehazed")
-    assert (status, out[:15]) == (2, "2 pictures done")
+    assert (status, out[:15]) == (2, "2 images done")
     assert "File name too long" in err
     assert made(tmp_path).keys() == {"a_dehazed", "c_dehazed"}
 
@@ -145,7 +145,7 @@ def test_a_lack_of_memory_is_one_picture_s(run, tmp_path, monkeypatch, place):
 
     monkeypatch.setattr(images, place, fail)
     status, out, err = run()
-    assert (status, out[:15]) == (2, "2 pictures done")
+    assert (status, out[:15]) == (2, "2 images done")
     assert "skipped: " in err
     assert "b.png: " in err
     assert "memory" in err

@@ -24,7 +24,7 @@ RATE = 25
 
 
 def scene() -> tuple[torch.Tensor, torch.Tensor]:
-    """A clear picture of the sample set with its depth, (1,3,H,W), and the same behind known haze."""
+    """A clear image of the sample set with its depth, (1,3,H,W), and the same behind known haze."""
     clear = images.read(paths.resolve("sample:train/clear") / "motorcycle_left.png")[None]
     depth = images.read_depth(paths.resolve("sample:train/depth") / "motorcycle_left.png")[None]
     airlight = torch.tensor([0.84, 0.87, 0.9]).view(1, 3, 1, 1)

@@ -61,7 +61,7 @@ def largest_difference(one, other) -> float:
 
 @pytest.fixture(scope="module")
 def alone():
-    """The game's step in one process, with both batches as one."""
+    """Adversarial training's step in one process, with both batches as one."""
     return rank_checks.game(Ranks(), False)
 
 
@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_survives_one_that_is_
 
 
 def test_milestones_stay_where_they_are_in_the_data():
-    """Epochs of 12 pictures: 6 steps of 2, then, from step 3 on, of 4: the first ends after 3 + 6 / 4 of these."""
+    """Epochs of 12 images: 6 steps of 2, then, from step 3 on, of 4: the first ends after 3 + 6 / 4 of these."""
     rates = {}
     for ahead in (0.0, 6 / 4 - 3):
         optimiser, epoch = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0), 12 / (4 if ahead else 2)

@@ -1,4 +1,4 @@
-"""Files changed at random, by a seed: pictures, settings, lists. In bounded children, see `bounds`."""
+"""Files changed at random, by a seed: images, settings, lists. In bounded children, see `bounds`."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ LONGEST = 800  # characters of a message without the folder: it may list forty s
 
 
 def base_pictures() -> dict[str, bytes]:
-    """Small pictures of all kinds that are read, by a name with their ending."""
+    """Small images of all kinds that are read, by a name with their ending."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(90, 255, (19, 23, 3), dtype=np.uint8))
     deep, grey = Image.fromarray(rng.integers(0, 65535, (19, 23), dtype=np.uint16)), rgb.convert("L")
@@ -114,7 +114,7 @@ def mended(data: bytes) -> bytes:
 
 
 def claimed(rng: np.random.Generator) -> tuple[str, bytes]:
-    """A picture of few bytes that says it is large, and one that is large."""
+    """An image of few bytes that says it is large, and one that is large."""
     width, height = (int(side) for side in rng.integers(1, 40_000, 2))
     if rng.integers(4):
         kind = rng.choice(["P1", "P2", "P3", "P4", "P5", "P6", "Pf", "PF"])
@@ -164,7 +164,7 @@ def together(works: list[tuple[str, Callable]], folder: Path) -> None:
 
 @pytest.mark.parametrize(("seed", "count"), [(1, 100), pytest.param(2, 2000, marks=pytest.mark.slow)])
 def test_pictures(tmp_path, seed, count):
-    """Read as a picture, as a depth map, and written again in their own format with what is kept of them."""
+    """Read as an image, as a depth map, and written again in their own format with what is kept of them."""
 
     def work(path: Path) -> None:
         with contextlib.suppress(UserError):

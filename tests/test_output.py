@@ -1,4 +1,4 @@
-"""How test.py writes pictures: their kind, names, strength, what is shown in them, and what it leaves alone."""
+"""How test.py writes images: their kind, names, strength, what is shown in them, and what it leaves alone."""
 
 import io
 
@@ -50,7 +50,7 @@ def written(tmp_path):
 
 def test_pictures_keep_their_kind_and_what_they_carry(run, photos, tmp_path):
     status, out, _ = run()
-    assert (status, "5 pictures done in " in out) == (0, True)
+    assert (status, "5 images done in " in out) == (0, True)
     kinds = {"a.jpg": "JPEG", "b.png": "PNG", "c.webp": "WEBP", "d.tif": "TIFF", "e.png": "PNG"}
     assert written(tmp_path).keys() == kinds.keys()
     for name, kind in kinds.items():
@@ -87,14 +87,14 @@ def test_what_is_there_is_left_so(run, photos, tmp_path):
     written(tmp_path)["b.png"].unlink()
     status, out, _ = run()
     assert (status, marked.read_bytes()) == (0, b"mine")
-    assert "1 picture done" in out
-    assert "4 pictures there already and left so (--overwrite makes them anew)" in out
-    assert "5 pictures done" in run("--overwrite")[1]
+    assert "1 image done" in out
+    assert "4 images there already and left so (--overwrite makes them anew)" in out
+    assert "5 images done" in run("--overwrite")[1]
     assert images.read(marked).shape == (3, 12, 20)
 
 
 def test_strength(run, photos, tmp_path):
-    """0 gives the hazy picture, 2 the formula with t squared."""
+    """0 gives the hazy image, 2 the formula with t squared."""
     hazy = images.read(photos / "b.png")
     assert run("--strength", 0)[0] == 0
     assert torch.equal(images.read(written(tmp_path)["b.png"]), hazy)
@@ -130,7 +130,7 @@ def test_side_by_side_and_transmission(run, photos, tmp_path):
         (["--quality", "0"], "at least 1"),
         (["--strength", "9"], "at most 4"),
         (["--suffix", "a/b"], "no / can be in a file's name"),
-        (["--show", "transmission", "--clear", "other"], "there is no dehazed picture to measure"),
+        (["--show", "transmission", "--clear", "other"], "there is no dehazed image to measure"),
     ],
 )
 def test_what_cannot_be_is_refused(run, photos, tmp_path, argv, told):

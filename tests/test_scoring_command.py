@@ -83,7 +83,7 @@ def paint(path, mode, size, options):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Pictures of all sorts, without ground truth."""
+    """Images of all sorts, without ground truth."""
     for name, options in FORMATS.items():
         paint(tmp_path / "photos" / name, *options)
     return tmp_path / "photos"
@@ -91,7 +91,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Three hazy pictures of two scenes, RESIDE's way: hazy/1_1.png, clear/1.png."""
+    """Three hazy images of two scenes, RESIDE's way: hazy/1_1.png, clear/1.png."""
     for scene, hazes in {"1": 2, "2": 1}.items():
         clear = torch.rand(3, 24, 36, generator=torch.Generator().manual_seed(int(scene)))
         images.write(tmp_path / "clear" / f"{scene}.png", clear)
@@ -126,7 +126,7 @@ def trained_aknet(tmp_path_factory):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The settings under which NeDR dehazes; it gives the hazy picture back."""
+    """The settings under which NeDR dehazes; it gives the hazy image back."""
     seen = []
     monkeypatch.setattr(NeDR, "find", lambda self, hazy, tile: seen.append(self.settings) or {"clear": hazy})
     return seen
@@ -150,7 +150,7 @@ def test_scores_as_a_process(pairs, tmp_path):
     argv = [sys.executable, ROOT / "test.py", "--model", "dcp", *pairs, "--output", "out", "dcp.guided_filter=false"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("hazy input", "dcp", "protocol ours", "3 pictures done"):
+    for text in ("hazy input", "dcp", "protocol ours", "3 images done"):
         assert text in done.stdout
     found = row(tmp_path / "out")
     assert found["settings"] == {"guided_filter": False}
@@ -217,7 +217,7 @@ def test_several_paths_as_the_shell_hands_them_over(run, photos, tmp_path):
     assert pictures(tmp_path / "out" / "pictures") == wanted
     done = run("--model", "dcp", "--hazy", "some.flist", "--output", "list")
     assert pictures(tmp_path / "list" / "pictures") == {"grey.png", "thin.png"}
-    assert "1 picture named twice, taken once" in done.err
+    assert "1 image named twice, taken once" in done.err
 
 
 def test_several_pairs_as_the_shell_hands_them_over(run, pairs, tmp_path):
@@ -258,7 +258,7 @@ def test_settings_given_for_the_test_are_applied_and_training_settings_are_not(r
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "last.pt").symlink_to(experiment / "last.pt")
-    (folder / "config.yml").write_text("nedr: {airlight: max, base_channels: 64}\ntest: {pictures: false}\n")
+    (folder / "config.yml").write_text("nedr: {airlight: max, base_channels: 64}\ntest: {images: false}\n")
     run("--checkpoints", folder, *pairs, "nedr.guided_filter=true")
     assert (seen[-1].airlight, seen[-1].guided_filter, seen[-1].base_channels) == ("max", True, 8)
     assert not (folder / "results" / "pictures").exists()
@@ -329,7 +329,7 @@ def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path
     assert len(said) == 1  # though two rows lack it
     assert said[0].startswith("skipped: ")
     assert "1_2.png" in said[0]
-    assert last == "error: 1 picture could not be used, as said above and in out/skipped.txt"
+    assert last == "error: 1 image could not be used, as said above and in out/skipped.txt"
     assert [f"skipped: {line}" for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()] == said
     assert row(tmp_path / "out")["images"] == 2
     assert len(row(tmp_path / "out")["skipped"]) == 1
@@ -340,7 +340,7 @@ def test_a_link_that_leads_nowhere_is_skipped(run, pairs, tmp_path):
     (tmp_path / "hazy" / "2_2.png").symlink_to("nowhere.png")
     done = run("--model", "dcp", *pairs, "--output", "out")
     assert done.status == 2
-    assert "2_2.png: no such picture" in done.err
+    assert "2_2.png: no such image" in done.err
     assert row(tmp_path / "out")["images"] == 3
 
 
@@ -356,7 +356,7 @@ def test_results_never_become_inputs(run, photos):
     argv = ["--model", "dcp", "--hazy", photos, "--overwrite", "--output"]
     for n, output in enumerate(("out", "out", "out2")):
         done = run(*argv, photos / output)
-        assert (done.status, f"{len(FORMATS)} pictures done" in done.out) == (0, True)
+        assert (done.status, f"{len(FORMATS)} images done" in done.out) == (0, True)
         assert ("results of an earlier run, passed over" in done.err) == (n > 0)
     done = run("--model", "dcp", "--hazy", photos / "out" / "pictures", "--output", photos / "out")
     assert done.status == 2
@@ -515,7 +515,7 @@ def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path,
     monkeypatch.setattr(images, "write", lambda path, *args, **like: (written.append(path.name), write(path, *args)))
     done = run(*argv)
     assert done.status == 0
-    assert "going on where an interrupted run stopped: 5 pictures are done" in done.err  # three are the hazy input's
+    assert "going on where an interrupted run stopped: 5 images are done" in done.err  # three are the hazy input's
     assert written == ["1_1.png", "1_2.png", "2_1.png"]
     assert row(tmp_path / "out")["resumed"] == 2
     assert row(tmp_path / "out")["mean"] == row(tmp_path / "whole")["mean"]
@@ -579,10 +579,10 @@ def test_a_panel_that_fails_costs_no_figure_and_old_panels_go(run, pairs, tmp_pa
 
 def test_nothing_readable_is_still_a_report(run, pairs, tmp_path):
     for path in (tmp_path / "clear").iterdir():
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     done = run("--model", "dcp", *pairs, "--output", "out")
     assert done.status == 2
-    assert "3 pictures could not be used" in done.err
+    assert "3 images could not be used" in done.err
     assert (row(tmp_path / "out")["images"], len(row(tmp_path / "out")["skipped"])) == (0, 3)
 
 
@@ -607,7 +607,7 @@ def test_mixed_up_folders_are_noticed(run, pairs, tmp_path):
     for path in (tmp_path / "same").iterdir():
         (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
     done = run("--model", "dcp", "--hazy", tmp_path / "same", "--clear", tmp_path / "copy")
-    assert "2 of 2 hazy pictures equal their ground truth" in done.err
+    assert "2 of 2 hazy images equal their ground truth" in done.err
     done = run("--model", "dcp", "--hazy", tmp_path / "clear", "--clear", tmp_path / "same")
     assert "look clearer than their ground truth" in done.err
     assert "look clearer" in "".join(row(tmp_path / "results")["remarks"])
@@ -633,7 +633,7 @@ def test_inexact_tiles_are_taken_where_they_are_set_alone_and_recorded(run, trai
     assert "tile" not in row(tmp_path / "whole", "aknet")["settings"]
     done = run(*argv, "--output", "tiles", "test.tile=128")
     assert row(tmp_path / "tiles", "aknet")["settings"]["tile"] == 128
-    assert "aknet: in cross-faded tiles of 128, so not the figures of whole pictures" in done.out
+    assert "aknet: in cross-faded tiles of 128, so not the figures of whole images" in done.out
     assert "cross-faded tiles of 128" in (tmp_path / "tiles" / "results.md").read_text()
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
     done = run(*argv, "--output", "scarce")
@@ -650,8 +650,8 @@ def test_figures_on_pictures_that_weights_were_chosen_on_are_warned_of(run, pair
     images.write(tmp_path / "clear" / "1.png", images.read(tmp_path / "clear" / "1.png"), compress_level=1)
     argv = ["--weights", "chosen.safetensors", "test.panels=false"]
     done = run(*argv, *pairs)
-    told = "chosen on the ground truths of 2 of these 3 pictures (validation on mine)"
-    assert f"warning: pictures: nedr: its weights were {told}" in done.err
+    told = "chosen on the ground truths of 2 of these 3 images (validation on mine)"
+    assert f"warning: images: nedr: its weights were {told}" in done.err
     assert told in "".join(row(tmp_path / "results", "nedr")["remarks"])
     assert json.loads((tmp_path / "results" / "results.json").read_text())["methods"]["nedr"]["chosen_on"] == {
         "sets": ["mine"],
@@ -704,8 +704,8 @@ def test_weights_that_ship_are_taken_where_none_are_named(run, tmp_path, experim
 
 MISTAKES = {  # name -> (arguments, what the one line must say)
     "missing folder": (["--model", "dcp", "--hazy", "nowhere"], "nowhere: no such file or folder"),
-    "empty folder": (["--model", "dcp", "--hazy", "empty"], "empty: no pictures"),
-    "no pictures named": (["--model", "dcp"], "or --hazy PATH"),
+    "empty folder": (["--model", "dcp", "--hazy", "empty"], "empty: no images"),
+    "no images named": (["--model", "dcp"], "or --hazy PATH"),
     "no weights named": (["--model", "aknet", "--hazy", "photos"], "no weights of aknet named, and none ship"),
     "folder without weights": (["--checkpoints", "empty", "--hazy", "photos"], "no weights.safetensors or last.pt"),
     "missing experiment": (["--checkpoints", "nowhere", "--hazy", "photos"], "nowhere: no such file or folder"),

@@ -1,4 +1,4 @@
-"""test.py under torchrun: two processes share the pictures, and report what one does."""
+"""test.py under torchrun: two processes share the images, and report what one does."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def test_two_processes_report_what_one_does(tmp_path, pairs):
     assert status == 0
     status, out, err = run(tmp_path, 2, *pairs, "--output", "two")
     assert status == 0, err
-    assert out.count("5 pictures done") == alone.count("5 pictures done") == 1
+    assert out.count("5 images done") == alone.count("5 images done") == 1
     assert out.count("protocol ours") == 1
     assert figures(tmp_path / "two") == figures(tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
@@ -63,16 +63,16 @@ def test_what_processes_did_is_not_done_again(tmp_path, pairs):
     assert len(list((tmp_path / "out").glob("progress*"))) == 2
     (tmp_path / "out/results.json").rmdir()
     status, out, err = run(tmp_path, 1, *pairs, "--output", "out")
-    assert (status, "5 pictures done" in out) == (0, True)
-    assert "going on where an interrupted run stopped: 10 pictures are done" in err  # hazy and dehazed
+    assert (status, "5 images done" in out) == (0, True)
+    assert "going on where an interrupted run stopped: 10 images are done" in err  # hazy and dehazed
     assert [row["resumed"] for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]] == [5, 5]
     assert not list((tmp_path / "out").glob("progress*"))
 
 
 def test_a_bad_picture_is_told_once_wherever_it_falls(tmp_path, pairs):
-    (tmp_path / "hazy/1.png").write_bytes(b"no picture")  # the second process's
+    (tmp_path / "hazy/1.png").write_bytes(b"no image")  # the second process's
     status, out, err = run(tmp_path, 2, *pairs, "--output", "out")
     assert status != 0
-    assert "4 pictures done" in out
+    assert "4 images done" in out
     assert err.count("skipped: hazy/1.png") == 1
     assert len(figures(tmp_path / "out")) == 8

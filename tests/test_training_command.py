@@ -83,7 +83,7 @@ def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
     hazy, nedr = rows
     assert (hazy["images"], nedr["images"]) == (6, 6)
     assert f"{nedr['mean']['ours.psnr']:.2f}" in output
-    assert "chosen on the ground truths of 3 of these 6 pictures (validation on sample:test/clear)" in output
+    assert "chosen on the ground truths of 3 of these 6 images (validation on sample:test/clear)" in output
     kept = next(line for line in logged if "validation/psnr" in line and line["stage"] == "train")
     first = next(row for row in nedr["per_image"] if row["name"].startswith("chelsea_1"))
     assert first["ours.psnr"] == pytest.approx(kept["validation/psnr"], abs=1e-3), "test.py scores what validation kept"
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(experiment, tmp_pat
     shutil.copytree(experiment, whole)
     steps = ["warm_start.steps=2", "train.steps=2"]
     assert run(whole, *steps) == 0
-    for count in (1, 2):  # within the warm start, and within the game
+    for count in (1, 2):  # within the warm start, and within adversarial training
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, count)
             assert run(experiment, *steps, "--resume") == 128 + signal.SIGTERM
@@ -132,7 +132,7 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("ema", [0, 0.5])
 def test_nothing_under_log_changes_a_weight(ema, experiment, tmp_path):
-    """Pictures draw random haze, validation takes statistics anew: the run goes on as if nobody had looked."""
+    """Images draw random haze, validation takes statistics anew: the run goes on as if nobody had looked."""
     blind = tmp_path / "blind"
     shutil.copytree(experiment, blind)
     steps = ["warm_start.steps=1", "train.steps=3", f"train.ema={ema}"]
@@ -178,7 +178,7 @@ def test_a_loss_may_be_given_weight_over_a_resume(experiment):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("seed=11", "seed was 10 until now, and cannot become 11, since the order of the pictures"),
+        ("seed=11", "seed was 10 until now, and cannot become 11, since the order of the images"),
         ("train.init=other.pth", "train.init was  until now.*it is read only where training begins; give train.init= "),
         ("nedr.encoder_weights=hub", "nedr.encoder_weights was none"),
         ("nedr.base_channels=12", "nedr.base_channels was 8.*the networks learned with it"),
@@ -193,7 +193,7 @@ def test_settings_that_may_not_change_over_a_resume_are_refused_by_name(given, m
 
 
 def test_each_stage_exports_its_own_best(experiment, monkeypatch):
-    """The warm start's weights score higher than the game's, and are not taken for the game's."""
+    """The warm start's weights score higher than those of adversarial training, and are not taken for them."""
     figures = iter([30.0, 20.0])
     means = {"ours.ssim": 0.5, "hazy.psnr": 10.0}
     monkeypatch.setattr(train.scoring, "mean", lambda scores: means | {"ours.psnr": next(figures)})
@@ -212,6 +212,17 @@ def test_validation_on_other_pictures_begins_its_choice_anew(experiment):
     more = ["warm_start.steps=0", "train.steps=2", "log.pictures_every=0", "log.validation_limit=2"]
     assert run(experiment, *more, "--resume") == 0
     assert checkpoint.read(experiment / "last.pt")["best"] < 99
+
+
+def test_a_checkpoint_with_the_earlier_names_of_networks_goes_on(experiment):
+    assert run(experiment, "warm_start.steps=0", "train.steps=1", "log.pictures_every=0", "log.validate_every=0") == 0
+    state = checkpoint.read(experiment / "last.pt")
+    old = {key.replace("discriminator_", "judge_"): value for key, value in state["networks"].items()}
+    assert old.keys() != state["networks"].keys()
+    checkpoint.save(experiment / "last.pt", state | {"networks": old})
+    read = checkpoint.read(experiment / "last.pt")["networks"]
+    assert read.keys() == state["networks"].keys()
+    assert run(experiment, "warm_start.steps=0", "train.steps=2", "log.pictures_every=0", "--resume") == 0
 
 
 def test_validation_takes_tiles_as_set(experiment, monkeypatch):
@@ -253,7 +264,7 @@ def test_paired_and_degraded_training_end_resume_and_score(model, experiment, tm
 
 
 def test_a_signal_stops_after_a_whole_step_and_nothing_is_lost(experiment):
-    """The whole group is signalled, as a terminal or a scheduler does it: the readers of pictures too."""
+    """The whole group is signalled, as a terminal or a scheduler does it: the readers of images too."""
     arguments = ["--checkpoints", experiment, "train.steps=1000", "warm_start.steps=0", "data.workers=1"]
     never = ["log.save_every=100000", "log.validate_every=0", "log.pictures_every=0"]
     training = process("train.py", *arguments, *never, start_new_session=True)
@@ -274,7 +285,7 @@ def test_a_signal_stops_after_a_whole_step_and_nothing_is_lost(experiment):
 def test_an_unreadable_picture_is_named_once_and_replaced(experiment, tmp_path, capfd):
     for n in range(2):
         images.write(tmp_path / "clear" / f"{n}.png", torch.rand(3, 70, 80))
-    (tmp_path / "clear" / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "clear" / "bad.png").write_bytes(b"not an image")
     assert run(experiment, f"data.clear={tmp_path / 'clear'}", "train.steps=4", "warm_start.steps=0") == 0
     shown = capfd.readouterr().err
     assert shown.count("bad.png: cannot be read") == 1
@@ -291,7 +302,7 @@ def test_when_no_picture_is_left_what_was_learnt_is_saved(experiment, tmp_path, 
 
     monkeypatch.setattr(train.Updater, "step", step_and_lose_the_pictures)
     few = ["train.steps=4", "warm_start.steps=0", "log.save_every=100", "data.cache=0"]  # which would remember it
-    with pytest.raises(UserError, match="none of the 1 clear pictures can be used"):
+    with pytest.raises(UserError, match="none of the 1 clear images can be used"):
         run(experiment, f"data.clear={tmp_path / 'clear'}", *few)
     assert checkpoint.read(experiment / "last.pt")["step"] == 1
 
@@ -328,9 +339,7 @@ def test_steps_without_numbers_change_nothing_end_the_run_and_it_goes_on_with_a_
     how += ["log.every=1000", "log.validate_every=0", "log.pictures_every=0", "train.recalibrate=0"]
     with monkeypatch.context() as patch:
         patch.setattr(train.Updater, "step", from_the_second_on)
-        with pytest.raises(
-            UserError, match=r"the last 2 steps were left out \(pictures in .*nonfinite\): .*lower aknet"
-        ):
+        with pytest.raises(UserError, match=r"the last 2 steps were left out \(images in .*nonfinite\): .*lower aknet"):
             run(experiment, *how, "train.steps=9", "train.nonfinite=2", model="aknet")
     assert len(taken) == 3
     last = checkpoint.read(experiment / "last.pt")
@@ -391,12 +400,12 @@ def test_weights_that_ship_are_not_trained_over(experiment, monkeypatch):
 
 REFUSED = {
     "no hazy folder": (["data.hazy=nowhere/hazy"], "nowhere/hazy: no such file or folder"),
-    "empty folder": (["data.clear={empty}"], "no pictures in this folder"),
-    "no clear pictures": (["data.clear=", "warm_start.clear="], "data.clear is not set|warm_start.clear is not set"),
+    "empty folder": (["data.clear={empty}"], "no images in this folder"),
+    "no clear images": (["data.clear=", "warm_start.clear="], "data.clear is not set|warm_start.clear is not set"),
     "absent files in a list": (["data.hazy={list}"], "1 of its 1 files are absent"),
     "crop the networks cannot take": (["data.crop_size=100"], "data.crop_size=100: nedr needs a multiple of 32"),
     "crop too small for KAN-CID": (["nedr.kan_cid=true"], "at least 128"),
-    "crop larger than the pictures": (["data.crop_size=512"], "smaller than the crop of 512"),
+    "crop larger than the images": (["data.crop_size=512"], "smaller than the crop of 512"),
     "no GPU": (["device=cuda"], "finds no GPU here; set device=cpu"),
     "precision": (["precision=fp16", "device=cpu"], "fp16 needs a GPU"),
     "nothing to do": (["train.steps=0", "warm_start.steps=0"], "nothing to train"),

@@ -41,6 +41,7 @@ ALONE = (
     "torch.save(w(torch.load(%r, 'cpu', weights_only=False)), 'weights.pth')"
 )
 TORCHSCRIPT = "import torch; torch.save(torch.jit.load(%r, 'cpu').state_dict(), 'weights.pth')"
+RENAMED = {"judge_clear": "discriminator_clear", "judge_hazy": "discriminator_hazy"}  # networks, since earlier files
 MARKS = ("format", "version", "checksum")  # of a file, beside its state
 
 
@@ -106,7 +107,14 @@ def _ours(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         good = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
         if not good or not all(isinstance(value, Tensor) for value in weights.values()):
             raise UserError(f"cannot read {path}: its '{name}' are not weights by their names; take another file")
+    if "networks" in state:
+        state["networks"] = {_renamed(key): value for key, value in state["networks"].items()}
     return state
+
+
+def _renamed(key: str) -> str:
+    network, dot, rest = key.partition(".")
+    return f"{RENAMED.get(network, network)}{dot}{rest}"
 
 
 def _check_kinds(path: Path, fields: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def determined(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def varied_sizes() -> Iterator[None]:
-    """Inside, cuDNN does not try out its kernels anew for every size of picture (cudnn.benchmark)."""
+    """Inside, cuDNN does not try out its kernels anew for every size of image (cudnn.benchmark)."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield

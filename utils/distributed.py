@@ -179,7 +179,7 @@ def group() -> Iterator[Ranks]:
         message = f"{LOST}; {ranks.saved}" if _lost(error) else str(error)
         if not (_lost(error) or isinstance(error, UserError)):
             raise
-        if ranks.claim(message):
+        if ranks.first_to_say(message):
             print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     dist.destroy_process_group()

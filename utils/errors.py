@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class UnfitError(UserError):
-    """What is wrong with one of many pictures alone: the others can be done."""
+    """What is wrong with one of many images alone: the others can be done."""
 
 
 def quoted(value: Any, most: int = QUOTED) -> str:

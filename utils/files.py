@@ -15,7 +15,7 @@ import safetensors.torch
 from utils import processes
 from utils.errors import UserError, quoted
 
-# Endings of the pictures that are written, and what Pillow calls their kind. What was another becomes PNG.
+# Endings of the images that are written, and what Pillow calls their kind. What was another becomes PNG.
 WRITTEN = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 WRITTEN |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 

@@ -69,7 +69,7 @@ def keep_memory() -> None:
 def release_memory() -> None:
     """Give freed memory back to the system, where the C library can (glibc); costs some 30 ms.
 
-    Between pictures of different sizes its heap frays: 40 of them left NeDR with 2.7 GB resident in place of 0.9.
+    Between images of different sizes its heap frays: 40 of them left NeDR with 2.7 GB resident in place of 0.9.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

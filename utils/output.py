@@ -1,4 +1,4 @@
-"""What test.py makes of a dehazed picture before it becomes a file: its name, its kind, and what is shown in it."""
+"""What test.py makes of a dehazed image before it becomes a file: its name, its kind, and what is shown in it."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -15,7 +15,7 @@ LOSSLESS = ".png"
 
 
 def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
-    """The file that each input becomes. Where figures are taken (``scored``) pictures lose nothing unless asked to."""
+    """The file that each input becomes. Where figures are taken (``scored``) images lose nothing unless asked to."""
     suffix = test.suffix or ""
     if bad := set(suffix) & set('/\\:*?"<>|'):
         raise UserError(
@@ -33,13 +33,13 @@ def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
 
 
 def shown(hazy: Tensor, made: Tensor, test: Test) -> Tensor:
-    """What is put into the file, from the hazy picture (3,H,W) and what was made of it (3 or 1,H,W)."""
+    """What is put into the file, from the hazy image (3,H,W) and what was made of it (3 or 1,H,W)."""
     if test.show != "side_by_side":
         return made
     return torch.cat([hazy.to(made), made], 2)
 
 
 def refuse_hidden(test: Test, scored: bool) -> None:
-    """Refuse to measure what is no dehazed picture. Raises `UserError`."""
+    """Refuse to measure what is no dehazed image. Raises `UserError`."""
     if scored and test.show == "transmission":
-        raise UserError("test.show=transmission: there is no dehazed picture to measure; leave the ground truth out")
+        raise UserError("test.show=transmission: there is no dehazed image to measure; leave the ground truth out")

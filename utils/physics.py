@@ -1,7 +1,7 @@
 """The atmospheric scattering model and the estimates around it, as pure functions on (N,C,H,W) tensors.
 
-I = J t + A (1 - t), t = exp(-beta d): I the hazy picture, J the clear one, t the transmission, A the airlight
-(atmospheric light), beta the density of the haze, d the depth. Pictures and transmissions lie in [0,1].
+I = J t + A (1 - t), t = exp(-beta d): I the hazy image, J the clear one, t the transmission, A the airlight
+(atmospheric light), beta the density of the haze, d the depth. Images and transmissions lie in [0,1].
 
 Sources: He, Sun, Tang, "Single Image Haze Removal Using Dark Channel Prior" (TPAMI 2011; DCP below);
 He, Sun, Tang, "Guided Image Filtering" (TPAMI 2013); the constants are those of D4's and NeDR's released code.
@@ -37,7 +37,7 @@ def restore(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
 
 
 def thinned(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float = 1.0) -> Tensor:
-    """J as of `restore` with t^strength: 0 gives the hazy picture, 1 the clear one. In pieces; t is positive."""
+    """J as of `restore` with t^strength: 0 gives the hazy image, 1 the clear one. In pieces; t is positive."""
 
     def restored(piece: Tensor, window: tiling.Window) -> Tensor:
         part = window.cut(t)
@@ -52,7 +52,7 @@ def unbounded(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
 
 
 def dark_channel(image: Tensor, size: int = DARK_CHANNEL_SIZE) -> Tensor:
-    """Minimum over channels, then over a ``size`` x ``size`` window; outside the picture counts as 1.
+    """Minimum over channels, then over a ``size`` x ``size`` window; outside the image counts as 1.
 
     (N,3,H,W) in [0,1] -> (N,1,H,W). DCP, eq. 5. ``size`` is odd.
     """
@@ -73,12 +73,12 @@ def _line_minimum(x: Tensor, size: int, dim: int) -> Tensor:
 
 
 def max_airlight(image: Tensor) -> Tensor:
-    """Per-channel maximum of the picture. (N,3,H,W) -> (N,3,1,1)."""
+    """Per-channel maximum of the image. (N,3,H,W) -> (N,3,1,1)."""
     return image.amax((2, 3), keepdim=True)
 
 
 def dark_channel_airlight(image: Tensor, cap: float = AIRLIGHT_CAP) -> Tensor:
-    """Per-channel maximum of the picture where its dark channel is brightest, at most ``cap``.
+    """Per-channel maximum of the image where its dark channel is brightest, at most ``cap``.
 
     "Where" is every pixel whose dark channel reaches the k-th largest value, k = int(0.001 H W), at least 1:
     the minimum filter makes plateaus, so ties are common and all of them count. DCP, section 4.3.
@@ -99,7 +99,7 @@ def dark_channel_transmission(
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:
-    """Mean over a (2 radius + 1)-square window, divided by the number of pixels inside the picture. Same shape.
+    """Mean over a (2 radius + 1)-square window, divided by the number of pixels inside the image. Same shape.
 
     By running sums in double precision, so that it takes the same time at every radius.
     """

@@ -1,8 +1,8 @@
-"""Large pictures in bounded memory: maps computed piece by piece, and how large the pieces should be.
+"""Large images in bounded memory: maps computed piece by piece, and how large the pieces should be.
 
 What is local (convolutions) is computed in tiles that are cut with a halo, as wide as the function sees, and pasted
 without it: the numbers are those of the whole map, up to the rounding of floats. What is global (an airlight, a mean
-over the picture, coordinates) must be taken from the whole map by the caller. A function that cannot be taken apart
+over the image, coordinates) must be taken from the whole map by the caller. A function that cannot be taken apart
 like this is computed on overlapping tiles, which are cross-faded (``blend``): near the whole, not equal to it.
 """
 
@@ -19,8 +19,8 @@ from utils.errors import UserError, quoted
 
 SMALLEST = 128  # pixels: below it a tile is more halo than core
 SIDES = (1024, 768, 512, 384, 256, SMALLEST)  # tiling is exact and 1024 costs a few percent: none larger is needed
-WHOLE_PIXELS = 2_000_000  # pictures up to this size are taken whole where memory allows
-# Bytes a pixel that NeDR of width 64 needs in float32 on the CPU, beside itself and the picture: of a picture taken
+WHOLE_PIXELS = 2_000_000  # images up to this size are taken whole where memory allows
+# Bytes a pixel that NeDR of width 64 needs in float32 on the CPU, beside itself and the image: of an image taken
 # whole (measured: 1160), of one taken in tiles, and of a tile (together 2.6 GB for 5436x3612).
 WHOLE_BYTES, PICTURE_BYTES, TILE_BYTES = 1500, 120, 1500
 
@@ -121,15 +121,15 @@ def reach(*modules: nn.Module) -> int:
 def check(tile: int | None) -> None:
     """Refuse a tile side that is too small. Raises `UserError`."""
     if tile is not None and tile < SMALLEST:
-        raise UserError(f"test.tile={tile}: must be at least {SMALLEST} pixels, 0 for the whole picture, or auto")
+        raise UserError(f"test.tile={tile}: must be at least {SMALLEST} pixels, 0 for the whole image, or auto")
 
 
 def choose(
     height: int, width: int, device: torch.device | str, setting: int | str = "auto", exact: bool = True
 ) -> int | None:
-    """The tile side for a picture of that size, None for the whole at once.
+    """The tile side for an image of that size, None for the whole at once.
 
-    ``setting`` is ``auto``, 0 (the whole) or a side in pixels. ``auto`` takes pictures of up to two million pixels
+    ``setting`` is ``auto``, 0 (the whole) or a side in pixels. ``auto`` takes images of up to two million pixels
     whole if they fit into the memory that is free, others in tiles of 1024, or smaller ones where memory is scarce.
     That is for tiles that are ``exact``: others give other numbers, which must not follow from the memory that happens
     to be free, so that ``auto`` then takes the whole or raises a MemoryError. Raises `UserError` for another setting.
@@ -139,7 +139,7 @@ def choose(
             side = int(setting) or None
         except ValueError:
             raise UserError(
-                f"test.tile={quoted(setting)}: must be auto, 0 for the whole picture, or a side in pixels"
+                f"test.tile={quoted(setting)}: must be auto, 0 for the whole image, or a side in pixels"
             ) from None
         check(side)
         return side

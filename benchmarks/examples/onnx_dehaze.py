@@ -1,4 +1,4 @@
-"""Dehaze a picture by the exported graph, without PyTorch: python onnx_dehaze.py picture.onnx HAZY CLEAR.
+"""Dehaze an image by the exported graph, without PyTorch: python onnx_dehaze.py picture.onnx HAZY CLEAR.
 
 Needs onnxruntime, numpy and pillow alone; the graph is written by `python -m models.export_onnx`.
 """

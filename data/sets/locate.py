@@ -1,4 +1,4 @@
-"""Find sets on disk by the layouts of their table, pair their pictures and check that all is there."""
+"""Find sets on disk by the layouts of their table, pair their images and check that all is there."""
 
 import contextlib
 import functools
@@ -26,16 +26,16 @@ OTHER = r"(?![^/]*(?:train|val|dehaz|result|output))[a-z][^/]*"  # what * stands
 LOOKED_AT = 1000  # of the pairs to train on: in so many headers, evenly spread, sizes are compared beforehand
 SKIPPED = re.compile(r"train(ing)?|val(id|idation)?", re.IGNORECASE)  # folders that hold nothing to be scored
 BRACES = re.compile("{([^,}]*),([^,}]*)}")  # of a layout
-PART = re.compile(r"part[-_ ]?[0-9]+", re.IGNORECASE)  # sub-folders in which a set's pictures may lie (OTS)
-MANY = 1000  # a folder that shows so many pictures holds pictures, and is not listed to its end
+PART = re.compile(r"part[-_ ]?[0-9]+", re.IGNORECASE)  # sub-folders in which a set's images may lie (OTS)
+MANY = 1000  # a folder that shows so many images holds images, and is not listed to its end
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 @dataclass(frozen=True)
 class Found:
-    """A set on disk: ``pairs`` of hazy picture and ground truth (or None), 2 before 10.
+    """A set on disk: ``pairs`` of hazy image and ground truth (or None), 2 before 10.
 
-    ``folder`` holds the hazy pictures; ``remarks`` say what is missing or odd, one line each.
+    ``folder`` holds the hazy images; ``remarks`` say what is missing or odd, one line each.
     """
 
     benchmark: Benchmark
@@ -50,12 +50,12 @@ class Found:
 
     @property
     def expected(self) -> int | None:
-        """How many hazy pictures the whole split has; None where there is no agreed number."""
+        """How many hazy images the whole split has; None where there is no agreed number."""
         numbers = unroll(self.benchmark.splits[self.split])
         return len(numbers) * self.benchmark.each or self.benchmark.hazy or None
 
     def items(self) -> Paired | Folder:
-        """The pictures themselves, to score on or, without ground truth, to dehaze."""
+        """The images themselves, to score on or, without ground truth, to dehaze."""
         if self.benchmark.truth == "none":
             return Folder([hazy for hazy, _ in self.pairs], self.folder)
         return Paired(self.pairs, self.folder, self.benchmark.border)
@@ -66,16 +66,16 @@ class Found:
         truth, preset = about.truth != "none", {"airlight": about.airlight, "guided_filter": about.guided_filter}
         remarks = [*self.remarks, *(doubts(items) if truth and about.degradation == "haze" else [])]
         if about.to_train_on(self.split):
-            remarks.append("pictures to train on: figures on them say little about others")
+            remarks.append("images to train on: figures on them say little about others")
         return Pictures(self.name, items, truth, self.expected, remarks, preset, self.name.replace(":", "-"))
 
 
 def find(names: Sequence[str], root: str | Path) -> list[Found]:
     """Find sets ("o_haze"), splits ("O-HAZE:test") and groups ("SOTS") under ``root``, `LEVELS` deep, or at it.
 
-    One set alone is also taken from a root that holds just its pictures, whatever the root's name. Of a group, sets
+    One set alone is also taken from a root that holds just its images, whatever the root's name. Of a group, sets
     that are absent are left out with a remark. Raises `UserError` for an unknown name, a set that is not there, a hazy
-    picture without its one ground truth, and sizes that do not agree. Reads headers only.
+    image without its one ground truth, and sizes that do not agree. Reads headers only.
     """
     wanted, top = _wanted(names), paths.resolve(root)
     if not top.is_dir():
@@ -178,7 +178,7 @@ def _places(benchmark: Benchmark, folders: list[Path], layouts: Sequence[str]) -
 
 
 def _has_its_numbers(benchmark: Benchmark, folder: Path) -> bool:
-    """Can these be its pictures, by their numbers, and not those of a set that shares the layout?"""
+    """Can these be its images, by their numbers, and not those of a set that shares the layout?"""
     numbers = {_number(path) for path in _pictures(folder)}
     own = set(unroll(benchmark.numbers))
     others = {n for other in BENCHMARKS.values() if other.shared == benchmark.shared for n in unroll(other.numbers)}
@@ -198,7 +198,7 @@ def _with_train(benchmark: Benchmark, place: Place, top: Path) -> Place:
 
 
 def _is_renumbered(benchmark: Benchmark, place: Place) -> bool:
-    """Is it the test split in a folder of that name, its pictures numbered from 1?"""
+    """Is it the test split in a folder of that name, its images numbered from 1?"""
     parts = {part.casefold() for part in place.hazy.parts[-3:]}
     numbers = sorted(_number(path) or 0 for path in _hazy(place))
     return bool({"test", "testa"} & parts) and numbers == list(range(1, len(unroll(benchmark.test)) + 1))
@@ -236,7 +236,7 @@ def _fits(folder: Path, layout: str, side: int) -> bool:
 
 @functools.cache
 def _regex(layout: str, side: int) -> re.Pattern:
-    """What the path of a folder of hazy pictures (``side`` 1) or of ground truths (2) looks like."""
+    """What the path of a folder of hazy images (``side`` 1) or of ground truths (2) looks like."""
     synonyms = {"hazy": HAZY, "haze": HAZY, "gt": TRUTH}
     parts = Path(BRACES.sub(rf"\{side}", layout)).parts
     choices = ("|".join(map(_pattern, synonyms.get(part, (part,)))) for part in parts)
@@ -255,7 +255,7 @@ def _pattern(name: str) -> str:
 def _folders(root: Path, training: bool) -> list[Path]:
     """``root`` and the folders below it, level by level; then, by their real names, those that links lead to.
 
-    Without those of pictures to train on, unless these are what is looked for.
+    Without those of images to train on, unless these are what is looked for.
     """
     level, found = [Path(os.path.abspath(root))], []
     for _ in range(LEVELS + 1):
@@ -303,7 +303,7 @@ def _parts(folder: Path) -> Iterator[Path]:
 def _missing(places: dict[str, list[Place]], root: Path) -> str:
     """One line about the sets that are not there: what was looked for, and where to get it."""
     way_out = (
-        "or name the set's own folder as data root (--data-root, data.root), or its pictures themselves (--hazy and "
+        "or name the set's own folder as data root (--data-root, data.root), or its images themselves (--hazy and "
         "--clear, data.hazy and data.clear)"
     )
     if len(places) > 3:
@@ -320,14 +320,14 @@ def _missing(places: dict[str, list[Place]], root: Path) -> str:
 
 
 def _gather(benchmark: Benchmark, split: str, places: list[Place]) -> Found:
-    """Pair and check the pictures of a split at the first of the places."""
+    """Pair and check the images of a split at the first of the places."""
     place = places[0]
     parts = [place, *place.rest]
     found = Found(benchmark, split, place.hazy, [pair for part in parts for pair in _members(benchmark, split, part)])
     if benchmark.test not in ("", WHOLE) and _is_renumbered(benchmark, parts[-1]):
         tests = len(unroll(benchmark.test))
         found.remarks.append(
-            f"{len(found.pairs)} of {found.expected} hazy pictures; those in {parts[-1].hazy} are numbered 1-{tests}: "
+            f"{len(found.pairs)} of {found.expected} hazy images; those in {parts[-1].hazy} are numbered 1-{tests}: "
             f"taken for {benchmark.test}, the test split, by the name of the folder"
         )
     else:
@@ -370,14 +370,14 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
-    """Every hazy picture with its ground truth, by the set's rule; repackaged sets give both the same stem."""
+    """Every hazy image with its ground truth, by the set's rule; repackaged sets give both the same stem."""
     stems, rule = pairing.by_stem(truths), RULES[benchmark.rule]
     names = {path: path.stem.casefold() for path in hazy}
     if benchmark.rule == ORDER and not stems.keys() & names.values():
         return _in_order(benchmark, hazy, truths, folder)
     choices = {path: stems.get(name) or stems.get(rule(name), []) for path, name in names.items()}
     double = [paths for paths in pairing.by_stem(hazy).values() if len(paths) > 1]
-    _refuse([f"{a} and {b} are hazy pictures of one name" for a, b, *_ in double], "keep one")
+    _refuse([f"{a} and {b} are hazy images of one name" for a, b, *_ in double], "keep one")
     lone = [f"{path}: no ground truth {rule(names[path])}.* in {folder}" for path in hazy if not choices[path]]
     _refuse(lone, f"add it; {benchmark.name} is paired as {benchmark.rule}, or by the same name")
     many = {path: found for path, found in choices.items() if len(found) > 1}
@@ -388,7 +388,7 @@ def _pair(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Pa
 def _in_order(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder: Path) -> list[tuple[Path, Path]]:
     if len(hazy) != len(truths):
         raise UserError(
-            f"{hazy[0].parent} holds {len(hazy)} pictures and {folder} {len(truths)}; {benchmark.name} pairs "
+            f"{hazy[0].parent} holds {len(hazy)} images and {folder} {len(truths)}; {benchmark.name} pairs "
             f"{benchmark.rule}, so there must be as many: fetch the set again"
         )
     return list(zip(hazy, truths, strict=True))
@@ -422,7 +422,7 @@ def _refuse(problems: list[str], remedy: str) -> None:
 
 
 def _remarks(found: Found) -> Iterator[str]:
-    """What is missing or odd, by the numbers of the pictures where the set has any."""
+    """What is missing or odd, by the numbers of the images where the set has any."""
     benchmark, text = found.benchmark, found.benchmark.splits[found.split]
     wanted, have = unroll(text), Counter(_number(hazy) for hazy, _ in found.pairs)
     absent, few = [n for n in wanted if not have[n]], [n for n in wanted if 0 < have[n] < benchmark.each]
@@ -432,14 +432,14 @@ def _remarks(found: Found) -> Iterator[str]:
     parts += [f"not of this set: {', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''}"] if strange else []
     expected = found.expected or len(found.pairs)
     if parts or len(found.pairs) != expected:
-        yield "; ".join([f"{len(found.pairs)} of {expected} hazy pictures", *parts])
+        yield "; ".join([f"{len(found.pairs)} of {expected} hazy images", *parts])
     if len(found.pairs) > expected:
-        yield f"more hazy pictures than the set has; is there anything else in {found.folder}?"
+        yield f"more hazy images than the set has; is there anything else in {found.folder}?"
     truths = len({truth for _, truth in found.pairs})
     if len(found.pairs) == benchmark.hazy and benchmark.truths and truths not in (benchmark.truths, benchmark.hazy):
         yield f"{truths} ground truths where the set has {benchmark.truths}"
     if benchmark.truth == "unaligned":
-        yield "hazy pictures and ground truths are not aligned: full-reference figures mean little"
+        yield "hazy images and ground truths are not aligned: full-reference figures mean little"
 
 
 def _number(path: Path) -> int | None:

@@ -1,6 +1,6 @@
-"""The rules by which hazy pictures find their ground truth, and clear pictures their depth map.
+"""The rules by which hazy images find their ground truth, and clear images their depth map.
 
-Names are compared without extension, in any case. A picture is looked for in the folder of the same path below its
+Names are compared without extension, in any case. An image is looked for in the folder of the same path below its
 source, then in the folders above that one; only where no folder answers to its own, in the folders that answer to no
 other. Within a folder the first of these rules that finds anything counts: the same name; the same but for one word of
 its side (``01_hazy``, ``01_GT``, ``01``); A for B; what is left when endings at ``_`` are dropped (``1400_1`` and
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from data import paths
 from utils.errors import UserError
 
-Sources = str | Path | Sequence[str | Path]  # what a user names: a folder, a .flist, a picture, or several of these
+Sources = str | Path | Sequence[str | Path]  # what a user names: a folder, a .flist, an image, or several of these
 Pair = tuple[Path, Path]
 Folder = tuple[str, ...]  # the parts of its path below the source, case folded
 
@@ -60,10 +60,10 @@ SAME, WORD, LETTER, ENDING = range(4)  # the rules, the strictest first
 
 
 def pairs(hazy_source: Sources, clear_source: Sources) -> tuple[list[Pair], list[str]]:
-    """Pair every hazy picture with its ground truth, in the order of the hazy ones; and what is to be said about it.
+    """Pair every hazy image with its ground truth, in the order of the hazy ones; and what is to be said about it.
 
     By name, see above. Two files that are named singly are a pair; two lists of one length whose names do not pair are
-    paired line by line. Raises `UserError` for a hazy picture with no ground truth, with two, or with a doubtful one.
+    paired line by line. Raises `UserError` for a hazy image with no ground truth, with two, or with a doubtful one.
     """
     hazy, clear = Source.of(hazy_source), Source.of(clear_source)
     by_line = list(zip(hazy.paths, clear.paths, strict=False)) if len(hazy.paths) == len(clear.paths) else None
@@ -81,7 +81,7 @@ def pairs(hazy_source: Sources, clear_source: Sources) -> tuple[list[Pair], list
 
 
 def match_depth(clear: Sequence[Path], depth: Sequence[Path]) -> list[Path]:
-    """The depth map of every clear picture, by the rules above but for letters and endings. Raises `UserError`."""
+    """The depth map of every clear image, by the rules above but for letters and endings. Raises `UserError`."""
     search = Search(Source(list(clear)), Source(list(depth), name=str(depth[0].parent)), DEPTH)
     return [found for _, found in search.pairs()]
 
@@ -119,7 +119,7 @@ class Source:
 
 
 class Match(NamedTuple):
-    """What may belong to a picture: ``rule`` is how it was found, ``base`` and ``dropped`` the parts of the name."""
+    """What may belong to an image: ``rule`` is how it was found, ``base`` and ``dropped`` the parts of the name."""
 
     rule: tuple[int, Hashable]
     found: list[Path]
@@ -160,7 +160,7 @@ class Index:
 
 
 class Search:
-    """Looks for what belongs to the pictures of one source among those of another."""
+    """Looks for what belongs to the images of one source among those of another."""
 
     def __init__(self, own: Source, other: Source, kind: Kind):
         self.own, self.other, self.kind = own, other, kind
@@ -174,7 +174,7 @@ class Search:
         self.indices: dict[tuple[Folder, ...], Index] = {}
 
     def pairs(self) -> list[Pair]:
-        """Every picture with what belongs to it. Raises `UserError` where that is nothing, two things or a guess."""
+        """Every image with what belongs to it. Raises `UserError` where that is nothing, two things or a guess."""
         matches = {path: match for folder in self.members for path, match in self._matches(folder).items()}
         alone = [path for path in self.own.paths if matches[path] is None]
         if alone:
@@ -194,13 +194,13 @@ class Search:
         for line, (path, truth) in enumerate(pairs, 1):
             if matches[path] and truth not in matches[path].found:
                 raise UserError(
-                    f"{self.other.name}: not all pictures pair by name, and by line {path} belongs to {truth} (line "
+                    f"{self.other.name}: not all images pair by name, and by line {path} belongs to {truth} (line "
                     f"{line} of both lists) but by name to {matches[path].found[0]}; order both lists alike"
                 )
         return list(pairs)
 
     def _matches(self, folder: Folder) -> dict[Path, Match | None]:
-        """What the pictures of one folder find: in the first of its places where there is anything."""
+        """What the images of one folder find: in the first of its places where there is anything."""
         places = [self._index(folders) for folders in self._places(folder)]
         stems = {path: path.stem.casefold() for path in self.members[folder]}
         return {p: next(filter(None, (place.match(stem) for place in places)), None) for p, stem in stems.items()}
@@ -245,9 +245,9 @@ class Search:
         if what == DEPTH.what:
             return f"{alone[0]}: no depth map {alone[0].stem}.* in {source}; add it, or leave depth out"
         return (
-            f"{alone[0]}: no ground truth in {source} ({len(alone)} of {len(self.own.paths)} pictures have none); add "
-            f"it, or name the pictures alike: the same, as 01_hazy and 01_GT (hazy_01, clear_01) or 1400_1 and 1400; "
-            f"or give both as .flist files of one length, which pair line by line, or one picture and its ground truth"
+            f"{alone[0]}: no ground truth in {source} ({len(alone)} of {len(self.own.paths)} images have none); add "
+            f"it, or name the images alike: the same, as 01_hazy and 01_GT (hazy_01, clear_01) or 1400_1 and 1400; "
+            f"or give both as .flist files of one length, which pair line by line, or one image and its ground truth"
         )
 
 
@@ -293,7 +293,7 @@ def _different(pairs: Sequence[Pair]) -> list[Pair]:
     for hazy, truth in pairs:
         if os.path.realpath(hazy) == real[truth]:
             raise UserError(
-                f"{hazy}: hazy picture and ground truth are one file; name two sources, as .flist if in one folder"
+                f"{hazy}: hazy image and ground truth are one file; name two sources, as .flist if in one folder"
             )
     return list(pairs)
 

@@ -1,9 +1,9 @@
 """The table of sets to score and to train on: how each is laid out, paired, measured and cited, and where to get it.
 
 A layout is a path in which case, ``-``, ``_`` and blanks do not matter and whose end must be that of the folder:
-``{hazy,gt}`` are the folders of hazy pictures and of ground truths side by side, under these or their usual other
+``{hazy,gt}`` are the folders of hazy images and of ground truths side by side, under these or their usual other
 names (`HAZY`, `TRUTH`); without braces everything lies in one folder; ``*`` is a further word, as in RTTS-sample.
-Snow and blur have the place of haze: "hazy" pictures are those that want restoring.
+Snow and blur have the place of haze: "hazy" images are those that want restoring.
 """
 
 import functools
@@ -23,7 +23,7 @@ TRUTH = (
 
 SCENE, SAME, GT = "1400_1 -> 1400", "0586 -> 0586", "01_hazy -> 01_GT"
 ORDER = "the first to the first"  # where no two files have the same name
-RULES: dict[str, Callable[[str], str]] = {  # stem of the hazy picture -> stem of its ground truth, in lower case
+RULES: dict[str, Callable[[str], str]] = {  # stem of the hazy image -> stem of its ground truth, in lower case
     SCENE: lambda stem: stem.split("_")[0],
     SAME: lambda stem: stem,
     GT: lambda stem: re.sub("_hazy$", "_gt", stem),
@@ -54,14 +54,14 @@ class Paper:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One set. ``hazy`` and ``truths`` are how many pictures it has, ``numbers`` how they are numbered ("01-25 31-35").
+    """One set. ``hazy`` and ``truths`` are how many images it has, ``numbers`` how they are numbered ("01-25 31-35").
 
-    ``each`` hazy pictures have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
+    ``each`` hazy images have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
     is one itself; ``held_out``, of a set to train on, are its last numbers, which are to validate on; ``border`` is how
     many pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of
     the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number. ``aliases`` are its other names. ``shared``
     are layouts that other sets have too: there the numbers decide.
-    A repackaged set may repeat the ground truth under the name of every hazy picture.
+    A repackaged set may repeat the ground truth under the name of every hazy image.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Benchmark:
         return {"aligned": "full-reference", "unaligned": "doubtful", "none": "no-reference"}[self.truth]
 
     def to_train_on(self, split: str = "all") -> bool:
-        """Are the pictures of a split to train on, and not to score?"""
+        """Are the images of a split to train on, and not to score?"""
         return split == "train" or self.train == WHOLE
 
     def places(self, split: str = "all") -> tuple[str, ...]:
@@ -181,26 +181,26 @@ TABLE = (
          "SOTS/outdoor/outdoor/{hazy,gt}", "RESIDE/test/outdoor/{hazy,gt}", "RESIDE/outdoor/test/{hazy,gt}",
          "SOTS/test/outdoor/{hazy,gt}", "OTS/test/{hazy,gt}"),
         shared=SOTS_EITHER,
-        note="The mean is over the hazy pictures. They are JPEG: versions of the decoder move the figures. Some "
+        note="The mean is over the hazy images. They are JPEG: versions of the decoder move the figures. Some "
         "collections of OTS hold scenes of this set: do not train on those.",
     ),
     Benchmark(
         "HSTS-synthetic", 10, 10, SAME, RESIDE,
         ("HSTS/synthetic/{synthetic,original}", "HSTS/synthetic/{hazy,gt}", "HSTS/{synthetic,original}",
          "HSTS/{hazy,gt}", "HSTS-synthetic/{synthetic,original}"),
-        note="Hazy pictures lie in `synthetic`. Two ground truths are PNG data named .jpg, which is fine here. "
+        note="Hazy images lie in `synthetic`. Two ground truths are PNG data named .jpg, which is fine here. "
         "Shares scenes with OTS.",
     ),
     Benchmark("HSTS-real", 10, 0, SAME, RESIDE, ("HSTS/real-world", "HSTS/real", "HSTS/real/hazy"), truth="none"),
     Benchmark(
         "I-HAZE", 30, 30, GT, I_HAZE, ("I-HAZY NTIRE 2018/{hazy,gt}",), ("I-HAZY",), numbers="01-25 31-35",
         train="01-25", test="31-35",
-        note="There are no 26-30. Unpaired methods average all 30 pictures, others 31-35.",
+        note="There are no 26-30. Unpaired methods average all 30 images, others 31-35.",
     ),
     Benchmark(
         "O-HAZE", 45, 45, GT, O_HAZE, ("O-HAZY NTIRE 2018/{hazy,gt}",), ("O-HAZY",), numbers="01-45",
         train="01-40", test="41-45",
-        note="Up to 5436x3612. Unpaired methods average all 45 pictures, supervised ones 41-45.",
+        note="Up to 5436x3612. Unpaired methods average all 45 images, supervised ones 41-45.",
     ),
     Benchmark(
         "NH-HAZE", 55, 55, GT, NH_HAZE, ("NH-HAZE",), ("NH-HAZE-2020", "NH-HAZE-20"),
@@ -215,7 +215,7 @@ TABLE = (
         "NH-HAZE2", 25, 25, GT, NTIRE_2021,
         ("NTIRE2021_Train_{Hazy,GT}",), ("NH-HAZE-2021", "NH-HAZE-21"),
         numbers="01-25", train="01-20", test="21-25",
-        note="The public training part of the challenge; ground truth bears the name of the hazy picture.",
+        note="The public training part of the challenge; ground truth bears the name of the hazy image.",
     ),
     Benchmark("Haze4K", 1000, 1000, SCENE, HAZE_4K, ("Haze4K/test/{haze,gt}",), numbers="1-1000", test=WHOLE),
     Benchmark("RTTS", 4322, 0, SAME, RESIDE, ("RTTS/JPEGImages",), truth="none"),
@@ -242,7 +242,7 @@ TABLE = (
          "RESIDE-OUT/train/{hazy,gt}", "reside-outdoor/train/{hazy,gt}", "RESIDE/train/outdoor/{hazy,gt}",
          "RESIDE/outdoor/train/{hazy,gt}", "train/dehaze/{synthetic,original}", "train/dehaze/{hazy,gt}"),
         train=WHOLE,
-        note="Hazy pictures may lie in folders part1 to part4. Repackagings may hold more pictures than RESIDE.",
+        note="Hazy images may lie in folders part1 to part4. Repackagings may hold more images than RESIDE.",
     ),
     Benchmark("Haze4K:train", 3000, 3000, SCENE, HAZE_4K, ("Haze4K/train/{haze,gt}",), train=WHOLE),
     Benchmark(
@@ -254,7 +254,7 @@ TABLE = (
     ),
     Benchmark(
         "SRRS", 2000, 2000, SAME, JSTASR, ("SRRS/test/{Snow,gt}", "SRRS/test/{Syn,gt}", "SRRS/test2000/{Snow,gt}"),
-        test=WHOLE, degradation="snow", note="Comes without splits: papers test on 2,000 pictures of their own choice.",
+        test=WHOLE, degradation="snow", note="Comes without splits: papers test on 2,000 images of their own choice.",
     ),
     Benchmark(
         "SRRS:train", 0, 0, SAME, JSTASR,
@@ -279,7 +279,7 @@ TABLE = (
         ("dd_dp_dataset*/test_c/{source,target}", "DPDD/test_c/{source,target}", "DPDD/test/{inputC,target}",
          "test/DPDD/{inputC,target}"),
         test=WHOLE, degradation="defocus",
-        note="The combined (not the dual-pixel) pictures. Source and target have different names and pair in order.",
+        note="The combined (not the dual-pixel) images. Source and target have different names and pair in order.",
     ),
     Benchmark(
         "DPDD:train", 350, 350, ORDER, DUAL_PIXEL,

@@ -35,16 +35,16 @@ class AKNetSettings:
 
 
 class AKNet(Method):
-    """AKNet, one network trained on pairs of pictures.
+    """AKNet, one network trained on pairs of images.
 
-    Its frequency gate acts by the size of the picture (`models.aknet.network.FGM`): trained on crops, at full size it
-    is another operator. Published so, and tested on whole pictures; in tiles the numbers differ.
+    Its frequency gate acts by the size of the image (`models.aknet.network.FGM`): trained on crops, at full size it
+    is another operator. Published so, and tested on whole images; in tiles the numbers differ.
     """
 
     about = About(
         "AKNet (HKNet), a network with large kernels, frequency gates and frequency-aware fusion",
         "code: github.com/PoetryLin/AKNet; of the family of OKNet, Cui, Ren and Knoll, AAAI 2024",
-        "pairs: RESIDE's ITS or OTS, or another set of hazy and clear pictures",
+        "pairs: RESIDE's ITS or OTS, or another set of hazy and clear images",
     )
     Settings = AKNetSettings
     multiple = 4

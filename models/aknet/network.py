@@ -34,7 +34,7 @@ def stage(channels: int) -> nn.Sequential:
 
 
 class Shallow(nn.Sequential):
-    """Features of a down-sampled picture (SCM of MIMO-UNet): (N,3,h,w) -> (N,C,h,w)."""
+    """Features of a down-sampled image (SCM of MIMO-UNet): (N,3,h,w) -> (N,C,h,w)."""
 
     def __init__(self, channels: int):
         quarter, half = channels // 4, channels // 2
@@ -47,7 +47,7 @@ class FGM(nn.Module):
     """Frequency gate: alpha |F^-1(p F(q))| + beta x, where p and q are 1x1 convolutions of x (N,C,h,w).
 
     As published, p is a map over pixels, and pixel (i,j) multiplies frequency (i,j) of the un-shifted spectrum: what
-    the gate does depends on the size of the picture.
+    the gate does depends on the size of the image.
     """
 
     def __init__(self, channels: int):
@@ -130,7 +130,7 @@ class Bottleneck(nn.Module):
 
 
 class AKNetNetwork(nn.Module):
-    """Hazy pictures (N,3,H,W) in [0,1] -> clear ones at a quarter, half and full size, unclamped.
+    """Hazy images (N,3,H,W) in [0,1] -> clear ones at a quarter, half and full size, unclamped.
 
     H and W multiples of 4, at least 8. ``width`` (a multiple of 4; 32 as published) is that at full size; it doubles
     with every halving. ``border`` is that of `Fusion`.
@@ -162,6 +162,6 @@ class AKNetNetwork(nn.Module):
         return self.head[2](coarse) + quarter, self.head[1](middle) + half, self.head[0](fine) + hazy
 
     def _descend(self, features: Tensor, picture: Tensor, level: int) -> Tensor:
-        """Features at half their size, joined by those of the picture at that size."""
+        """Features at half their size, joined by those of the image at that size."""
         features = F.gelu(self.down[level](features))
         return self.attach[level](torch.cat([features, self.shallow[level](picture)], 1))

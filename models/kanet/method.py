@@ -47,16 +47,16 @@ class KANetSettings:
 
 
 class KANet(Method):
-    """KA-Net, one network trained on pairs whose hazy half is made from clear pictures with several degradations.
+    """KA-Net, one network trained on pairs whose hazy half is made from clear images with several degradations.
 
-    Pictures are padded by reflection to a multiple of 64, where the network's maps need no cropping, and cropped back;
+    Images are padded by reflection to a multiple of 64, where the network's maps need no cropping, and cropped back;
     the released test script instead cuts off up to 15 pixels a side. An inference file needs ``network`` alone.
     """
 
     about = About(
         "Advancing Real-World Image Dehazing: Perspective, Modules, and Training",
         "Feng, Ma, Meng, Zhou, Liu and Su, TPAMI 46(12), 9303-9320, 2024",
-        "clear pictures, made hazy with several degradations (ours; none is released)",
+        "clear images, made hazy with several degradations (ours; none is released)",
     )
     Settings = KANetSettings
     multiple = 64

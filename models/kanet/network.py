@@ -1,4 +1,4 @@
-"""KA-Net's network: TransWeather's encoder, decoder and tail around a block that removes what degrades the picture.
+"""KA-Net's network: TransWeather's encoder, decoder and tail around a block that removes what degrades the image.
 
 Feng et al., TPAMI 46(12), 2024, by the released code; encoder, decoder and tail after TransWeather (Valanarasu et al.,
 CVPR 2022). Maps within the transformer blocks are (N,h,w,C), elsewhere (N,C,h,w).
@@ -15,7 +15,7 @@ from models.kanet.removal import RemovalBlock
 from utils.errors import UserError
 
 WIDTH = 64  # as published
-MULTIPLE, MINIMUM = 16, 48  # of the sides of pictures
+MULTIPLE, MINIMUM = 16, 48  # of the sides of images
 DROP_PATH = 0.1  # of the last block; it rises from 0 in equal steps
 QUERIES = 48
 
@@ -194,9 +194,9 @@ class Tail(nn.Module):
 
 
 class KANetwork(nn.Module):
-    """Hazy pictures (N,3,H,W) in [0,1] -> clear ones (N,3,H,W) in (-1,1), and z (N,8w), the mean deepest features.
+    """Hazy images (N,3,H,W) in [0,1] -> clear ones (N,3,H,W) in (-1,1), and z (N,8w), the mean deepest features.
 
-    H and W are multiples of 16, at least 48. The clear pictures are meant to lie in [0,1], as their targets do, though
+    H and W are multiples of 16, at least 48. The clear images are meant to lie in [0,1], as their targets do, though
     the final tanh reaches further down: the released code brings only its input to [-1,1]. z serves training alone.
     ``width``, w, is 64 as published and must be a multiple of 8.
     """

@@ -1,4 +1,4 @@
-"""The learned airlight: heads that find A of a hazy picture, one value a channel.
+"""The learned airlight: heads that find A of a hazy image, one value a channel.
 
 One part in a hundred of A is worth half a decibel in dense haze: J = (I - A) / t + A moves by (1 - 1/t) dA.
 docs/training.md has what each idea was worth.
@@ -29,12 +29,12 @@ class PooledAirlight(nn.Sequential):
 
 
 class StatisticsAirlight(nn.Module):
-    """A from statistics of the picture and of its densest haze alone: (N,3,1,1) within ``bounds``, cut at 1.
+    """A from statistics of the image and of its densest haze alone: (N,3,1,1) within ``bounds``, cut at 1.
 
     A camera saturates, so A is often 1 itself: with an upper bound above that it can be found.
 
     ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the transmission found, through which no gradient goes. Encoder maps
-    are not looked at: learnt from a few thousand pictures they cost 0.7 dB on others (docs/training.md).
+    are not looked at: learnt from a few thousand images they cost 0.7 dB on others (docs/training.md).
     """
 
     def __init__(self, bounds: tuple[float, float]):

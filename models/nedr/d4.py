@@ -27,6 +27,6 @@ class D4(NeDR):
     about = About(
         "Self-Augmented Unpaired Image Dehazing via Density and Depth Decomposition",
         "Yang, Wang, Liu, Zhang, Guo and Tao, CVPR 2022",
-        "unpaired hazy and clear pictures; optionally a supervised warm start",
+        "unpaired hazy and clear images; optionally a supervised warm start",
     )
     Settings = D4Settings

@@ -19,7 +19,7 @@ TRANSMISSION_RANGE = (0.05, 0.95)
 
 
 class Removal(NamedTuple):
-    """What the removal network finds in hazy pictures (N,3,H,W)."""
+    """What the removal network finds in hazy images (N,3,H,W)."""
 
     clear: Tensor  # J (N,3,H,W) in [0,1]
     density: Tensor  # beta (N,1,1,1)
@@ -33,7 +33,7 @@ class Removal(NamedTuple):
 
 
 class Haze(NamedTuple):
-    """The haze that the removal network finds in the pictures that it sees (N,3,H,W)."""
+    """The haze that the removal network finds in the images that it sees (N,3,H,W)."""
 
     density: Tensor  # beta (N,1,1,1)
     transmission: Tensor  # t (N,1,H,W), or as much finer as it was asked for
@@ -41,7 +41,7 @@ class Haze(NamedTuple):
 
 
 class RemovalNet(nn.Module):
-    """Haze removal (`net_h2c`): hazy -> transmission, density and airlight, and by them the clear picture.
+    """Haze removal (`net_h2c`): hazy -> transmission, density and airlight, and by them the clear image.
 
     H and W are multiples of 32, at least 64, with KAN-CID at least 128 (it reflects by 3 at 1/32).
     ``kan_cid``, ``idrm`` and ``drem`` switch the published modules; with all three off this is D4's network.
@@ -102,7 +102,7 @@ class RemovalNet(nn.Module):
     def _transmission(
         self, features: Tensor, window: tiling.Window | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """t of a piece of the picture, from features at half its size; ``size`` as of `IDRM`."""
+        """t of a piece of the image, from features at half its size; ``size`` as of `IDRM`."""
         if self.idrm is not None:
             features = self.idrm(features, size, window)
         return squash(self.head(self.drem(features)), 0, 1).clamp(*self.transmission_range)
@@ -117,7 +117,7 @@ class RemovalNet(nn.Module):
 
 
 class DepthNet(nn.Module):
-    """Depth of a clear picture (`net_depth`): (N,3,H,W) -> (N,1,H,W) in ``depth_range``; H, W multiples of 32."""
+    """Depth of a clear image (`net_depth`): (N,3,H,W) -> (N,1,H,W) in ``depth_range``; H, W multiples of 32."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class ProductionNet(nn.Module):
     """Haze production (`net_c2h`): the scattering model, then a residual refiner of what it gives.
 
     clear (N,3,H,W) in [0,1], depth (N,1,H,W), density (N,1,1,1) -> hazy (N,3,H,W) in [0,1]; H, W multiples of 4.
-    ``airlight`` (N,3,1,1): by default the per-channel maximum of the clear picture.
+    ``airlight`` (N,3,1,1): by default the per-channel maximum of the clear image.
     """
 
     def __init__(self, width: int = 32):

@@ -1,4 +1,4 @@
-"""NeDR's unpaired game (arXiv 2511.13110; the game is D4's, CVPR 2022), and its supervised warm start."""
+"""NeDR's unpaired game (arXiv 2511.13110; adversarial training is D4's, CVPR 2022), and its supervised warm start."""
 
 import contextlib
 import warnings
@@ -28,13 +28,13 @@ from utils.checkpoint import load_strict
 from utils.errors import UserError
 
 
-class Play(NamedTuple):
-    """One round of the game: both cycles, hazy -> clear -> hazy and clear -> hazy -> clear, or no more than needed."""
+class Cycles(NamedTuple):
+    """Both cycles, hazy -> clear -> hazy and clear -> hazy -> clear, or no more of them than needed."""
 
     hazy: Tensor
     clear: Tensor
     found: Removal  # in hazy
-    depth: Tensor | None = None  # by the depth network, of the clear picture found
+    depth: Tensor | None = None  # by the depth network, of the clear image found
     rehazed: Tensor | None = None
     density: Tensor | None = None  # random, of the haze made on clear
     airlight: Tensor | None = None  # random too where it is learned; else production's own rule
@@ -51,7 +51,7 @@ class NeDR(Method):
     about = About(
         "Neural Degradation Representation",
         "arXiv 2511.13110, 2025",
-        "unpaired hazy and clear pictures; optionally a supervised warm start",
+        "unpaired hazy and clear images; optionally a supervised warm start",
     )
     Settings = NeDRSettings
     multiple = STRIDE
@@ -60,7 +60,7 @@ class NeDR(Method):
     averaged = ("removal", "production", "depth")
     replaceable = ("removal.airlight.",)
     stages: ClassVar[dict[str, str]] = {"warm_start": "synthetic", "train": "unpaired"}
-    children_names = ("removal", "production", "depth", "judge_clear", "judge_hazy")
+    children_names = ("removal", "production", "depth", "discriminator_clear", "discriminator_hazy")
 
     def __init__(self, settings: NeDRSettings, networks: tuple[str, ...] = children_names):
         super().__init__(settings)
@@ -82,8 +82,8 @@ class NeDR(Method):
             ),
             "production": lambda: ProductionNet(features),
             "depth": lambda: DepthNet(features, s.depth_range, s.encoder),
-            "judge_clear": Discriminator,
-            "judge_hazy": Discriminator,
+            "discriminator_clear": Discriminator,
+            "discriminator_hazy": Discriminator,
         }
         for name in networks:
             self.add_module(name, makers[name]())
@@ -213,7 +213,7 @@ class NeDR(Method):
         if s.depth_weight:
             parts["depth"] = ([self.depth], 1.0)
         if s.gan_weight:
-            parts["discriminators"] = ([self.judge_clear, self.judge_hazy], s.discriminator_rate)
+            parts["discriminators"] = ([self.discriminator_clear, self.discriminator_hazy], s.discriminator_rate)
         return {
             name: Adam(
                 [p for network in networks for p in network.parameters()],
@@ -235,10 +235,10 @@ class NeDR(Method):
         return {"clear": found.clear, "transmission": found.transmission, "airlight": found.airlight}
 
     def look(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
-        """As `Method.look`; with a working size the haze is found in a small picture of the whole view.
+        """As `Method.look`; with a working size the haze is found in a small image of the whole view.
 
         The field t is taken to the full size, where J = (I - A) / t + A is computed in pieces: what it costs beside
-        that does not grow with the picture.
+        that does not grow with the image.
         """
         if seen_size(*hazy.shape[2:], self.settings.working_size) is None:
             return super().look(hazy, tile)
@@ -257,7 +257,7 @@ class NeDR(Method):
         return self.to_full_size(t, F.interpolate(hazy, t.shape[2:], mode="bilinear", antialias=True), hazy)
 
     def _seen_small(self, hazy: Tensor, tile: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """t and A as found in the small picture of the whole view, and that picture."""
+        """t and A as found in the small image of the whole view, and that image."""
         s, size = self.settings, seen_size(*hazy.shape[2:], self.settings.working_size)
         small = F.interpolate(hazy, size, mode="bilinear", antialias=True).clamp(0, 1)
         found = self.removal.find(self.padded(small), s.airlight, tile, s.query)
@@ -265,7 +265,7 @@ class NeDR(Method):
         return t, single(found.airlight), small
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
-        """The field t of the small picture, (N,1,H,W) of the large one; along its edges if settings have it."""
+        """The field t of the small image, (N,1,H,W) of the large one; along its edges if settings have it."""
         s = self.settings
         if s.guided_radius:
             if t.shape[2:] != small.shape[2:]:
@@ -314,17 +314,17 @@ class NeDR(Method):
         size = [max(self.minimum, round(side * scale / STRIDE) * STRIDE) for side in maps[0].shape[2:]]
         return [F.interpolate(each, size, mode="bilinear", antialias=True) for each in maps]
 
-    # The unpaired game.
+    # Adversarial training.
 
     def _game(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
         s = self.settings
         if s.frozen_statistics:
             still(self.removal, self.depth)
-        play = self._play(batch["hazy"], batch["clear"])
+        play = self._cycles(batch["hazy"], batch["clear"])
         again = {name.removeprefix("replay_"): each for name, each in batch.items() if name.startswith("replay_")}
         replayed = {loss.optimiser: loss for loss in self._supervised(again)} if again else {}
         if s.gan_weight:
-            yield self._judge(play)
+            yield self._discriminators(play)
         if s.depth_weight:
             pseudo = F.l1_loss(play.depth, play.found.depth.detach())
             total = s.depth_weight * pseudo + (replayed["depth"].value if replayed else 0)
@@ -338,12 +338,12 @@ class NeDR(Method):
         t = play.found.transmission.flatten(1)
         yield Loss("generators", total, terms | {"t_mean": t.mean(), "t_deviation": t.std(1).mean()})
 
-    def _play(self, hazy: Tensor, clear: Tensor) -> Play:
-        """Both cycles. The depth of the clear picture found serves the cycle and the depth network's own loss."""
+    def _cycles(self, hazy: Tensor, clear: Tensor) -> Cycles:
+        """Both cycles. The depth of the clear image found serves the cycle and the depth network's own loss."""
         kind, learns = self.settings.airlight, bool(self.settings.depth_weight)
         found = self.removal(hazy, kind)
         if not self.settings.cycles:
-            return Play(hazy, clear, found)
+            return Cycles(hazy, clear, found)
         with contextlib.nullcontext() if learns else frozen(self.depth):
             depth = self.depth(found.clear)
         rehazed = self.production(found.clear, depth, found.density, self._own(found))
@@ -351,24 +351,24 @@ class NeDR(Method):
         with torch.no_grad():
             of_clear = self.depth(clear)
         made = self.production(clear, of_clear, density, airlight)
-        return Play(hazy, clear, found, depth, rehazed, density, airlight, made, self.removal(made, kind))
+        return Cycles(hazy, clear, found, depth, rehazed, density, airlight, made, self.removal(made, kind))
 
-    def _judge(self, play: Play) -> Loss:
+    def _discriminators(self, play: Cycles) -> Loss:
         """Spectral normalisation turns at each pass, so the order matters: real first."""
         kind, fake_clear, fake_hazy = self.settings.gan, play.found.clear.detach(), play.made.detach()
         terms = {
-            "judge_clear": discriminator_loss(*self.judge_clear(play.clear, fake_clear), kind),
-            "judge_hazy": discriminator_loss(*self.judge_hazy(play.hazy, fake_hazy), kind),
+            "discriminator_clear": discriminator_loss(*self.discriminator_clear(play.clear, fake_clear), kind),
+            "discriminator_hazy": discriminator_loss(*self.discriminator_hazy(play.hazy, fake_hazy), kind),
         }
         return Loss("discriminators", sum(terms.values()), terms)
 
-    def _generator_terms(self, play: Play) -> dict[str, tuple[float, Tensor]]:
+    def _generator_terms(self, play: Cycles) -> dict[str, tuple[float, Tensor]]:
         """name -> (weight, loss); what has no weight is not computed."""
         s, terms = self.settings, {}
         hazy, clear, found, refound = play.hazy, play.clear, play.found, play.refound
         if s.gan_weight:
-            with frozen(self.judge_clear, self.judge_hazy):
-                scores = self.judge_clear(found.clear), self.judge_hazy(play.made)
+            with frozen(self.discriminator_clear, self.discriminator_hazy):
+                scores = self.discriminator_clear(found.clear), self.discriminator_hazy(play.made)
             terms["gan"] = (s.gan_weight, sum(generator_loss(score, s.gan) for score in scores) / 2)
         if s.cycle_weight:
             terms["cycle_clear"] = (s.cycle_weight, F.l1_loss(refound.clear, clear))
@@ -412,7 +412,7 @@ class NeDR(Method):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """hazy, dehazed, rehazed, clear, synthetic (hazy), transmission and depth (of the clear pictures)."""
+        """hazy, dehazed, rehazed, clear, synthetic (hazy), transmission and depth (of the clear images)."""
         hazy, clear, s = batch["hazy"], batch["clear"], self.settings
         found = self.removal(hazy, s.airlight)
         depth = self.depth(clear)

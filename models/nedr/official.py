@@ -15,8 +15,8 @@ NETWORKS = {
     "drem": "removal",  # this project's own entry: the released code builds DREM anew in every pass and never saves it
     "net_c2h": "production",
     "net_depth": "depth",
-    "discriminator_h2c": "judge_clear",
-    "discriminator_c2h": "judge_hazy",
+    "discriminator_h2c": "discriminator_clear",
+    "discriminator_c2h": "discriminator_hazy",
 }
 
 # Official name of a module -> its name here.

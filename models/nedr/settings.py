@@ -69,7 +69,7 @@ class NeDRSettings:
 
     @property
     def cycles(self) -> bool:
-        """Has anything a weight for which pictures must be made hazy, or hazy again?"""
+        """Has anything a weight for which images must be made hazy, or hazy again?"""
         weights = (self.gan_weight, self.cycle_weight, self.density_weight, self.perceptual_weight, self.depth_weight)
         return any(weights) or (self.airlight == "learned" and self.airlight_weight > 0)
 

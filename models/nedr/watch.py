@@ -1,25 +1,25 @@
-"""The trivial answers of the unpaired game, recognised in the figures of the log."""
+"""The trivial answers of adversarial training, recognised in the figures of the log."""
 
 from collections.abc import Iterator, Mapping
 
 LASTING = 300  # steps after which it is no mood of a few batches
-FLAT = 0.03  # of the deviation of t within a picture; in haze with depth it is 0.1 to 0.2
+FLAT = 0.03  # of the deviation of t within an image; in haze with depth it is 0.1 to 0.2
 BEATEN = 0.01  # of a discriminator's loss; at chance it is 0.25 (lsgan), 1.4 (vanilla), 2 (hinge)
 WHY = {
     "t_deviation": (
         FLAT,
-        "t has been flat within the pictures for {} steps: the game sees the haze as one veil, and only its level "
-        "still moves. Try {block}.dark_channel_energy_weight above 0, a warm start with warm_start.replay=true, or a "
+        "t has been flat within the images for {} steps: the cycles see the haze as one veil, and only its level still "
+        "moves. Try {block}.dark_channel_energy_weight above 0, a warm start with warm_start.replay=true, or a "
         "lower {block}.learning_rate",
     ),
-    "judge_clear": (
+    "discriminator_clear": (
         BEATEN,
-        "the discriminator of clear pictures has had hardly any loss for {} steps: it tells what is dehazed from what "
+        "the discriminator of clear images has had hardly any loss for {} steps: it tells what is dehazed from what "
         "is clear at a glance, and teaches nothing. Try a lower {block}.discriminator_rate, or pools of like scenes",
     ),
-    "judge_hazy": (
+    "discriminator_hazy": (
         BEATEN,
-        "the discriminator of hazy pictures has had hardly any loss for {} steps: it tells what is made from what is "
+        "the discriminator of hazy images has had hardly any loss for {} steps: it tells what is made from what is "
         "hazy at a glance, and teaches nothing. Try a lower {block}.discriminator_rate, or a {block}.density_range and "
         "{block}.airlight_range that suit data.hazy",
     ),

@@ -1,10 +1,10 @@
-"""The working size: at what size a network sees a picture of which it needs the whole view, not every pixel."""
+"""The working size: at what size a network sees an image of which it needs the whole view, not every pixel."""
 
 from models.pyramid import STRIDE
 
 
 def seen_size(height: int, width: int, working_size: int) -> tuple[int, int] | None:
-    """(h,w) at which a picture of (height,width) is seen if its short side is to have ``working_size`` pixels.
+    """(h,w) at which an image of (height,width) is seen if its short side is to have ``working_size`` pixels.
 
     Sides are rounded to multiples of 32 and never larger than the picture's; a side under 32 stays as it is (the caller
     pads it). None: as it is, since ``working_size`` is 0 or nothing would become smaller.

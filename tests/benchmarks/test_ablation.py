@@ -88,12 +88,12 @@ def test_the_table(done):
 
 def test_what_is_printed(done):
     lines = done.printed.splitlines()
-    assert lines[0].startswith("pictures (2), protocol ours; differences and intervals: to nedr")
+    assert lines[0].startswith("images (2), protocol ours; differences and intervals: to nedr")
     assert lines[1].split()[:5] == ["case", "KAN-CID", "IDRM", "DREM", "params"]
     assert lines[3].split()[:4] == ["d4", "-", "-", "-"]
     assert lines[4].split()[:4] == ["nedr", "x", "x", "x"]
     assert max(map(len, lines[:-1])) <= 120  # the last one names files
-    assert "every case: unpaired steps: 1 of 1 picture; crops of 128 pixels (random); seed 10" in done.printed
+    assert "every case: unpaired steps: 1 of 1 image; crops of 128 pixels (random); seed 10" in done.printed
     markdown = (done.folder / "ablation.md").read_text()
     assert "| d4 | - | - | - |" in markdown
     assert "protocol ours: " in markdown
@@ -244,7 +244,7 @@ REFUSED = {
     "unknown setting": (["train.step=2"], "unknown setting 'train.step'"),
     "small crops": (["data.crop_size=64"], r"data\.crop_size=64: nedr needs .* at least 128"),
     "nothing to score": (["test.clear="], r"set test\.benchmarks, or test\.hazy and test\.clear"),
-    "no such pictures": (["test.hazy=nowhere"], "nowhere"),
+    "no such images": (["test.hazy=nowhere"], "nowhere"),
     "no such set": (["test.benchmarks=[SOTS-indoor]", "test.data_root=nowhere"], "nowhere"),
 }
 

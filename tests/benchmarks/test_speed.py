@@ -47,7 +47,7 @@ def test_what_else_the_table_tells():
     widest = Case("step", "ours", "bf16", 256, 256, 0)
     results = {usual: RESULTS[OURS], loading: Run([0.5], 0, 0, batch=6), widest: Run([2.0], 2**30, 10**12, batch=37)}
     table = speed.markdown(results, MACHINE)
-    assert "- Pictures of 620x460 a second: 5 in float32." in table
+    assert "- Images of 620x460 a second: 5 in float32." in table
     assert "- Loading gives 12 pairs of hazy and clear crops of 256x256 a second, of 640x480 once decoded" in table
     assert "| training step | 37 x 256x256 | bf16 | 2 (2-2) |  | 1,024 MiB | 0.5 | 12% |" in table
     assert "| loading" not in table

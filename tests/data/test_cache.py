@@ -29,7 +29,7 @@ CUTS = [functools.partial(crop, shape=(12, 12), rule=rule, flip=True) for rule i
 
 @pytest.fixture
 def pool(tmp_path):
-    """Seven pictures 24x20 with their depth; SIZE bytes each, without the depth."""
+    """Seven images 24x20 with their depth; SIZE bytes each, without the depth."""
     for n in range(COUNT):
         images.write(tmp_path / "hazy" / f"{n}_1.png", torch.rand(3, 20, 24))
         images.write(tmp_path / "clear" / f"{n}.png", torch.rand(3, 20, 24))
@@ -38,7 +38,7 @@ def pool(tmp_path):
 
 
 def room(pictures):
-    """A cache for so many pictures of the pool."""
+    """A cache for so many images of the pool."""
     return Cache(room_of(pictures))
 
 
@@ -66,7 +66,7 @@ def same(one, two):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Counts the pictures that all processes decode."""
+    """Counts the images that all processes decode."""
     count, decode = multiprocessing.Value("i", 0), images.decode
 
     def counting(path):
@@ -176,7 +176,7 @@ def test_broken_files_are_refused_every_time(pool):
     kept = room(100)
     kept.add([path], [path])
     for read in (kept.picture, kept.depth) * 2:
-        with pytest.raises(UserError, match=r"0\.png: cannot be read as a picture"):
+        with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
             read(path)
     assert kept.used == 0
 

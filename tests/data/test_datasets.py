@@ -69,7 +69,7 @@ def test_bad_pictures_are_skipped_and_told(pool):
     assert 2 not in Counter(number(item["hazy"]) for item in items)
     for path in pool:
         path.write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"none of the 7 hazy pictures can be used; the first: .*png"):
+    with pytest.raises(UserError, match=r"none of the 7 hazy images can be used; the first: .*png"):
         stream(pool)[0]
 
 
@@ -178,7 +178,7 @@ def test_small_pictures_are_refused_or_skipped(pool):
 
 @pytest.fixture
 def scenes(tmp_path):
-    """Five pictures whose red channel is their depth, so that a wrong match or crop shows."""
+    """Five images whose red channel is their depth, so that a wrong match or crop shows."""
     for n in range(5):
         depth = torch.rand(1, 30, 40).mul(200).round() + 1
         depth[0, 0, 0] = 255
@@ -211,7 +211,7 @@ SHAPES = st.sampled_from([(16, 16), (12, 20), (32, 18)])
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(20, 60), st.integers(20, 60), SHAPES)
 def test_a_view_is_a_large_part_of_the_picture(seed, height, width, shape):
-    """Of the asked aspect and share of the largest such rectangle: seen in a picture of its own places."""
+    """Of the asked aspect and share of the largest such rectangle: seen in an image of its own places."""
     rows = torch.arange(height).view(1, height, 1).expand(1, height, width) / height
     columns = torch.arange(width).view(1, 1, width).expand(1, height, width) / width
     out = crop(torch.cat([rows, columns]), np.random.default_rng(seed), shape, "view", False, (0.6, 0.9))
@@ -299,7 +299,7 @@ def test_epoch_length_is_the_larger_pool(pool, scenes):
 
 
 def test_the_imaging_model_takes_the_place_of_the_haze_law(scenes):
-    """As haze it degrades the crop of a picture and of its depth, with the numbers of the position."""
+    """As haze it degrades the crop of an image and of its depth, with the numbers of the position."""
     one, two = (training(None, scenes / "clear", scenes / "depth", kind="degraded", rule="random") for _ in range(2))
     items = [one[k] for k in range(10)]
     for k in (7, 3):
@@ -312,14 +312,14 @@ def test_the_imaging_model_takes_the_place_of_the_haze_law(scenes):
 
 
 def test_kinds_that_are_none(pool):
-    with pytest.raises(ValueError, match="no such kind of training pictures: pared"):
+    with pytest.raises(ValueError, match="no such kind of training images: pared"):
         training(pool[0].parent, pool[0].parent, kind="pared")
 
 
 def test_sources_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         training(None, tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         training(None, tmp_path, stage="warm_start", kind="synthetic")
     with pytest.raises(UserError, match=r"data\.clear is not set"):
         training(None, None)

@@ -146,7 +146,7 @@ def test_outdoor_depth(size):
 
 
 def test_outdoor_depth_grows_upwards():
-    """On the whole: the ground is near and the top of the picture far."""
+    """On the whole: the ground is near and the top of the image far."""
     clear = torch.full((3, 80, 100), 0.5)
     maps = torch.stack([synthesis.outdoor_depth(clear, np.random.default_rng(seed)) for seed in range(40)]).mean((0, 1))
     assert maps[:20].mean() > 2 * maps[-20:].mean()
@@ -559,7 +559,7 @@ def test_command_line_fails_with_one_line(tmp_path):
     call = [sys.executable, "-m", "data.haze", "--clear", str(tmp_path), "--output", str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .*no pictures.*\n", done.stderr)
+    assert re.fullmatch(r"error: .*no images.*\n", done.stderr)
 
 
 def test_jpeg_format(scenes):

@@ -101,7 +101,7 @@ def test_float_pixels_are_refused(tmp_path):
 
 
 def turned(orientation: int) -> np.ndarray:
-    """What a camera stores when the picture RGB is to be seen and the EXIF tag says ``orientation``."""
+    """What a camera stores when the image RGB is to be seen and the EXIF tag says ``orientation``."""
     inverse = [0, 1, 2, 3, 4, 5, 8, 7, 6][orientation]  # 6 and 8, the quarter turns, undo each other
     image = Image.fromarray(RGB)
     if inverse > 1:
@@ -157,8 +157,8 @@ def test_truncated_pictures_are_refused(tmp_path, extension, share):
     ("content", "message"),
     [
         (b"", "empty"),
-        (b"no picture at all\n", "no known picture format.*; convert it"),
-        (bytes(100), "no known picture format"),
+        (b"no image at all\n", "no known image format.*; convert it"),
+        (bytes(100), "no known image format"),
     ],
 )
 def test_what_is_no_picture_is_refused(tmp_path, content, message):
@@ -171,9 +171,9 @@ def test_what_is_no_picture_is_refused(tmp_path, content, message):
 
 
 def test_missing_and_folder_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.png: no such picture"):
+    with pytest.raises(UserError, match=r"nowhere\.png: no such image"):
         images.read(tmp_path / "nowhere.png")
-    with pytest.raises(UserError, match="a folder, not a picture"):
+    with pytest.raises(UserError, match="a folder, not an image"):
         images.read(tmp_path)
 
 
@@ -245,8 +245,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("c.png")
     (tmp_path / "c.png").symlink_to("b.png")
-    wanted = {"a.png": "a pipe or a device", "b.png": "a link that leads nowhere", "x" * 5000: "no such picture"}
-    for name, words in (wanted | {"a\0b.png": r"a\\x00b\.png: no such picture"}).items():
+    wanted = {"a.png": "a pipe or a device", "b.png": "a link that leads nowhere", "x" * 5000: "no such image"}
+    for name, words in (wanted | {"a\0b.png": r"a\\x00b\.png: no such image"}).items():
         with pytest.raises(UserError, match=words) as error:
             images.read(tmp_path / name)
         assert len(str(error.value)) < 400
@@ -415,7 +415,7 @@ def profile(space: bytes) -> bytes:
 
 
 def photograph(path: Path, mode: str = "RGB", icc: bytes = RGB_PROFILE, **options) -> Path:
-    """A picture 17x13 that lies on its side, with a profile and EXIF of a camera."""
+    """An image 17x13 that lies on its side, with a profile and EXIF of a camera."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif[ExifTags.Base.Make] = "Maker"
@@ -608,7 +608,7 @@ def test_find_refusals(tmp_path):
     touch(tmp_path, "hazy/notes.txt")
     with pytest.raises(UserError, match="did you mean 'hazy'"):
         paths.find(tmp_path / "hasy")
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         paths.find(tmp_path / "hazy")
     with pytest.raises(UserError, match=r"nor a \.flist"):
         paths.find(tmp_path / "hazy" / "notes.txt")
@@ -627,7 +627,7 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path):
     assert "convert them to PNG" in remark
     assert paths.passed_over(tmp_path / "a" / "4.jpg") == []
     (tmp_path / "a/4.jpg").unlink()
-    with pytest.raises(UserError, match=r"no pictures in this folder or below; .*1 CR2, 2 HEIC, of .*; wanted: "):
+    with pytest.raises(UserError, match=r"no images in this folder or below; .*1 CR2, 2 HEIC, of .*; wanted: "):
         paths.find(tmp_path / "a", extensions)
     with pytest.raises(UserError, match=r"3\.CR2: 1 CR2, of kinds that are not read; convert"):
         paths.find(tmp_path / "a/3.CR2")
@@ -653,5 +653,5 @@ def test_results_are_passed_over(tmp_path):
     assert paths.find(tmp_path / "out/pictures") == [tmp_path / "out/pictures/1.png"]  # by its own name it is taken
     for path in own:
         path.unlink()
-    with pytest.raises(UserError, match=r"no pictures in this folder or below; .*results of an earlier run"):
+    with pytest.raises(UserError, match=r"no images in this folder or below; .*results of an earlier run"):
         paths.find(tmp_path / "out")

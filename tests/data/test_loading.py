@@ -202,5 +202,5 @@ def test_a_worker_s_death_is_told_where_its_batch_is_asked_for(told, monkeypatch
         [worker] = multiprocessing.active_children()
         worker.join()  # here SIGCHLD comes
         assert signal.getsignal(signal.SIGCHLD) == before
-        with pytest.raises(UserError, match=rf"process that reads pictures, {worker.pid}, {told}.*lower data\.workers"):
+        with pytest.raises(UserError, match=rf"process that reads images, {worker.pid}, {told}.*lower data\.workers"):
             next(batches)

@@ -1,4 +1,4 @@
-"""Whole pictures, to score on and to dehaze."""
+"""Whole images, to score on and to dehaze."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ HIGHEST = sum(LAYERS.values())
 
 
 class StandIn(nn.Module):
-    """Five maps that can be computed by hand: the picture, times a number, at ever smaller sizes."""
+    """Five maps that can be computed by hand: the image, times a number, at ever smaller sizes."""
 
     def forward(self, image):
         return {name: (i + 0.5) * image[..., :: i + 1, :] for i, name in enumerate(LAYERS)}
@@ -32,7 +32,7 @@ def pictures(count=2, seed=0):
 
 
 def by_hand(pred, clear, hazy, sigma):
-    """The formula for one picture, in numpy."""
+    """The formula for one image, in numpy."""
     d = lambda a, b: 1 - np.exp(-(np.abs(a - b).mean() ** 2) / (2 * sigma**2))  # noqa: E731
     total = 0
     for i, weight in enumerate([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1]):
@@ -51,7 +51,7 @@ def test_closed_form(loss):
 
 
 def test_the_layers_are_the_five_of_vgg19(loss):
-    """One share for each of VGG19's layers, by their places in torchvision, in normalised pictures."""
+    """One share for each of VGG19's layers, by their places in torchvision, in normalised images."""
     pred, clear, hazy = pictures(1)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     assert [layer_names("vgg19")[name] for name in loss.layers] == [1, 6, 11, 20, 29]
@@ -88,7 +88,7 @@ def test_gradients_reach_the_prediction_alone(loss):
 
 @pytest.mark.parametrize("hazy", ["same", "other"])
 def test_a_perfect_prediction_has_finite_gradients(loss, hazy):
-    """Also where there was no haze, and all three pictures are one."""
+    """Also where there was no haze, and all three images are one."""
     _, clear, other = pictures()
     pred = clear.clone().requires_grad_()
     value = loss(pred, clear, clear if hazy == "same" else other)

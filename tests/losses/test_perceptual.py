@@ -52,7 +52,7 @@ def test_closed_form(file):
 
 
 def test_it_is_a_ruler(file):
-    """Gradients reach the picture, not the network or the target; it stays in eval mode."""
+    """Gradients reach the image, not the network or the target; it stays in eval mode."""
     loss = PerceptualLoss(weights=str(file)).train()
     x, target = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16, requires_grad=True)
     loss(x, target).backward()
@@ -108,7 +108,7 @@ def lite0(tmp_path_factory):
 
 
 def test_maps_of_efficientnet(lite0):
-    """timm's own maps of the normalised picture, by stride, in whatever order they are named."""
+    """timm's own maps of the normalised image, by stride, in whatever order they are named."""
     loss = PerceptualLoss("efficientnet_lite0", ["stride8", "stride2", "stride4"], str(lite0)).train()
     x, y = torch.rand(2, 3, 64, 96), torch.rand(2, 3, 64, 96)
     plain = timm.create_model(LITE0, features_only=True, out_indices=(0, 1, 2)).eval()

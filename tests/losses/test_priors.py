@@ -25,7 +25,7 @@ def test_dark_channel_loss():
 
 
 def matting_laplacian(guide: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The dense matrix of one picture (3,H,W), window by window and entry by entry (Levin et al., eq. 12)."""
+    """The dense matrix of one image (3,H,W), window by window and entry by entry (Levin et al., eq. 12)."""
     _, height, width = guide.shape
     L = torch.zeros(height * width, height * width, dtype=guide.dtype)
     for top in range(height - 2):

@@ -3,7 +3,7 @@
 Written from the description of the released code; every module bears its official key names, so that an official state
 dict loads as it is. What costs time there costs it here: the MLP of IDRM is evaluated four times on unfolded features,
 B-splines come from the Cox-de Boor recursion, DREM is built anew in every pass, and a training step computes gradients
-that nobody uses and runs the depth network twice on one picture. What is never called (mcc, ...) is left out.
+that nobody uses and runs the depth network twice on one image. What is never called (mcc, ...) is left out.
 """
 
 import itertools
@@ -297,7 +297,7 @@ class Discriminator(nn.Module):
 
 
 class Game(nn.Module):
-    """The unpaired game: all five networks by their official names, their three optimisers, and one step of them."""
+    """Adversarial training: all five networks by their official names, their three optimisers, and one step of them."""
 
     def __init__(self, drem: dict[str, Tensor] | None = None):
         super().__init__()

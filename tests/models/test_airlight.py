@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 def scene(beta: float, light: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A hazy picture (1,3,60,80) of random patches, brighter or darker whatever their depth, and its t."""
+    """A hazy image (1,3,60,80) of random patches, brighter or darker whatever their depth, and its t."""
     torch.manual_seed(seed)
     clear = torch.rand(1, 3, 12, 16).repeat_interleave(5, 2).repeat_interleave(5, 3)
     depth = torch.linspace(1, 0.05, 60).view(1, 1, 60, 1).expand(1, 1, 60, 80)

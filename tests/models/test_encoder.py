@@ -25,7 +25,7 @@ def test_networks_with_the_four_strides_serve(name):
 
 @torch.no_grad()
 def test_what_looks_at_the_whole_picture_is_not_cut_into_tiles():
-    """EfficientNet's blocks are those of its lite family, but each weighs its channels by a mean over the picture."""
+    """EfficientNet's blocks are those of its lite family, but each weighs its channels by a mean over the image."""
     network, image = encoder.create("efficientnet_b0").eval(), torch.rand(1, 3, 192, 160)
     for whole, tiled in zip(network(image), encoder.maps(network, image, 64), strict=True):
         assert torch.equal(whole, tiled)
@@ -51,7 +51,7 @@ def batch():
     [
         ("tf_eficientnet_lite0", "no such network; did you mean 'tf_efficientnet_lite0'"),
         ("vit_tiny_patch16_224", "strides 16, 16, 16; needed are 4, 8, 16 and 32"),
-        ("swin_tiny_patch4_window7_224", r"needed are 4, 8, 16 and 32, as \(N,C,H,W\), of pictures of any size"),
+        ("swin_tiny_patch4_window7_224", r"needed are 4, 8, 16 and 32, as \(N,C,H,W\), of images of any size"),
         ("", "no such network"),
     ],
 )

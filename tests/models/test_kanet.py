@@ -1,4 +1,4 @@
-"""KA-Net's parts against plain forms of them, pictures of any size, and official files that are refused."""
+"""KA-Net's parts against plain forms of them, images of any size, and official files that are refused."""
 
 import dataclasses
 
@@ -135,7 +135,7 @@ def test_drop_path_rises_block_by_block():
     assert rates["decoder"] == pytest.approx([0, 1 / 150, 2 / 150])
 
 
-# Pictures and settings.
+# Images and settings.
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What every method does: pictures of any size, the registry, loading from files."""
+"""What every method does: images of any size, the registry, loading from files."""
 
 import json
 

@@ -153,7 +153,7 @@ def test_one_training_step(official_file, golden_train, monkeypatch, dtype, slac
     terms, norms = {}, {}
     for loss in method.losses({"hazy": hazy, "clear": clear}, "train"):
         method.zero_grad()
-        moved = {"discriminators": ["judge_clear", "judge_hazy"], "depth": ["depth"]}
+        moved = {"discriminators": ["discriminator_clear", "discriminator_hazy"], "depth": ["depth"]}
         networks = moved.get(loss.optimiser, ["removal", "production"])
         inputs = [p for name in networks for p in getattr(method, name).parameters()]
         loss.value.backward(inputs=inputs, retain_graph=loss.shared)
@@ -173,15 +173,15 @@ def test_one_training_step(official_file, golden_train, monkeypatch, dtype, slac
     assert terms["generators"]["total"] == near("g_total", 1e-3)
     assert terms["depth"]["pseudo_depth"] == near("g_depth", 1e-3)
 
-    assert norms["discriminators"]["judge_clear"] == near("grad_norm_discriminator_h2c", 1e-4)
-    assert norms["discriminators"]["judge_hazy"] == near("grad_norm_discriminator_c2h", 1e-4)
+    assert norms["discriminators"]["discriminator_clear"] == near("grad_norm_discriminator_h2c", 1e-4)
+    assert norms["discriminators"]["discriminator_hazy"] == near("grad_norm_discriminator_c2h", 1e-4)
     assert norms["generators"]["removal"] == near("grad_norm_net_h2c", 5e-2)
     assert norms["generators"]["production"] == near("grad_norm_net_c2h", 5e-2)
     assert norms["drem"] == near("grad_norm_drem", 5e-2)
     assert norms["depth"]["depth"] == near("grad_norm_net_depth", 5e-2)
     # Each loss moves what it names and nothing else.
     assert {name: set(norms[name]) for name in terms} == {
-        "discriminators": {"judge_clear", "judge_hazy"},
+        "discriminators": {"discriminator_clear", "discriminator_hazy"},
         "generators": {"removal", "production"},
         "depth": {"depth"},
     }

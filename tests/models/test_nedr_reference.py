@@ -57,7 +57,10 @@ def test_a_training_step_meets_the_reference(game, official_file, monkeypatch):
     for name, value in theirs.items():
         assert ours[name].item() == pytest.approx(value.item(), rel=1e-7), name
     assert any(not torch.equal(a, b) for a, b in zip(before, game.discriminator_h2c.parameters(), strict=True))
-    for name, network in {"discriminator_h2c": method.judge_clear, "discriminator_c2h": method.judge_hazy}.items():
+    for name, network in {
+        "discriminator_h2c": method.discriminator_clear,
+        "discriminator_c2h": method.discriminator_hazy,
+    }.items():
         for (key, p), q in zip(getattr(game, name).named_parameters(), network.parameters(), strict=True):
             assert (p - q).abs().max() < 1e-7, f"{name}.{key}"  # of a step of 1e-5
 

@@ -77,10 +77,18 @@ def test_one_step_of_each_stage(form):
 
     before = parameters(method)
     terms |= (game := step(method, values, "train", size))
-    expected = {"judge_clear", "judge_hazy", "gan", "cycle_clear", "cycle_hazy", "density", "pseudo_depth"}
+    expected = {
+        "discriminator_clear",
+        "discriminator_hazy",
+        "gan",
+        "cycle_clear",
+        "cycle_hazy",
+        "density",
+        "pseudo_depth",
+    }
     expected |= {"generators", "depth", "discriminators", "t_mean", "t_deviation"}
     assert game.keys() == expected | ({"airlight"} if learned else set())
-    assert moved(method, before) == {"removal", "production", "depth", "judge_clear", "judge_hazy"}
+    assert moved(method, before) == {"removal", "production", "depth", "discriminator_clear", "discriminator_hazy"}
 
     assert all(torch.tensor(value).isfinite() for value in terms.values())
     assert all(p.isfinite().all() for p in method.parameters())
@@ -108,7 +116,7 @@ def test_weights_of_zero_switch_off():
     off = [f"nedr.{name}_weight=0" for name in ("gan", "density", "depth", "airlight")]
     overrides = (*SMALLEST, *off)
     method = tiny(*overrides)
-    for judge in (method.judge_clear, method.judge_hazy):
+    for judge in (method.discriminator_clear, method.discriminator_hazy):
         judge.register_forward_hook(lambda *_: pytest.fail("a discriminator ran"))
     before = parameters(method)
     terms = step(method, tiny_settings(*overrides), "train", 64)
@@ -123,7 +131,7 @@ ENERGY = (*SMALLEST, *ENERGY, "nedr.dark_channel_energy_weight=1")
 
 def test_the_energy_alone_costs_no_cycle():
     method, looks = tiny(*ENERGY), []
-    for network in (method.production, method.depth, method.judge_clear, method.judge_hazy):
+    for network in (method.production, method.depth, method.discriminator_clear, method.discriminator_hazy):
         network.register_forward_hook(lambda *_: pytest.fail("a network ran for a cycle without weight"))
     method.removal.register_forward_hook(lambda *_: looks.append(1))
     before = parameters(method)
@@ -152,7 +160,7 @@ def test_the_game_reports_what_t_looks_like():
 
 
 def test_replayed_pictures_teach_as_in_the_warm_start():
-    """Their losses are those of the warm start, added with weight 1 to the game's."""
+    """Their losses are those of the warm start, added with weight 1 to adversarial training's."""
     method, data = tiny(*SMALLEST).eval(), batch(64)
     hazy = {"hazy": data["hazy"].flip(3), "clear": data["clear"].flip(2)}
     replay = {f"replay_{name}": value for name, value in data.items()}
@@ -192,11 +200,14 @@ def test_trivial_answers_are_named_when_they_last():
     said = {
         step: [told.split(" ")[0:4] for told in method.remarks("train", step, figures)]
         for step, figures in (
-            (50, {"t_deviation": 0.02, "judge_clear": 0.001, "judge_hazy": 0.2}),
-            (200, {"t_deviation": 0.02, "judge_clear": 0.3, "judge_hazy": 0.2}),  # the discriminator is back
-            (250, {"t_deviation": 0.02, "judge_clear": 0.001, "judge_hazy": 0.2}),
-            (350, {"t_deviation": 0.02, "judge_clear": 0.001, "judge_hazy": 0.2}),
-            (550, {"t_deviation": 0.1, "judge_clear": 0.001}),
+            (50, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
+            (
+                200,
+                {"t_deviation": 0.02, "discriminator_clear": 0.3, "discriminator_hazy": 0.2},
+            ),  # the discriminator is back
+            (250, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
+            (350, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
+            (550, {"t_deviation": 0.1, "discriminator_clear": 0.001}),
         )
     }
     assert said == {
@@ -207,7 +218,10 @@ def test_trivial_answers_are_named_when_they_last():
         550: [["the", "discriminator", "of", "clear"]],
     }
     assert not list(method.remarks("warm_start", 900, {"t_deviation": 0.0}))
-    told = [*method.remarks("train", 600, {"judge_clear": 0}), *method.remarks("train", 650, {"judge_clear": 0})]
+    told = [
+        *method.remarks("train", 600, {"discriminator_clear": 0}),
+        *method.remarks("train", 650, {"discriminator_clear": 0}),
+    ]
     assert len(set(told)) == 1  # so that the log says it once
     assert "nedr.discriminator_rate" in told[0]
 
@@ -295,7 +309,7 @@ def test_published_size():
     assert count(method.removal) - count(method.removal.drem) == 13_376_701 - 490_187 - kan_dead - unit
     assert count(method.production) == 1_484_483
     assert count(method.depth) == 10_689_233 - unit
-    assert count(method.judge_clear) == 2_763_776
+    assert count(method.discriminator_clear) == 2_763_776
 
 
 # The encoder's weights.

@@ -1,4 +1,4 @@
-"""Methods called from Python: with pictures of every usual type, which come back as they were given."""
+"""Methods called from Python: with images of every usual type, which come back as they were given."""
 
 import doctest
 import io
@@ -120,7 +120,7 @@ WRONG = {
     "alpha": (np.zeros((9, 9, 4), np.uint8), ValueError, "take the alpha channel off"),
     "channels first": (HAZY[0].numpy(), ValueError, r"arrays have the channels last \(transpose"),
     "channels last": (torch.from_numpy(ARRAY), ValueError, r"tensors in front \(permute"),
-    "batch of arrays": (ARRAY[None], ValueError, "give an array picture by picture"),
+    "batch of arrays": (ARRAY[None], ValueError, "give an array image by image"),
     "empty array": (ARRAY[:0], ValueError, r"not \(0, 90, 3\)"),
     "empty batch": (HAZY[:0], ValueError, r"not \(0, 3, 70, 90\)"),
     "whole numbers": (ARRAY.astype(np.int64), TypeError, "uint8, or floats .* not int64"),

@@ -154,7 +154,7 @@ def dehazed(method: models.Method) -> torch.Tensor:
 
 
 def test_released_files_come_back(released, tmp_path, capsys):
-    """export -> inspect -> import -> export: the same keys, shapes and numbers, and the same pictures."""
+    """export -> inspect -> import -> export: the same keys, shapes and numbers, and the same images."""
     name, method, file = released
     with warnings.catch_warnings(action="ignore"):
         loaded = models.load(file)

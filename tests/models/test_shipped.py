@@ -37,7 +37,7 @@ def test_they_are_small_and_of_their_preset(name):
 
 @torch.no_grad()
 def test_nedr_dehazes_better_than_the_dark_channel_prior():
-    """On the held-out pictures of the sample set, which it has never seen: by two decibels, mean over six."""
+    """On the held-out images of the sample set, which it has never seen: by two decibels, mean over six."""
     shipped, dcp, gain = models.load(), models.build(config.load("dcp", models.settings_types())), []
     assert all(getattr(shipped.settings, module) for module in ("kan_cid", "idrm", "drem"))
     for hazy_path, clear_path in pairing.pairs("sample:test/hazy", "sample:test/clear")[0]:

@@ -1,4 +1,4 @@
-"""Pictures in tiles: the same numbers as the whole picture, whatever the modules, sizes and tiles."""
+"""Images in tiles: the same numbers as the whole image, whatever the modules, sizes and tiles."""
 
 import copy
 
@@ -23,13 +23,13 @@ TOLERANCE = 1e-9
 
 
 def smooth(seed: int, height: int, width: int) -> torch.Tensor:
-    """A picture with edges, shades and another colour everywhere."""
+    """An image with edges, shades and another colour everywhere."""
     return F.interpolate(picture(seed, 1, 3, 13, 17), (height, width), mode="bicubic").clamp(0, 1)
 
 
 @torch.no_grad()
 def vivid(*overrides: str, shallow: bool = True) -> models.Method:
-    """A tiny NeDR in eval mode whose t varies over the picture; with weights as at the start it hardly does.
+    """A tiny NeDR in eval mode whose t varies over the image; with weights as at the start it hardly does.
 
     Its encoder is the released one, which is taken in tiles; ``shallow`` keeps 7 of the 24 blocks, for speed. All but
     the encoder gets weights of He's variance, and the head's output a deviation of 0.3.
@@ -213,7 +213,7 @@ def test_a_plain_methods_tiles_are_faded():
 
 
 class Skewed(Method):
-    """Darkens the picture by where it lies."""
+    """Darkens the image by where it lies."""
 
     def restore(self, hazy):
         rows, columns = (torch.linspace(0, 1, side) for side in hazy.shape[2:])

@@ -1,4 +1,4 @@
-"""The working size: the haze is found in a small picture of the whole view, the clear picture computed at full size."""
+"""The working size: the haze is found in a small image of the whole view, the clear image computed at full size."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_seen_size_of_known_pictures():
 
 @pytest.mark.parametrize("airlight", ["max", "dark_channel", "learned"])
 def test_against_the_formula(airlight):
-    """By hand: the small picture through the full-size method, its t interpolated, J = (I - A) / t + A."""
+    """By hand: the small image through the full-size method, its t interpolated, J = (I - A) / t + A."""
     hazy = smooth(1, 333, 450)
     method = vivid(*D4, f"nedr.airlight={airlight}", "nedr.working_size=128")
     found = method.estimate(hazy)

@@ -209,14 +209,14 @@ def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(coffee.read_bytes()[:20000])
     notes = tmp_path / "notes.jpg"
-    notes.write_text("no picture")
+    notes.write_text("no image")
     chelsea = coffee.with_name("chelsea_1.png")
     page = visit()
     drop(page, coffee, notes, chelsea, broken, coffee.with_name("chelsea_2.png"))
     old = shown(page)
     alerts = page.locator("#words [role=alert]").all_inner_texts()
     assert len(alerts) == 2
-    assert alerts[0].startswith("notes.jpg: cannot be read as a picture (of no known picture format")
+    assert alerts[0].startswith("notes.jpg: cannot be read as an image (of no known image format")
     assert alerts[1] == "1 more were left out: the page takes 4 at once"
     page.evaluate(LISTEN)
     with page.expect_download() as download:
@@ -235,13 +235,13 @@ def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
 
 
 def test_wrong_and_too_large_files_are_answered_in_words(visit, tmp_path):
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     Image.new("1", (6000, 5000)).save(tmp_path / "poster.png")
     page = visit()
     drop(page, tmp_path / "notes.txt", tmp_path / "poster.png")
     page.wait_for_selector("#words [role=alert]")
     alerts = page.locator("#words [role=alert]").all_inner_texts()
-    assert "cannot be read as a picture" in alerts[0]
+    assert "cannot be read as an image" in alerts[0]
     assert alerts[1].startswith("poster.png: 6000x5000 are 30 megapixels, and this page takes 25; shrink it")
     assert page.locator("#shown img").count() == 0
     assert page.locator("#save").is_disabled()

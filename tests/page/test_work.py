@@ -1,4 +1,4 @@
-"""What the page does with pictures and visitors; needs neither gradio nor a browser."""
+"""What the page does with images and visitors; needs neither gradio nor a browser."""
 
 import os
 import shutil
@@ -107,14 +107,14 @@ def test_every_method_whose_weights_are_at_hand_is_offered(aknet, tmp_path, monk
 
 def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
     visitor = Visitors(tmp_path).get("a")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.png").touch()
     Image.new("1", (3000, 2000)).save(tmp_path / "large.png")
     files = [tmp_path / name for name in ("notes.txt", "empty.png", "large.png")]
     refused = visitor.take([*files, photo, tmp_path / "gone.png"], megapixels=5)
     assert list(visitor.pictures) == ["sea.JPG"]
-    wanted = ["notes.txt: cannot be read as a picture", "empty.png: the file is empty", "large.png: 3000x2000 are 6 m"]
-    for words, start in zip(refused, [*wanted, "gone.png: no such picture"], strict=True):
+    wanted = ["notes.txt: cannot be read as an image", "empty.png: the file is empty", "large.png: 3000x2000 are 6 m"]
+    for words, start in zip(refused, [*wanted, "gone.png: no such image"], strict=True):
         assert words.startswith(start)
         assert str(tmp_path) not in words
     assert "this page takes 5" in refused[2]
@@ -123,7 +123,7 @@ def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
 def test_a_picture_cut_short_is_refused_when_it_is_looked_at(photo, method):
     photo.write_bytes(photo.read_bytes()[:-100])
     work.check(photo, 60)
-    with pytest.raises(UserError, match=r"sea\.JPG: cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"sea\.JPG: cannot be read as an image"):
         work.look(photo, method)
 
 

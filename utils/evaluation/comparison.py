@@ -20,14 +20,14 @@ from utils.files import write_text
 
 RESAMPLES, SEED = 10_000, 0
 SAME = 1e-6  # one hazy picture's figures that lie farther apart come from different pixels
-FEW = 20  # pictures: with 20, 10 and 5 (simulated, normal) the interval holds the true mean in 94, 90 and 84 % of cases
+FEW = 20  # images: with 20, 10 and 5 (simulated, normal) the interval holds the true mean in 94, 90 and 84 % of cases
 WORDING = ("used by", "title", "digits")  # of a protocol or a metric: these change no figure
 SIDES = "<>>><"
 HEADER = ("method", "mean", "difference", "95 % interval", "")
 MEANING = (
     f"difference: mean of paired differences to the reference; interval: percentiles of {RESAMPLES:,} bootstrap "
-    "resamples of the pictures; better, worse: it excludes 0; -: one picture or equal differences, nothing to resample",
-    "the interval speaks of other pictures like these, each counted as independent, though those of one scene are not "
+    "resamples of the images; better, worse: it excludes 0; -: one image or equal differences, nothing to resample",
+    "the interval speaks of other images like these, each counted as independent, though those of one scene are not "
     "quite; it does not say how figures move when training is repeated (seeds)",
 )
 
@@ -97,16 +97,16 @@ class Table:
     figures: list[Figure]
 
     def extent(self) -> str:
-        """The benchmark, and how many of its pictures are compared."""
+        """The benchmark, and how many of its images are compared."""
         whole = f" (the whole set: {self.expected})" if self.expected else ""
-        return f"{self.benchmark}: {self.common} of {self.scored} pictures are common to all methods{whole}"
+        return f"{self.benchmark}: {self.common} of {self.scored} images are common to all methods{whole}"
 
     def title(self) -> str:
-        """The metric with its unit, direction and protocol, and how many pictures it leaves out."""
+        """The metric with its unit, direction and protocol, and how many images it leaves out."""
         metric = self.metric
         terms = [metric.unit, metric.protocol and f"protocol {metric.protocol}", f"{metric.better} is better"]
         out = f" ({self.common - self.pictures} left out: infinite or undefined)" * (self.pictures < self.common)
-        return f"{metric.title} ({', '.join(filter(None, terms))}), pictures: {self.pictures}{out}"
+        return f"{metric.title} ({', '.join(filter(None, terms))}), images: {self.pictures}{out}"
 
     def cells(self) -> list[tuple[str, ...]]:
         """A row of texts for each entry, under `HEADER`."""
@@ -191,7 +191,7 @@ def load(run: str | Path) -> Run:
 def compare(runs: Sequence[str | Path]) -> Comparison:
     """Put the methods of ``runs`` side by side; differences are to the first method of the first run.
 
-    A benchmark counts with the pictures that all its methods have, a metric if all runs have it. Raises `UserError` for
+    A benchmark counts with the images that all its methods have, a metric if all runs have it. Raises `UserError` for
     runs that cannot be read, are the same, were scored under different protocols or share nothing.
     """
     loaded = [load(run) for run in runs]
@@ -216,7 +216,7 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
     if alone:
         remarks.append(f"left out, since one method alone was scored on them: {', '.join(alone)}")
     if not tables:
-        raise UserError(f"nothing to compare: {'; '.join(remarks)}; score the same pictures and metrics in all runs")
+        raise UserError(f"nothing to compare: {'; '.join(remarks)}; score the same images and metrics in all runs")
     used = {table.metric.protocol for table in tables}
     protocols = {name: told for name, told in loaded[0].protocols.items() if name in used}
     return Comparison(
@@ -235,10 +235,10 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 
 def bootstrap(differences: np.ndarray) -> np.ndarray:
-    """95 % percentile intervals (columns, 2) of the means of ``differences`` (pictures, columns), in their unit.
+    """95 % percentile intervals (columns, 2) of the means of ``differences`` (images, columns), in their unit.
 
-    Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. A resample draws the same pictures for
-    all columns, the seed is fixed, and memory does not grow with the pictures.
+    Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. A resample draws the same images for
+    all columns, the seed is fixed, and memory does not grow with the images.
     """
     generator, count, means = np.random.default_rng(SEED), len(differences), []
     chunk = max(1, 2**20 // count)
@@ -344,21 +344,21 @@ def _benchmark(benchmark: str, present: list[Entry], keys: list[str]) -> tuple[l
     pictures = [entry.run.figures[benchmark, entry.method] for entry in lines]
     common, scored = sorted(set.intersection(*map(set, pictures))), len(set().union(*pictures))
     if not common:
-        return [], [*remarks, f"{benchmark} left out: no picture is common to {', '.join(e.label for e in lines)}"]
+        return [], [*remarks, f"{benchmark} left out: no image is common to {', '.join(e.label for e in lines)}"]
     row = next((row for row in runs[0].data["rows"] if row["benchmark"] == benchmark), {})
     about = [f"{benchmark}: {remark}" for remark in row.get("remarks", ())]  # as that its pairs are not aligned
     if 1 < len(common) < FEW:
-        about.append(f"{benchmark}: with {len(common)} pictures, fewer than {FEW}, intervals come out too narrow")
+        about.append(f"{benchmark}: with {len(common)} images, fewer than {FEW}, intervals come out too narrow")
     tables = []
     for key in keys:
         values = np.array([[figures[name].get(key, math.nan) for figures in pictures] for name in common])
         blank = np.isnan(values).all(axis=0)
         if blank[-len(present) :].all():
-            continue  # it does not apply, as PSNR to pictures without ground truth
+            continue  # it does not apply, as PSNR to images without ground truth
         first = int(len(lines) > len(present) and blank[0])  # 1: it was not measured on the hazy input
         finite = values[:, first:][np.isfinite(values[:, first:]).all(axis=1)]
         if not len(finite):
-            remarks.append(f"{benchmark}: {key} left out, on no picture is it finite for all methods")
+            remarks.append(f"{benchmark}: {key} left out, on no image is it finite for all methods")
             continue
         metric = runs[0].metrics[key]
         figures = _compared([entry.label for entry in lines[first:]], finite, len(lines) - len(present) - first, metric)
@@ -367,9 +367,9 @@ def _benchmark(benchmark: str, present: list[Entry], keys: list[str]) -> tuple[l
 
 
 def _compared(labels: list[str], values: np.ndarray, reference: int, metric: Metric) -> list[Figure]:
-    """A line for each column of ``values`` (pictures, entries), its differences to column ``reference``."""
+    """A line for each column of ``values`` (images, entries), its differences to column ``reference``."""
     differences, means = values - values[:, [reference]], values.mean(axis=0)
-    real = np.ptp(differences, axis=0) > 1e-9  # less is rounding or one picture: no spread, no interval to speak of
+    real = np.ptp(differences, axis=0) > 1e-9  # less is rounding or one image: no spread, no interval to speak of
     figures = []
     for k, (low, high) in enumerate(bootstrap(differences).tolist()):
         up, down = ("better", "worse") if metric.better == "higher" else ("worse", "better")
@@ -393,7 +393,7 @@ def _inputs(benchmark: str, a: Run, b: Run, keys: list[str]) -> str:
     changed = ", ".join(f"{key} {old} and {new}" for key, (old, new) in versions.items() if old != new)
     return (
         f"{benchmark}: the hazy input itself differs between {a.name} and {b.name} on {len(moved)} of {len(shared)} "
-        f"pictures ({next(iter(moved.values()))}): other files, decoders or ground truth, so differences are not the "
+        f"images ({next(iter(moved.values()))}): other files, decoders or ground truth, so differences are not the "
         f"methods' alone; {changed or 'devices and library versions are the same'}"
     )
 

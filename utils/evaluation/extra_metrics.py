@@ -1,6 +1,6 @@
 """Metrics beside PSNR and SSIM: colour and perceptual distances, and quality without ground truth.
 
-All see pictures as they would be saved, 8 bit by rounding. All but CIEDE2000 come from optional packages
+All see images as they would be saved, 8 bit by rounding. All but CIEDE2000 come from optional packages
 (requirements-extras.txt, which names their licences), imported only when asked for.
 """
 
@@ -26,7 +26,7 @@ from utils import rounding
 from utils.errors import UserError, nearest, quoted
 from utils.evaluation import metrics
 
-Figure = Callable[[Tensor, Tensor | None], float]  # of a dehazed and its clear picture, (3,H,W) in [0,1]
+Figure = Callable[[Tensor, Tensor | None], float]  # of a dehazed and its clear image, (3,H,W) in [0,1]
 STRIP = 2**18  # pixels that CIEDE2000 takes at a time: scikit-image makes dozens of float64 maps of them
 MODULES = {"lpips": "lpips", "fade-python": "pyfade", "pyiqa": "pyiqa"}  # a package's name in Python
 WEIGHTS = {"lpips": "checkpoints", "pyiqa": "pyiqa"}  # where below PyTorch's hub folder a package looks for them
@@ -135,11 +135,11 @@ def installed(name: str) -> bool:
 
 
 def load(names: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Figure]:
-    """Functions by name, each called as f(dehazed, clear) with float pictures (3,H,W) in [0,1] on any device.
+    """Functions by name, each called as f(dehazed, clear) with float images (3,H,W) in [0,1] on any device.
 
     ``clear`` may be None where the metric does not need it. Networks compute on ``device``. A figure is nan if a side
     is shorter than the metric is defined for. Raises `UserError` for unknown names, for packages that are not installed
-    or broken, and for weights that cannot be fetched; the functions do for pictures that cannot be compared.
+    or broken, and for weights that cannot be fetched; the functions do for images that cannot be compared.
     """
     chosen = [metric(name) for name in dict.fromkeys(names)]
     missing = [each for each in chosen if not installed(each.name)]
@@ -154,7 +154,7 @@ def _figure(each: Metric, measure: Callable[..., float]) -> Figure:
     @torch.no_grad()
     def figure(dehazed: Tensor, clear: Tensor | None = None) -> float:
         if each.needs_clear and clear is None:
-            raise UserError(f"{each.name} compares with a clear picture, and there is none; take {each.name} out")
+            raise UserError(f"{each.name} compares with a clear image, and there is none; take {each.name} out")
         pictures = [dehazed, clear] if each.needs_clear else [dehazed]
         metrics.check(pictures[0], pictures[-1])
         if min(dehazed.shape[1:]) < each.least:
@@ -165,7 +165,7 @@ def _figure(each: Metric, measure: Callable[..., float]) -> Figure:
 
 
 def _build(each: Metric, device: torch.device) -> Callable[..., float]:
-    """The metric as a function of pictures (H,W,3) uint8."""
+    """The metric as a function of images (H,W,3) uint8."""
     if each.package is None:
         return _ciede2000
     with _quiet():

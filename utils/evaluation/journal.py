@@ -1,4 +1,4 @@
-"""What a long scoring run has done so far, one line a picture, so that an interrupted one goes on where it stopped."""
+"""What a long scoring run has done so far, one line an image, so that an interrupted one goes on where it stopped."""
 
 import dataclasses
 import hashlib
@@ -16,10 +16,10 @@ FIELDS = {"row", *(field.name for field in dataclasses.fields(Score))}
 
 
 class Journal:
-    """The file progress.jsonl in a results folder: first what the run is, then every finished picture.
+    """The file progress.jsonl in a results folder: first what the run is, then every finished image.
 
     ``identity`` (JSON-able) says all that the figures depend on. If the file is of the same identity, ``resumed`` is
-    the number of pictures in it; if it is of another one, it is begun anew and ``replaced`` is True. Lines that are
+    the number of images in it; if it is of another one, it is begun anew and ``replaced`` is True. Lines that are
     damaged, as the last one may be, do not count; ``damaged`` says how many there were. Raises `UserError` if the file
     cannot be written.
 
@@ -50,7 +50,7 @@ class Journal:
         return {name: self.scores[row, name] for name in names if (row, name) in self.scores}
 
     def add(self, row: str, score: Score) -> None:
-        """Note a picture whose figures and files are complete."""
+        """Note an image whose figures and files are complete."""
         files.append_line(self.path, _line(row, score))
 
     def close(self) -> None:

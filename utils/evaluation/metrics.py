@@ -2,8 +2,8 @@
 
 Every protocol is a row of `PROTOCOLS`, made of the few decisions that change the numbers. SSIM is that of Wang, Bovik,
 Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", TIP 2004, eq. 13, with
-K1 = 0.01 and K2 = 0.03. Pictures are measured where they are, in float64, in parts that fit a cache: the largest
-benchmark pictures have 20 million pixels.
+K1 = 0.01 and K2 = 0.03. Images are measured where they are, in float64, in parts that fit a cache: the largest
+benchmark images have 20 million pixels.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ EDGE = 1e-4  # grey levels: k/255 in float32 times 255 may end this far below k,
 
 PIXELS = {
     "round": "8 bit by rounding",
-    "truncate": "8 bit by truncation (8-bit pictures stay as they are)",
+    "truncate": "8 bit by truncation (8-bit images stay as they are)",
     "float": "float, clamped to [0,1]",
 }
 COLOURS = {
@@ -106,7 +106,7 @@ def protocol(name: str) -> Protocol:
 
 
 def psnr(a: Tensor, b: Tensor, protocol: str = "ours") -> float:
-    """Peak signal-to-noise ratio in dB of two pictures (3,H,W), float in [0,1]; inf if the protocol sees them equal.
+    """Peak signal-to-noise ratio in dB of two images (3,H,W), float in [0,1]; inf if the protocol sees them equal.
 
     Raises `UserError` as `figures` does.
     """
@@ -114,7 +114,7 @@ def psnr(a: Tensor, b: Tensor, protocol: str = "ours") -> float:
 
 
 def ssim(a: Tensor, b: Tensor, protocol: str = "ours") -> float:
-    """Structural similarity, in [-1,1], of two pictures (3,H,W), float in [0,1].
+    """Structural similarity, in [-1,1], of two images (3,H,W), float in [0,1].
 
     nan if a side, after the protocol's pooling, is shorter than a window without padding. Raises `UserError` as
     `figures` does.
@@ -124,10 +124,10 @@ def ssim(a: Tensor, b: Tensor, protocol: str = "ours") -> float:
 
 @torch.no_grad()
 def figures(a: Tensor, b: Tensor, protocols: Sequence[str], kinds: Sequence[str] = KINDS) -> dict[str, float]:
-    """Figures of two pictures (3,H,W), float in [0,1], such as {"ours.psnr": 25.3, "ours.ssim": 0.91}, as asked.
+    """Figures of two images (3,H,W), float in [0,1], such as {"ours.psnr": 25.3, "ours.ssim": 0.91}, as asked.
 
     They are computed on the device of ``a``, and what protocols share is computed once. Raises `UserError` for unknown
-    protocols, different shapes, and whatever else is not such a picture.
+    protocols, different shapes, and whatever else is not such an image.
     """
     chosen = [protocol(name) for name in dict.fromkeys(protocols)]
     check(a, b)
@@ -151,15 +151,13 @@ def versions() -> dict[str, str]:
 
 
 def check(a: Tensor, b: Tensor) -> None:
-    """Raise `UserError` unless both are float pictures (3,H,W) of one shape."""
+    """Raise `UserError` unless both are float images (3,H,W) of one shape."""
     if a.shape != b.shape:
-        raise UserError(
-            f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; crop one of them"
-        )
+        raise UserError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared; crop one of them")
     for image in (a, b):
         if image.ndim != 3 or len(image) != 3 or not image.numel() or not image.is_floating_point():
             kind = f"{str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}"
-            raise UserError(f"a picture to be measured must be float in [0,1] of shape (3,H,W), not {kind}; convert it")
+            raise UserError(f"an image to be measured must be float in [0,1] of shape (3,H,W), not {kind}; convert it")
 
 
 def _pixels(image: Tensor, pixels: str) -> Tensor:
@@ -198,7 +196,7 @@ def _prepared(image: Tensor, each: Protocol) -> Tensor:
     if each.pooled == "padded":
         height, width = (height // 4 + 1) * 4, (width // 4 + 1) * 4
     ratio = max(1, round(min(height, width) / 256))
-    size = int(height / ratio), int(width / ratio)  # padded with ratio 1 is larger than the picture: so be it
+    size = int(height / ratio), int(width / ratio)  # padded with ratio 1 is larger than the image: so be it
     if size == image.shape[1:]:
         return image
     return torch.cat([F.adaptive_avg_pool2d(plane[None].double(), size) for plane in image])  # one at a time: memory

@@ -1,4 +1,4 @@
-"""Pictures that explain figures: hazy | dehazed | clear | transmission | error, for the best, median and worst."""
+"""Images that explain figures: hazy | dehazed | clear | transmission | error, for the best, median and worst."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def _shrink(picture: Tensor) -> Image.Image:
 
 
 def _fit(caption: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """As much of the caption as fits; a thin picture gets less."""
+    """As much of the caption as fits; a thin image gets less."""
     while caption and font.getlength(caption) > width - 2:
         caption = caption[:-1]
     return caption

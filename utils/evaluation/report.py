@@ -29,7 +29,7 @@ def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
 
 
 def write_skipped(folder: Path, told: Sequence[str]) -> None:
-    """Write skipped.txt, a line for each picture that could not be used; there is none where all could be."""
+    """Write skipped.txt, a line for each image that could not be used; there is none where all could be."""
     if told:
         write_text(folder / SKIPPED, "".join(f"{line}\n" for line in told))
     else:

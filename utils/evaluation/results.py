@@ -1,4 +1,4 @@
-"""The rows of a scoring run, methods on sets of pictures, and all that is known of them as plain values."""
+"""The rows of a scoring run, methods on sets of images, and all that is known of them as plain values."""
 
 import dataclasses
 import math
@@ -17,9 +17,9 @@ HAZY = "hazy input"  # the method that does nothing, which every other must beat
 
 @dataclass
 class Row:
-    """A method on a set of pictures: what was in force, and what came out.
+    """A method on a set of images: what was in force, and what came out.
 
-    ``expected`` is the number of pictures that the whole set has, None where no one can know; ``remarks`` are about
+    ``expected`` is the number of images that the whole set has, None where no one can know; ``remarks`` are about
     the set. ``resumed`` of the scores are from an earlier, interrupted run, and are not in the times.
     """
 
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def per_second(self) -> float:
-        """Pictures a second, from the disk to the disk."""
+        """Images a second, from the disk to the disk."""
         fresh, wall = len(self.outcome.scores) - self.resumed, self.outcome.seconds["wall"]
         return fresh / wall if fresh and wall else math.nan
 

@@ -1,4 +1,4 @@
-"""Methods on sets of pictures: each pair of them becomes a row of the report, with its pictures and panels."""
+"""Methods on sets of images: each pair of them becomes a row of the report, with its images and panels."""
 
 import functools
 import math
@@ -20,16 +20,16 @@ from utils.evaluation import extra_metrics, metrics, panels, report, results, sc
 from utils.evaluation.journal import Journal
 from utils.evaluation.results import HAZY, Row
 
-FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for pictures without ground truth, used where they are installed
+FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for images without ground truth, used where they are installed
 
 
 @dataclass
 class Pictures:
     """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: each has a ``clear``.
 
-    Each item has the ``path`` of its hazy picture, too. ``expected`` is the number that the whole set has, None where
+    Each item has the ``path`` of its hazy image, too. ``expected`` is the number that the whole set has, None where
     no one can know; ``preset`` the test-time settings with which the released methods treat this set; ``folder`` the
-    results' sub-folder, empty for a set of one's own; ``absent`` tells, a line each, of pictures that are named and not
+    results' sub-folder, empty for a set of one's own; ``absent`` tells, a line each, of images that are named and not
     there.
     """
 
@@ -44,7 +44,7 @@ class Pictures:
 
     @property
     def benchmark(self) -> bool:
-        """Is it a set with a name, not just some pictures?"""
+        """Is it a set with a name, not just some images?"""
         return bool(self.folder)
 
 
@@ -67,7 +67,7 @@ class Candidate:
 class Evaluation:
     """One run of test.py: where its files go, what is measured, and what an interrupted one had done already.
 
-    ``write`` puts a picture (3,H,W) into a file, ``like`` that which it was made from; ``say`` tells the user a line.
+    ``write`` puts an image (3,H,W) into a file, ``like`` that which it was made from; ``say`` tells the user a line.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Evaluation:
         self.settings, self.device, self.output, self.write, self.say = settings, device, output, write, say
         self.further = extra_metrics.load(settings.test.metrics, device)
         self.rows: list[Row] = []
-        self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and picture: its truth's fingerprint
-        self.told: dict[str, None] = {}  # in the order of the pictures
-        self.kept = 0  # pictures that were there already, and were left as they are
+        self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and image: its truth's fingerprint
+        self.told: dict[str, None] = {}  # in the order of the images
+        self.kept = 0  # images that were there already, and were left as they are
         for name in settings.test.protocols:
             metrics.protocol(name)
         tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
@@ -102,19 +102,19 @@ class Evaluation:
             )
         if ranks.first:
             self.journal = Journal(self.output, identity)
-        known = ranks.exchange(self.journal.scores if ranks.first else None)[0]
+        known = ranks.all_gather(self.journal.scores if ranks.first else None)[0]
         if not ranks.first:
             self.journal = Journal(self.output, identity, ranks.rank, known)
         if self.journal.resumed:
-            self.say(f"going on where an interrupted run stopped: {self.journal.resumed} pictures are done")
+            self.say(f"going on where an interrupted run stopped: {self.journal.resumed} images are done")
         elif self.journal.replaced:
             self.say("an interrupted run with other settings or files was here; beginning anew")
         if self.journal.damaged:
-            told = f"{self.journal.damaged} damaged lines are left out; their pictures are done anew"
+            told = f"{self.journal.damaged} damaged lines are left out; their images are done anew"
             self.say(f"{self.journal.path}: {told}")
 
     def row(self, pictures: Pictures, candidate: Candidate) -> Row:
-        """Dehaze, measure and save all of a set; pictures that an earlier run did are not done again."""
+        """Dehaze, measure and save all of a set; images that an earlier run did are not done again."""
         names, key = pictures.items.names, f"{pictures.name}/{candidate.name}"
         folder = self.output / "pictures" / pictures.folder / candidate.folder
         test, scored = self.settings.test, self._scored(pictures)
@@ -130,7 +130,7 @@ class Evaluation:
                     f"give --overwrite or another --output"
                 )
             done = {}
-        done, there = self.ranks.exchange((done, there))[0]  # before any process writes a file
+        done, there = self.ranks.all_gather((done, there))[0]  # before any process writes a file
         self.kept += len(there)
         todo = [k for k, name in enumerate(names) if name not in done and name not in there]
         memory.reset_peak(self.device)
@@ -171,7 +171,7 @@ class Evaluation:
     def _gather(self, pictures: Pictures, outcome: scoring.Outcome) -> int:
         """Put into ``outcome`` what all processes did, in place; -> the largest peak of their memory."""
         own = (outcome, self.truths[pictures.name], memory.peak_memory(self.device))
-        every = self.ranks.exchange(own)
+        every = self.ranks.all_gather(own)
         others = [each for rank, (each, _, _) in enumerate(every) if rank != self.ranks.rank]
         for _, truths, _ in every:
             self.truths[pictures.name] |= truths
@@ -189,12 +189,12 @@ class Evaluation:
         self.write(file, output.shown(item["hazy"], made, test), like=item["path"], quality=test.quality)
 
     def _scored(self, pictures: Pictures) -> bool:
-        """Are the pictures there for the sake of figures?"""
+        """Are the images there for the sake of figures?"""
         return pictures.truth or pictures.benchmark or bool(self._free(pictures))
 
     @property
     def unusable(self) -> int:
-        """How many pictures were left out, of every set by the method that left out the most."""
+        """How many images were left out, of every set by the method that left out the most."""
         most: dict[str, int] = defaultdict(int)
         for row in self.rows:
             most[row.benchmark] = max(most[row.benchmark], len(row.outcome.skipped))
@@ -212,7 +212,7 @@ class Evaluation:
             report.write(self.output, self.rows, found)
         if self.ranks.first:
             report.write_skipped(self.output, list(self.told))
-        self.ranks.exchange(None)  # what is noted is wanted until the report is there
+        self.ranks.all_gather(None)  # what is noted is wanted until the report is there
         self.journal.close()
         return found
 
@@ -225,7 +225,7 @@ class Evaluation:
             for name in FREE:
                 packages[extra_metrics.METRICS[name].package].append(name)
             wanted = " or ".join(f"{package} (for {', '.join(names)})" for package, names in packages.items())
-            pictures.remarks.append(f"no ground truth: pictures and times only; for figures, pip install {wanted}")
+            pictures.remarks.append(f"no ground truth: images and times only; for figures, pip install {wanted}")
         return False
 
     def _measure(self, pictures: Pictures) -> scoring.Measure:
@@ -283,7 +283,7 @@ class Evaluation:
         if equal:
             count = f"{len(equal)} of {len(scores)}" if len(equal) > 1 else "one"
             pictures.remarks.append(
-                f"{count} hazy pictures equal their ground truth (the first: {equal[0]}); are the folders mixed up?"
+                f"{count} hazy images equal their ground truth (the first: {equal[0]}); are the folders mixed up?"
             )
             self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
 
@@ -311,7 +311,7 @@ class Evaluation:
                 item = pictures.items[pictures.items.names.index(score.name)]
                 with scoring.enough_memory(item, self.device, self._remedies):
                     found = candidate.estimate(item["hazy"][None].to(self.device))
-            except UserError as error:  # the figures are there; a picture less is no reason to lose them
+            except UserError as error:  # the figures are there; an image less is no reason to lose them
                 self.say(f"no panel: {error}")
                 continue
             maps = {name: value[0].float().cpu() for name, value in found.items()}
@@ -320,7 +320,7 @@ class Evaluation:
 
 
 def _in_force(candidate: Candidate, scores: Sequence[scoring.Score]) -> dict[str, Any]:
-    """The settings that the figures depend on, with the tiles where these are not exact and any picture needed them."""
+    """The settings that the figures depend on, with the tiles where these are not exact and any image needed them."""
     tiled = candidate.tile and any(max(score.width, score.height) > candidate.tile for score in scores)
     return candidate.settings | ({"tile": candidate.tile} if tiled else {})
 

@@ -1,6 +1,6 @@
-"""One way to dehaze many pictures and to measure them, for validation during training and for test.py alike.
+"""One way to dehaze many images and to measure them, for validation during training and for test.py alike.
 
-Decoding, the network, and measuring with saving run beside each other: threads read the next pictures and finish the
+Decoding, the network, and measuring with saving run beside each other: threads read the next images and finish the
 last ones while the network works on the present one. Where the time went is counted by stage.
 """
 
@@ -23,28 +23,28 @@ from utils.evaluation import metrics
 from utils.memory import exhausted, release_memory
 
 Dehaze = Callable[[Tensor], Tensor]  # (1,3,H,W) in [0,1] -> the same shape
-Measure = Callable[[dict, Tensor], dict[str, float]]  # an item and its dehazed picture (3,H,W) -> figures by name
+Measure = Callable[[dict, Tensor], dict[str, float]]  # an item and its dehazed image (3,H,W) -> figures by name
 Save = Callable[[dict, Tensor], None]
 STAGES = ("reading", "dehazing", "measuring", "saving")
-LARGE = 8_000_000  # pixels: larger pictures are not held beside each other, memory matters more than time
+LARGE = 8_000_000  # pixels: larger images are not held beside each other, memory matters more than time
 
 
 class Remedies(NamedTuple):
-    """What to do where memory does not suffice for a picture, and where what comes out are no numbers."""
+    """What to do where memory does not suffice for an image, and where what comes out are no numbers."""
 
-    memory: str = "take smaller pictures"
+    memory: str = "take smaller images"
     numbers: str = "use other weights"
 
 
 # Of training: its own settings for tests have no part in validation.
 VALIDATION = Remedies(
-    "set test.tile=512, or take smaller validation pictures", "training has diverged: lower the learning rate"
+    "set test.tile=512, or take smaller validation images", "training has diverged: lower the learning rate"
 )
 
 
 @dataclass(frozen=True)
 class Score:
-    """Figures of one picture by name (ours.psnr, ours.ssim, ...); ``seconds`` were spent dehazing it."""
+    """Figures of one image by name (ours.psnr, ours.ssim, ...); ``seconds`` were spent dehazing it."""
 
     name: str
     width: int
@@ -55,10 +55,10 @@ class Score:
 
 @dataclass
 class Outcome:
-    """What a pass over many pictures leaves: their scores in order, and of those skipped what was wrong.
+    """What a pass over many images leaves: their scores in order, and of those skipped what was wrong.
 
     ``seconds`` by stage are summed over threads; ``wall`` is the time that passed, ``waiting`` the part of it in which
-    the network waited for pictures to come or to be finished.
+    the network waited for images to come or to be finished.
     """
 
     scores: list[Score] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Outcome:
 def score(
     dehaze: Dehaze, items: Sequence[dict], *, device: torch.device | str = "cpu", bar: str | None = None
 ) -> list[Score]:
-    """Figures of every one of ``items`` under the default protocol, and ``hazy.psnr``, that of the hazy picture.
+    """Figures of every one of ``items`` under the default protocol, and ``hazy.psnr``, that of the hazy image.
 
     ``items`` as of `run`; raises `UserError` for the first that cannot be used.
     """
@@ -102,8 +102,8 @@ def run(
 
     ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. One that
     cannot be read, dehazed or measured is handed to ``on_error`` and left out, and so is one whose own file cannot be
-    written (`UnfitError`); what else ``save`` raises ends the run, since it would be so for the next picture too.
-    ``on_score`` hears of every picture as soon as all is done with it, in order. ``workers`` threads read ahead and as
+    written (`UnfitError`); what else ``save`` raises ends the run, since it would be so for the next image too.
+    ``on_score`` hears of every image as soon as all is done with it, in order. ``workers`` threads read ahead and as
     many finish; 0: everything in turn. ``bar`` names a progress bar, ``remedies`` what errors are to recommend.
     """
     outcome, place, started = Outcome(), torch.device(device), time.perf_counter()
@@ -137,7 +137,7 @@ def run(
 
 
 def mean(scores: Sequence[Score]) -> dict[str, float]:
-    """Means over pictures by figure, infinite and undefined ones left out (`left_out` counts them)."""
+    """Means over images by figure, infinite and undefined ones left out (`left_out` counts them)."""
     return {key: _mean([score.figures[key] for score in scores]) for key in _keys(scores)}
 
 
@@ -148,13 +148,13 @@ def left_out(scores: Sequence[Score]) -> dict[str, int]:
 
 
 def median_seconds(scores: Sequence[Score]) -> float:
-    """Seconds a picture: the median, since the first picture on a GPU takes much longer than the others."""
+    """Seconds an image: the median, since the first image on a GPU takes much longer than the others."""
     return statistics.median(score.seconds for score in scores) if scores else math.nan
 
 
 @dataclass
 class _Work:
-    """A picture on its way through the stages; ``error`` says what was wrong with it."""
+    """An image on its way through the stages; ``error`` says what was wrong with it."""
 
     item: dict | None = None
     dehazed: Tensor | None = None
@@ -205,7 +205,7 @@ def _dehazed(dehaze: Dehaze, item: dict, device: torch.device, remedies: Remedie
 
 @contextmanager
 def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> Iterator[None]:
-    """Turns a lack of memory inside into a `UserError` that names the picture, its size and the remedy."""
+    """Turns a lack of memory inside into a `UserError` that names the image, its size and the remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -249,7 +249,7 @@ def _take(work: _Work, outcome: Outcome, on_score: Callable | None, on_error: Ca
 
 
 def _ahead(pool: Executor, read: Callable[[int], _Work], order: Iterable[int], count: int) -> Iterator[_Work]:
-    """What ``read`` gives for each of ``order``; up to ``count`` are read ahead, none beside a large picture."""
+    """What ``read`` gives for each of ``order``; up to ``count`` are read ahead, none beside a large image."""
     waiting, rest = deque(), deque(order)
     while waiting or rest:
         if not waiting:
@@ -297,7 +297,7 @@ def _keys(scores: Sequence[Score]) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of the finite ones; of none, what they all are (inf, as of perfect pictures), else nan."""
+    """The mean of the finite ones; of none, what they all are (inf, as of perfect images), else nan."""
     finite = [value for value in values if math.isfinite(value)]
     if finite:
         return statistics.fmean(finite)

@@ -1,4 +1,4 @@
-"""Were weights chosen on the pictures that they are scored on? Pictures are known by what they show, not by name."""
+"""Were weights chosen on the images that they are scored on? Images are known by what they show, not by name."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ def fingerprint(clear: Tensor) -> str:
 
 
 def chosen_on(names: Sequence[str | Path], pictures: int, truths: Sequence[str]) -> dict[str, Any]:
-    """What exported weights say of their choice: the sets or folders, how many pictures, and their ground truths."""
+    """What exported weights say of their choice: the sets or folders, how many images, and their ground truths."""
     return {"sets": [str(name) for name in names], "pictures": pictures, "truths": sorted(set(truths))}
 
 
 def remark(chosen: dict[str, Any], truths: Sequence[str]) -> str | None:
-    """What is to be said of figures on pictures with these fingerprints; None where no choice was made on them."""
+    """What is to be said of figures on images with these fingerprints; None where no choice was made on them."""
     seen = sum(truth in chosen["truths"] for truth in truths)
     if not seen:
         return None
     return (
-        f"its weights were chosen on the ground truths of {seen} of these {len(truths)} pictures (validation on "
+        f"its weights were chosen on the ground truths of {seen} of these {len(truths)} images (validation on "
         f"{', '.join(chosen['sets'])}): the figures flatter it; score others, or validate on others and train again"
     )

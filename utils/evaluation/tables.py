@@ -43,11 +43,11 @@ def markdown(rows: Sequence[Row], results: Mapping) -> str:
 
 def pictures(count: int | str) -> str:
     """``1 picture``, ``24 pictures``, ``60 of 500 pictures``."""
-    return "1 picture" if count in (1, "1") else f"{count} pictures"
+    return "1 image" if count in (1, "1") else f"{count} images"
 
 
 def pace(rows: Sequence[Row]) -> str:
-    """How long the pictures of all methods took, and each of them; empty where there were none."""
+    """How long the images of all methods took, and each of them; empty where there were none."""
     rows = [row for row in rows if row.method != HAZY]
     seconds = sum(row.outcome.seconds["wall"] for row in rows)
     count = sum(len(row.outcome.scores) - row.resumed for row in rows)
@@ -126,7 +126,7 @@ def _exceptions(row: Row) -> list[str]:
         count = pictures(len(row.outcome.skipped))
         lines.append(f"{count} could not be used; no figure or time is of them")
     if "tile" in row.settings:
-        lines.append(f"in cross-faded tiles of {row.settings['tile']}, so not the figures of whole pictures")
+        lines.append(f"in cross-faded tiles of {row.settings['tile']}, so not the figures of whole images")
     if row.resumed:
         verb = "is" if row.resumed == 1 else "are"
         lines.append(f"{pictures(row.resumed)} {verb} from an interrupted run, which this one continued")

@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 class Stage(NamedTuple):
-    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` pictures.
+    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` images.
 
     ``schedule``, ``floor``, ``warm_up`` and ``cool_down`` as of `updater.schedule`; ``clip``: largest gradient norm.
     """
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
 
 def stages(settings: Settings) -> list[Stage]:
-    """The stages of a run that have steps, in order: the supervised warm start, then the method's own game."""
+    """The stages of a run that have steps, in order: the supervised warm start, then the method's own training."""
     warm, train = settings.warm_start, settings.train
     both = [
         Stage("warm_start", warm.steps, warm.batch, 1, *_course(warm)),
@@ -49,7 +49,7 @@ def _course(section: Train | WarmStart) -> tuple:
 class Progress:
     """The place of a run in its ``stages``, trained by ``world`` processes.
 
-    ``step`` counts the steps of the present stage, ``seen`` the pictures that they took in all processes: with the
+    ``step`` counts the steps of the present stage, ``seen`` the images that they took in all processes: with the
     number of processes or the batch changed in between, neither follows from the other. ``best`` is the best validation
     score of the present stage so far. ``validated`` is False while a validation that was due is not over.
     """
@@ -68,7 +68,7 @@ class Progress:
 
     @property
     def per_step(self) -> int:
-        """Pictures that a step takes, in all processes."""
+        """Images that a step takes, in all processes."""
         return self.stage.per_step * self.world
 
     @property

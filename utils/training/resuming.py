@@ -2,7 +2,7 @@
 
 All may, but for those of `FIXED` and those of a warm start that is over (`FREE_IN_WARM_START` excepted), which are
 refused by name. What may change is in force from the first step on: rates, betas, weight decay, schedules, batches,
-losses, pictures, precision. What did change is told in the log.
+losses, images, precision. What did change is told in the log.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,10 +24,10 @@ OF_METHODS = {
     "kanet": {"width": NETWORKS, "sample_weights.kind": NETWORKS, "sample_weights.saved": NETWORKS},
 }
 NEEDED = ("stage", "step", "best", "networks", "ema", "updater", "random")
-FIXED = {"seed": "the order of the pictures comes from it", "train.init": START}
+FIXED = {"seed": "the order of the images comes from it", "train.init": START}
 FIXED |= {f"{name}.{key}": why for name, keys in OF_METHODS.items() for key, why in keys.items()}
-FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # where the pictures lie
-FREE_IN_WARM_START += ("warm_start.replay",)  # of the game that follows
+FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # where the images lie
+FREE_IN_WARM_START += ("warm_start.replay",)  # of adversarial training that follows
 CHOICE = ("data.validation_pairs", "data.validation_hazy", "data.validation_clear", "data.root", "log.validation_limit")
 
 

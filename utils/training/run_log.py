@@ -39,21 +39,21 @@ class _File(logging.Handler):
 
 
 class Speed:
-    """How fast a stage goes from ``step`` on, ``images`` pictures a step; ``waiting`` as of `data.loading.Waiting`."""
+    """How fast a stage goes from ``step`` on, ``images`` images a step; ``waiting`` as of `data.loading.Waiting`."""
 
     def __init__(self, step: int, images: int, waiting: Any):
         self.images, self.waiting = images, waiting
         self.since = step, waiting.seconds, time.perf_counter()
 
     def figures(self, step: int) -> dict[str, float]:
-        """Steps and pictures a second, and the share of the time spent in waiting for pictures, since the last call."""
+        """Steps and images a second, and the share of the time spent in waiting for images, since the last call."""
         before, self.since = self.since, (step, self.waiting.seconds, time.perf_counter())
         steps, waited, seconds = (now - then for now, then in zip(self.since, before, strict=True))
         rate = steps / seconds
         return {"steps_per_second": rate, "images_per_second": rate * self.images, "waiting": waited / seconds}
 
 
-class Silence:
+class NullLog:
     """The log of a process that is not the first of several: the first one tells everything."""
 
     def say(self, *_, **__) -> None:
@@ -61,7 +61,7 @@ class Silence:
 
     warn_once = figures = pictures = flush = say
 
-    def __enter__(self) -> "Silence":
+    def __enter__(self) -> "NullLog":
         return self
 
     def __exit__(self, *_) -> None: ...
@@ -110,7 +110,7 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
 
     def pictures(self, step: int, pictures: dict[str, Tensor], columns: int = 4) -> None:
-        """TensorBoard grids of (N,1 or 3,H,W) pictures in [0,1], the first ``columns`` of each."""
+        """TensorBoard grids of (N,1 or 3,H,W) images in [0,1], the first ``columns`` of each."""
         for name, batch in pictures.items():
             shown = batch[:columns].detach().float().cpu().clamp(0, 1)
             with self._kept_going():

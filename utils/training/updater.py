@@ -29,7 +29,7 @@ class Updater:
     A method's losses name the optimiser, of ``optimisers``, that each of them moves.
     With several batches a step (gradient accumulation) their gradients are averaged; every optimiser steps
     during the last batch, so there later losses already see what earlier ones changed, as without accumulation.
-    ``epoch_length`` is the number of pictures in an epoch, in which the schedule's milestones are given; ``saved`` the
+    ``epoch_length`` is the number of images in an epoch, in which the schedule's milestones are given; ``saved`` the
     `state_dict` of an interrupted stage to go on from. With several ``ranks`` every process takes the same step, by
     the mean of all their gradients. ``ahead``: by how many such steps the stage is further in the data than its number
     of steps says, since some of them were larger (or, below 0, smaller).

@@ -1,4 +1,4 @@
-"""Which picture belongs to which: every rule, and what must be refused."""
+"""Which image belongs to which: every rule, and what must be refused."""
 
 from pathlib import Path
 

@@ -46,7 +46,7 @@ def scene(n, height=20, width=24):
 
 
 def write(folder, hazy, clear, numbers, per_scene=1, sides=("hazy", "gt")):
-    """Scenes with hazy pictures that are 100 steps brighter, named by formats of n and k."""
+    """Scenes with hazy images that are 100 steps brighter, named by formats of n and k."""
     for n in numbers:
         images.write(folder / sides[1] / clear.format(n=n), scene(n))
         for k in range(1, per_scene + 1):
@@ -131,7 +131,7 @@ def test_pairs_that_do_not_fit_are_skipped_and_told(pools, tmp_path):
     items = [stream[k] for k in range(12)]
     told = sorted(message for item in items for message in item["skipped"])
     for words in (
-        "1_2_0.9.png: cannot be read as a picture",
+        "1_2_0.9.png: cannot be read as an image",
         f"2_1_0.9.png is 25x20 but its ground truth {tmp_path / 'own/gt/2.png'} is 24x20; crop them to one size",
         "3_3_0.9.png is 24x11 but its ground truth",
         "4_1_0.9.png: 24x11 is smaller than the crop of 12; set a smaller data.crop_size",
@@ -140,17 +140,17 @@ def test_pairs_that_do_not_fit_are_skipped_and_told(pools, tmp_path):
     assert {round(item["clear"][0, 0, 0].item() * 255) for item in items} == {1, 2, 3}
     for path in (tmp_path / "own/hazy").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 12 train pictures can be used; the first: .*file is empty"):
+    with pytest.raises(UserError, match=r"none of the 12 train images can be used; the first: .*file is empty"):
         stream[0]
 
 
 def test_pools_that_do_not_pair_are_refused_at_once(pools, tmp_path):
     for data, message in [
         ({}, r"no pairs: set data\.pairs to sets by name, as data\.pairs=\[ITS\], or data\.hazy and data\.clear"),
-        ({"hazy": pools["hazy"]}, r"data\.clear is not set: name a folder or a \.flist of clear pictures"),
-        ({"clear": pools["clear"]}, r"data\.hazy is not set: name a folder or a \.flist of hazy pictures"),
-        ({"hazy": pools["hazy"], "clear": pools["hazy"]}, r"hazy picture and ground truth are one file"),
-        ({"hazy": pools["clear"], "clear": pools["hazy"]}, r"1\.png: no ground truth in .*hazy \(4 of 4 pictures"),
+        ({"hazy": pools["hazy"]}, r"data\.clear is not set: name a folder or a \.flist of clear images"),
+        ({"clear": pools["clear"]}, r"data\.hazy is not set: name a folder or a \.flist of hazy images"),
+        ({"hazy": pools["hazy"], "clear": pools["hazy"]}, r"hazy image and ground truth are one file"),
+        ({"hazy": pools["clear"], "clear": pools["hazy"]}, r"1\.png: no ground truth in .*hazy \(4 of 4 images"),
         (pools | {"pairs": ["ITS"]}, r"data\.pairs=\['ITS'\] and data\.hazy and data\.clear are two sources of pairs"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -160,7 +160,7 @@ def test_pools_that_do_not_pair_are_refused_at_once(pools, tmp_path):
         training(**pools)
     (tmp_path / "own/gt/1.jpg").unlink()
     (tmp_path / "own/gt/3.png").unlink()
-    with pytest.raises(UserError, match=r"3_1_0\.9\.png: no ground truth in .*gt \(3 of 12 pictures have none\); add"):
+    with pytest.raises(UserError, match=r"3_1_0\.9\.png: no ground truth in .*gt \(3 of 12 images have none\); add"):
         training(**pools)
 
 
@@ -179,8 +179,8 @@ def test_sets_by_name_make_one_pool(tmp_path):
     assert [hazy.name for hazy, _ in stream.paths] == ["01_outdoor_hazy.jpg", "40_outdoor_hazy.jpg", "50_hazy.png"]
     assert [clear.name for _, clear in stream.paths] == ["01_outdoor_GT.jpg", "40_outdoor_GT.jpg", "50_GT.png"]
     assert stream.remarks == [
-        "O-HAZE:train: 2 of 40 hazy pictures; missing: 02-39",
-        "NH-HAZE:train: 1 of 50 hazy pictures; missing: 01-49",
+        "O-HAZE:train: 2 of 40 hazy images; missing: 02-39",
+        "NH-HAZE:train: 1 of 50 hazy images; missing: 01-49",
     ]
     assert training(pairs=["O-HAZE", "O-HAZE:train"], root=str(tmp_path)).epoch_length == 3  # each pair once
     paired = validation(validation_pairs=["O-HAZE:test", "NH-HAZE:test"], root=str(tmp_path))
@@ -192,7 +192,7 @@ def test_a_named_set_is_the_pool_of_its_folders(tmp_path):
     pools = write(tmp_path / "ITS", "{n}_{k}_0.90179.png", "{n}.png", (1, 2, 10), 2)
     named, pooled = training(pairs=["ITS"], root=str(tmp_path)), training(**pools)
     assert named.paths == pooled.paths
-    assert named.remarks == ["ITS: 6 of 13990 hazy pictures; missing: 3-9 11-1399; fewer than 10 each: 1-2 10"]
+    assert named.remarks == ["ITS: 6 of 13990 hazy images; missing: 3-9 11-1399; fewer than 10 each: 1-2 10"]
     for k in range(8):
         assert torch.equal(named[k]["hazy"], pooled[k]["hazy"])
         same_window(named[k])
@@ -220,7 +220,7 @@ def test_validation_pairs(pools):
     assert len(validation(**both)) == 12
     assert validation(limit=5, **both).names == [f"{n}_1_0.9.png" for n in (1, 2, 3, 4)]
     for data, message in [
-        ({"validation_hazy": pools["hazy"]}, r"data\.validation_clear is not set: name a .* of clear pictures"),
+        ({"validation_hazy": pools["hazy"]}, r"data\.validation_clear is not set: name a .* of clear images"),
         (both | {"validation_pairs": ["CSD"]}, r"data\.validation_pairs=\['CSD'\] and data\.validation_hazy and"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -236,13 +236,13 @@ def test_hazy_pictures_in_parts(tmp_path):
         stream = training(pairs=["OTS"], root=str(root))
         assert [clear.stem for _, clear in stream.paths] == ["0001", "0002", "0003", "0010"]
         assert [hazy.parent.name for hazy, _ in stream.paths] == ["part1", "part1", "part2", "part2"]
-        assert stream.remarks == ["OTS: 4 of 72135 hazy pictures"]
+        assert stream.remarks == ["OTS: 4 of 72135 hazy images"]
 
 
 def test_the_same_picture_in_two_parts_is_refused(tmp_path):
     for part in ("part1", "part2"):
         write(tmp_path / "OTS", "0001_0.8_0.2.jpg", "0001.jpg", (1,), sides=(f"hazy/{part}", "clear"))
-    with pytest.raises(UserError, match=r"part1/0001_0\.8_0\.2\.jpg and .*part2.* are hazy pictures of one name; keep"):
+    with pytest.raises(UserError, match=r"part1/0001_0\.8_0\.2\.jpg and .*part2.* are hazy images of one name; keep"):
         training(pairs=["OTS"], root=str(tmp_path))
 
 
@@ -255,7 +255,7 @@ def test_masks_and_other_parts_of_a_set_are_left_alone(tmp_path):
         paired = validation(validation_pairs=[name], root=str(tmp_path))
         assert paired.names == ["7.png", "8.png"]
     pictures = find(["CSD"], tmp_path)[0].pictures()
-    assert pictures.remarks == ["2 of 2000 hazy pictures"]  # snow need not look as haze does
+    assert pictures.remarks == ["2 of 2000 hazy images"]  # snow need not look as haze does
     assert "to train on" in find(["CSD:train"], tmp_path)[0].pictures().remarks[-1]
 
 
@@ -270,7 +270,7 @@ def test_defocus_pairs_in_order(tmp_path):
     for k in range(6):
         same_window(stream[k])
     (folder / "target/1P0A21.png").unlink()
-    with pytest.raises(UserError, match=r"source holds 3 pictures and .*target 2; .* as many: fetch the set again"):
+    with pytest.raises(UserError, match=r"source holds 3 images and .*target 2; .* as many: fetch the set again"):
         training(pairs=["DPDD:train"], root=str(tmp_path))
     (folder / "source/1P0A18.png").rename(folder / "source/1P0A19.png")
     with pytest.raises(UserError, match=r"1P0A20\.png: no ground truth 1p0a20\.\* in .*target \(and 1 more like it\)"):

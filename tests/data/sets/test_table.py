@@ -12,7 +12,7 @@ from data.sets.locate import find
 from data.sets.table import BENCHMARKS, GROUPS, GT, RULES, SCENE
 from utils.errors import UserError
 
-NAMES = {  # a hazy picture and its ground truth, as the set names number n
+NAMES = {  # a hazy image and its ground truth, as the set names number n
     "HSTS-synthetic": "{n:04}.jpg {n:04}.jpg",
     "SOTS-outdoor": "{n:04}_0.8_0.2.jpg {n:04}.png",
     "I-HAZE": "{n:02}_indoor_hazy.jpg {n:02}_indoor_GT.jpg",
@@ -101,7 +101,7 @@ def number(name: str, n: int) -> int:
 
 
 def fill(name: str, hazy: Path, truth: Path, numbers=(0, 1)) -> list[tuple[Path, Path | None]]:
-    """Pictures of a set by its own names; several at a number where it has several."""
+    """Images of a set by its own names; several at a number where it has several."""
     b, pairs = entry(name), []
     for n in (number(name, n) for n in numbers):
         for k in range(1, b.each + 1):
@@ -299,8 +299,8 @@ def test_splits(tmp_path):
     assert (whole.name, whole.split, whole.expected, len(whole.pairs)) == ("O-HAZE", "all", 45, 4)
     assert (test.name, test.split, test.expected, len(test.pairs)) == ("O-HAZE:test", "test", 5, 2)
     assert test.benchmark is b
-    assert whole.remarks == ["4 of 45 hazy pictures; missing: 02-39 42-44"]
-    assert test.remarks == ["2 of 5 hazy pictures; missing: 42-44"]
+    assert whole.remarks == ["4 of 45 hazy images; missing: 02-39 42-44"]
+    assert test.remarks == ["2 of 5 hazy images; missing: 42-44"]
     for path in [*folders[0].glob("4[15]*")]:
         path.unlink()
     with pytest.raises(UserError, match=r"hazy: none of O-HAZE:test \(41-45\)"):
@@ -320,9 +320,9 @@ def test_what_is_too_much_is_told(tmp_path):
         save(hazy / f"{n:02}_indoor_hazy.jpg")
         save(gt / f"{n:02}_indoor_GT.jpg")
     remarks = find(["I-HAZE"], tmp_path)[0].remarks
-    assert remarks[0].startswith("35 of 30 hazy pictures; not of this set: 26_indoor_hazy.jpg, ")
+    assert remarks[0].startswith("35 of 30 hazy images; not of this set: 26_indoor_hazy.jpg, ")
     assert remarks[0].endswith("28_indoor_hazy.jpg ...")
-    assert "more hazy pictures than the set has" in remarks[1]
+    assert "more hazy images than the set has" in remarks[1]
 
 
 def test_incomplete_scenes_are_told(tmp_path):
@@ -333,7 +333,7 @@ def test_incomplete_scenes_are_told(tmp_path):
     for name in ("1403_2", "1404_10", *(f"1449_{k}" for k in range(1, 11))):
         (hazy / f"{name}.png").unlink()
     (found,) = find(["SOTS-indoor"], tmp_path)
-    assert found.remarks == ["488 of 500 hazy pictures; missing: 1449; fewer than 10 each: 1403-1404"]
+    assert found.remarks == ["488 of 500 hazy images; missing: 1449; fewer than 10 each: 1403-1404"]
 
 
 def test_a_wrong_number_of_ground_truths_is_told(tmp_path):
@@ -363,7 +363,7 @@ def test_a_set_in_two_splits_is_whole(tmp_path):
         (found,) = find([name], tmp_path)
         assert len(found.pairs) == number
         (remark,) = found.remarks
-        assert remark.startswith(f"{number} of {number} hazy pictures; those in ")
+        assert remark.startswith(f"{number} of {number} hazy images; those in ")
         assert "numbered 1-5: taken for 41-45" in remark
     (tmp_path / "O-HAZE/train/hazy/07_outdoor_hazy.jpg").unlink()
     assert len(find(["O-HAZE"], tmp_path)[0].pairs) == 5
@@ -451,7 +451,7 @@ def test_hazy_pictures_without_ground_truths(tmp_path):
     with pytest.raises(UserError, match=r"41_outdoor_hazy\.jpg: .* \(and 1 more like it\)"):
         find(["O-HAZE"], tmp_path)
     pairs[0][1].with_name("other.jpg").unlink()
-    with pytest.raises(UserError, match=r"gt: no pictures"):
+    with pytest.raises(UserError, match=r"gt: no images"):
         find(["O-HAZE"], tmp_path)
     pairs[0][1].parent.rmdir()
     with pytest.raises(UserError, match=r"O-HAZE/hazy has no folder of ground truths beside it \(gt, gts, clear"):
@@ -467,7 +467,7 @@ def test_two_of_a_name(tmp_path):
         find(["Haze4K"], tmp_path)
     other.unlink()
     save(pairs[0][0].with_suffix(".bmp"))
-    with pytest.raises(UserError, match=r"1_0\.79_1\.44\.bmp and .*1_0\.79_1\.44\.png are hazy pictures of one name"):
+    with pytest.raises(UserError, match=r"1_0\.79_1\.44\.bmp and .*1_0\.79_1\.44\.png are hazy images of one name"):
         find(["Haze4K"], tmp_path)
 
 

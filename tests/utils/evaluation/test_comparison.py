@@ -105,7 +105,7 @@ def test_only_pictures_common_to_all_count(save):
     more = {"set": {"hazy input": [*HAZY, 14.0], "nedr": [21.0, 23.0, 25.0, 27.0, 90.0]}}
     found = comparison.compare([save("a", NEAR), save("b", more)])
     assert lines(found.tables[0])["b"].mean == 24.0
-    assert "set: 4 of 5 pictures are common to all methods (the whole set: 500)" in found.text()
+    assert "set: 4 of 5 images are common to all methods (the whole set: 500)" in found.text()
 
 
 def test_figures_that_are_not_finite_leave_their_picture_out(save):
@@ -114,7 +114,7 @@ def test_figures_that_are_not_finite_leave_their_picture_out(save):
     (table,) = found.tables
     assert (table.pictures, table.common) == (2, 4)
     assert [figure.mean for figure in table.figures] == [12.0, 22.0, 25.0]
-    assert "pictures: 2 (2 left out: infinite or undefined)" in found.text()
+    assert "images: 2 (2 left out: infinite or undefined)" in found.text()
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -212,10 +212,10 @@ def test_hazy_inputs_that_differ_are_named_with_the_versions(save):
     other = {"set": {"hazy input": [10.0, 11.5, 12.0, 13.0], "nedr": FAR["set"]["nedr"]}}
     found = comparison.compare([save("a", NEAR), save("b", other, versions={"pillow": "12.1"})])
     remark = found.remarks[0]
-    assert "on 1 of 4 pictures (ours.psnr of 1.png is 11 and 11.5)" in remark
+    assert "on 1 of 4 images (ours.psnr of 1.png is 11 and 11.5)" in remark
     assert remark.endswith("pillow 11.0 and 12.1")
     close = {"set": {"hazy input": [value + 1e-7 for value in HAZY], "nedr": FAR["set"]["nedr"]}}
-    assert len(comparison.compare([save("c", NEAR), save("d", close)]).remarks) == 1  # that 4 pictures are few
+    assert len(comparison.compare([save("c", NEAR), save("d", close)]).remarks) == 1  # that 4 images are few
 
 
 def test_protocols_of_one_run_only_are_left_out(save):
@@ -251,7 +251,7 @@ def test_runs_with_nothing_in_common_are_refused(save):
     a = save("a", NEAR)
     with pytest.raises(UserError, match=r"nothing to compare: .*set \(a\), other \(b\)"):
         comparison.compare([a, save("b", {"other": NEAR["set"]})])
-    with pytest.raises(UserError, match="no picture is common"):
+    with pytest.raises(UserError, match="no image is common"):
         comparison.compare([a, save("c", {"set": {"nedr": []}})])
 
 
@@ -340,15 +340,15 @@ def test_text_fits_a_terminal_and_markdown_is_well_formed(tmp_path_factory, benc
 def test_the_text_reads_well(save):
     text = comparison.compare([save("train_a", NEAR), save("train_b", FAR)]).text()
     assert text.startswith("""\
-set: 4 of 4 pictures are common to all methods (the whole set: 500)
+set: 4 of 4 images are common to all methods (the whole set: 500)
     method       mean  difference   95 % interval
-  PSNR (dB, protocol ours, higher is better), pictures: 4
+  PSNR (dB, protocol ours, higher is better), images: 4
     hazy input  11.50      -10.00               -
     train_a     21.50                              reference
     train_b     24.00       +2.50  [+1.50, +3.50]  better
 
 """)
-    assert "with 4 pictures, fewer than 20, intervals come out too narrow" in text
+    assert "with 4 images, fewer than 20, intervals come out too narrow" in text
     assert "protocol ours: pixels: RGB, 8 bit by rounding; psnr: range 255; ssim: Gaussian 11; used by: us" in text
     assert "(seeds)" in text
 
@@ -359,9 +359,9 @@ def test_the_markdown_has_methods_down_and_metrics_across(save):
     figures = {"set": {"hazy input": [{"ours.psnr": 0.0}] * 4, "x": far, "y": far}, "set 2": {"x": far, "y": far}}
     text = comparison.compare([save("a", figures, metrics=metrics)]).markdown()
     assert text.startswith("""\
-set: 4 of 4 pictures are common to all methods (the whole set: 500)
+set: 4 of 4 images are common to all methods (the whole set: 500)
 
-| method | PSNR (dB, protocol ours, higher is better), pictures: 4 | difference | CIEDE2000 (lower is better), pictures: 4 | difference |
+| method | PSNR (dB, protocol ours, higher is better), images: 4 | difference | CIEDE2000 (lower is better), images: 4 | difference |
 | --- | ---: | ---: | ---: | ---: |
 | hazy input | 0.00 | -5.00 [-7.00, -3.00] worse |  |  |
 | x | 5.00 | reference | 2.50 | reference |

@@ -198,7 +198,7 @@ def test_pictures_that_cannot_be_compared_are_refused():
     figure = extra_metrics.load(["ciede2000"])["ciede2000"]
     with pytest.raises(UserError, match="cannot be compared"):
         figure(torch.zeros(3, 8, 8), torch.zeros(3, 8, 9))
-    with pytest.raises(UserError, match="ciede2000 compares with a clear picture, and there is none"):
+    with pytest.raises(UserError, match="ciede2000 compares with a clear image, and there is none"):
         figure(torch.zeros(3, 8, 8), None)
     with pytest.raises(UserError, match=r"must be float in \[0,1\]"):
         figure(torch.zeros(3, 8, 8).byte(), torch.zeros(3, 8, 8).byte())

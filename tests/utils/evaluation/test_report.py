@@ -33,7 +33,7 @@ def rows():
         Score('ü, "2".png', 6, 4, 0.3, figures(math.inf, math.nan)),
     ]
     hazy = [Score(each.name, 6, 4, 0.0, figures(10.0, 0.5)) for each in first]
-    set_remarks = ["2 of 45 hazy pictures"]
+    set_remarks = ["2 of 45 hazy images"]
     return [
         Row("O-HAZE", HAZY, 45, outcome(*hazy), remarks=set_remarks),
         Row("O-HAZE", "nedr", 45, outcome(*first), {"airlight": "max", "guided_filter": True}, set_remarks, 2**30),
@@ -74,7 +74,7 @@ def test_results_are_valid_json_and_complete(tmp_path, rows, found):
     assert (nedr["images_per_second"], nedr["median_seconds"]) == (0.5, 0.2)
     assert nedr["settings"] == {"airlight": "max", "guided_filter": True}
     assert dcp["skipped"] == ["3.png: damaged"]
-    assert hazy["remarks"] == ["2 of 45 hazy pictures"]
+    assert hazy["remarks"] == ["2 of 45 hazy images"]
     assert (real["mean"], real["resumed"], real["images_per_second"]) == ({}, 1, 0.25)
 
 
@@ -105,14 +105,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, rows, found):
 
 def test_the_screen_shows_sets_methods_and_protocols(rows, found):
     lines = tables.text(rows, found).splitlines()
-    assert lines[0] == "O-HAZE: 2 of 45 pictures"
+    assert lines[0] == "O-HAZE: 2 of 45 images"
     for method, start in {"hazy input": "10.00", "nedr": "20.00", "dcp": "10.00"}.items():
         line = next(line for line in lines if line.startswith(f"{method} "))
         assert line.split(method)[1].split()[0] == start
     text = "\n".join(lines)
     assert "nedr: left out of the mean ours.psnr: 1" in text
-    assert "dcp: 1 picture could not be used" in text
-    assert "1 picture is from an interrupted run" in text
+    assert "dcp: 1 image could not be used" in text
+    assert "1 image is from an interrupted run" in text
     assert "the network waited 25%" in text
     assert "protocol ours: 8 bit by rounding" in text
     assert "protocol d4: " in text
@@ -142,7 +142,7 @@ def test_markdown_has_a_table_for_each_protocol_and_metric(rows, found):
     assert cost[2] == ["O-HAZE (2 of 45)", "nedr", "airlight max, guided_filter on", *cost[2][3:]]
     assert cost[2][5:] == ["1,024 MiB", "12.35 M", "5.00 G"]
     assert [line[0] for line in cost[2:]] == ["O-HAZE (2 of 45)", "O-HAZE (1 of 45)", "RTTS (2)"]
-    assert "- O-HAZE: 2 of 45 hazy pictures" in text
+    assert "- O-HAZE: 2 of 45 hazy images" in text
     assert "- protocol `ours`: 8 bit" in text
     assert f"torch {metrics.versions()['torch']}" in text
 

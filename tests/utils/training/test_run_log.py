@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.errors import UserError
-from utils.training.run_log import RunLog, Silence, Speed
+from utils.training.run_log import NullLog, RunLog, Speed
 
 
 def lines(folder) -> list[dict]:
@@ -92,7 +92,7 @@ def test_speed_is_that_since_it_was_last_asked(monkeypatch):
 
 
 def test_the_other_processes_write_nothing(tmp_path, capsys):
-    with Silence() as log:
+    with NullLog() as log:
         log.say("a")
         log.warn_once("a")
         log.figures("train", 1, loss={"a": 1.0})

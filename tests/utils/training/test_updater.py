@@ -23,7 +23,7 @@ def net() -> nn.Module:
 
 
 def told(**train) -> tuple[progress.Stage, config.Settings]:
-    """A stage of 10 steps of 2 pictures, and settings with these in their train section."""
+    """A stage of 10 steps of 2 images, and settings with these in their train section."""
     values = config.load("nedr", models.settings_types(), overrides=["train.steps=10", "train.batch=2"])
     values.precision = train.pop("precision", "float32")
     for name, value in train.items():
@@ -171,7 +171,7 @@ def test_epoch_cosine_is_that_of_the_released_aknet():
 
 
 def test_milestones_are_epochs():
-    """Epochs of 6 pictures, 2 a batch: 3 steps each."""
+    """Epochs of 6 images, 2 a batch: 3 steps each."""
     module, data = net(), batches(1)
     how = told(schedule="multistep", milestones=[1.0, 2.0], gamma=0.5)
     mover, seen = Updater({"net": torch.optim.SGD(module.parameters(), 1.0)}, *how, CPU, epoch_length=6), []
