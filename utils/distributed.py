@@ -31,7 +31,7 @@ _groups = itertools.count()  # so that one process may join several groups, one 
 class Ranks:
     """The processes of a run, of which this one is number ``rank`` of ``world``.
 
-    ``local`` of ``local_world`` is its number on this machine. All methods but `claim` and `pick` are for all processes
+    ``local`` of ``local_world`` is its number on this machine. All methods but `first_to_say` and `pick` are for all processes
     to call, in the same order: each waits for the others.
     """
 
@@ -51,7 +51,7 @@ class Ranks:
         """The device that the setting ``device`` names: where it is a GPU, each process of a machine has its own."""
         return device.pick(name, self.local, self.local_world)
 
-    def claim(self, text: str) -> bool:
+    def first_to_say(self, text: str) -> bool:
         """Is this the first process to say ``text``? Where that cannot be known, it says it."""
         if self.store is None:
             return True
@@ -60,7 +60,7 @@ class Ranks:
         except RuntimeError:
             return True
 
-    def agree(self, *numbers: int) -> list[int]:
+    def all_max(self, *numbers: int) -> list[int]:
         """The largest of each of ``numbers`` over all processes; cheap enough for every step."""
         if self.world == 1:
             return list(numbers)
@@ -74,7 +74,7 @@ class Ranks:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
 
-    def exchange(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """``value`` (plain values and CPU tensors) of every process, by rank."""
         if self.world == 1:
             return [value]
@@ -82,22 +82,22 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def spread(self, work: Callable[[Sequence], list], items: Sequence) -> list:
+    def map(self, work: Callable[[Sequence], list], items: Sequence) -> list:
         """What ``work`` makes of ``items``, one result for each and in their order; every process does its share."""
-        shares = self.exchange(work(Subset(items, range(self.rank, len(items), self.world))))
+        shares = self.all_gather(work(Subset(items, range(self.rank, len(items), self.world))))
         return [shares[k % self.world][k // self.world] for k in range(len(items))]
 
     def mean(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Each figure's mean over all processes, as a number; not finite where one of them is not."""
-        every = self.exchange({name: float(value) for name, value in figures.items()})
+        every = self.all_gather({name: float(value) for name, value in figures.items()})
         return {name: sum(each[name] for each in every) / self.world for name in figures}
 
     def check_same(self, value: Any, file: Path) -> None:
         """Raise `UserError` if processes do not have the same ``value`` of what is in ``file``."""
-        if any(other != value for other in self.exchange(value)):
+        if any(other != value for other in self.all_gather(value)):
             raise UserError(f"{file} is not the same for all processes; its folder must be one that all machines share")
 
-    def share(self, module: nn.Module) -> None:
+    def broadcast(self, module: nn.Module) -> None:
         """Give ``module`` the first process's parameters and buffers."""
         if self.world > 1:
             for tensor in module.state_dict().values():
@@ -132,7 +132,7 @@ class Ranks:
         random = checkpoint.random_states()
         if self.world == 1:
             return {"random": random}
-        first, *others = self.exchange({"random": random, "buffers": _buffers(method)})
+        first, *others = self.all_gather({"random": random, "buffers": _buffers(method)})
         for other in others:
             kept = {key: value for key, value in other["buffers"].items() if not value.equal(first["buffers"][key])}
             other["buffers"] = kept
