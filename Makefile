@@ -32,6 +32,7 @@ lint: .venv/ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 format: .venv/ready-dev
 	$(BIN)/ruff check --fix

@@ -8,10 +8,6 @@ from collections.abc import Iterator
 import torch
 
 from utils.errors import UserError, quoted
-from utils.memory import EXHAUSTED
-
-EXHAUSTED += ("could not create a primitive", "could not create a memory object")
-
 
 CUBLAS = ":4096:8"  # with which cuBLAS sums in one order, as NVIDIA documents
 

@@ -31,8 +31,8 @@ _groups = itertools.count()  # so that one process may join several groups, one 
 class Ranks:
     """The processes of a run, of which this one is number ``rank`` of ``world``.
 
-    ``local`` of ``local_world`` is its number on this machine. All methods but `first_to_say` and `pick` are for all processes
-    to call, in the same order: each waits for the others.
+    ``local`` of ``local_world`` is its number on this machine. All methods but `first_to_say` and `pick` are for all
+    processes to call, in the same order: each waits for the others.
     """
 
     def __init__(

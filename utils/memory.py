@@ -41,6 +41,7 @@ def peak_memory(device: torch.device) -> int:
 
 # PyTorch's, cuBLAS's and oneDNN's words for a lack of memory. The last ones' could mean more, but seldom do.
 EXHAUSTED = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+EXHAUSTED += ("could not create a primitive", "could not create a memory object")
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
