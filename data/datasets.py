@@ -121,6 +121,7 @@ def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], li
         return locate.pairs(names, data.root)
     if hazy is None and clear is None:
         raise UserError(f"no pairs: set data.{prefix}pairs to sets by name, as data.{prefix}pairs=[ITS], or {pools}")
-    hazy, clear = _required(hazy, f"data.{prefix}hazy"), _required(clear, f"data.{prefix}clear")
+    hazy = _required(hazy, f"data.{prefix}hazy")
+    clear = _required(clear, f"data.{prefix}clear")
     matched, warnings = pairing.pairs(hazy, clear)
     return matched, [*paths.passed_over(hazy), *paths.passed_over(clear), *warnings]

@@ -37,7 +37,8 @@ def degrade(
     illumination, colour, scattering, second, blurring, noise, jpeg = (
         _draw(getattr(settings, field.name), rng) for field in fields(settings) if field.name != "airlight"
     )
-    scene, light = clear, torch.full((3, 1, 1), grey)
+    scene = clear
+    light = torch.full((3, 1, 1), grey)
     if colour:
         light = tint(light, **colour)
     if illumination:

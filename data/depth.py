@@ -81,8 +81,8 @@ def _mat(path: Path) -> np.ndarray:
         for name, value in variables.items()
         if not name.startswith("__") and isinstance(value, np.ndarray) and value.dtype.kind in "iuf" and value.size > 1
     }
-    named = [name for name in matrices if "depth" in name.lower()]
-    names = named if len(named) == 1 else list(matrices)
+    depth_names = [name for name in matrices if "depth" in name.lower()]
+    names = depth_names if len(depth_names) == 1 else list(matrices)
     if len(names) != 1:
         problem = f"holds several matrices ({', '.join(names)})" if names else "holds no matrix of numbers"
         raise UserError(f"{path}: {problem}; save one, named depth")

@@ -105,7 +105,7 @@ def write(
     """
     pixels = to_8bit(image)
     pixels = pixels[..., 0] if len(image) == 1 else pixels
-    kept = {} if like is None or len(image) == 1 else keepsakes.of(like, image.shape[-2:])
+    kept = {} if like is None or len(image) == 1 else keepsakes.metadata(like, image.shape[-2:])
     _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level, quality, **kept)
 
 

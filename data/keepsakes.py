@@ -13,7 +13,7 @@ STORAGE = frozenset(
 )
 
 
-def of(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
+def metadata(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
     """Options for Pillow's save, for an image of ``size`` (H, W) made from ``path``: ``icc_profile``, ``exif``.
 
     The profile is kept only if it is an RGB one, since the output is RGB. Metadata that cannot be read is left out.

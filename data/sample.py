@@ -139,7 +139,8 @@ def _warp(disparity: np.ndarray) -> np.ndarray:
 def _fill_holes(disparity: np.ndarray) -> np.ndarray:
     """Replace every NaN by the smaller of the nearest values to its left and right in the row."""
     width = disparity.shape[1]
-    known, columns = np.isfinite(disparity), np.arange(width)
+    known = np.isfinite(disparity)
+    columns = np.arange(width)
     left = np.maximum.accumulate(np.where(known, columns, -1), axis=1)
     right = np.minimum.accumulate(np.where(known, columns, width)[:, ::-1], axis=1)[:, ::-1]
     padded = np.pad(disparity, ((0, 0), (0, 1)), constant_values=np.nan)  # columns -1 and ``width``: no value

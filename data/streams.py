@@ -39,7 +39,8 @@ def crop(
         scale = min(image.shape[1] / height, image.shape[2] / width)
         if rule == "view":
             scale *= rng.uniform(*view)
-        height, width = max(1, round(scale * height)), max(1, round(scale * width))
+        height = max(1, round(scale * height))
+        width = max(1, round(scale * width))
     if height > image.shape[1] or width > image.shape[2]:
         raise UserError(
             f"{image.shape[2]}x{image.shape[1]} is smaller than the crop of {_size(shape)}; set a smaller "
@@ -196,7 +197,8 @@ class Unpaired(Dataset):
         self.epoch_length = max(hazy.epoch_length, clear.epoch_length)
 
     def __getitem__(self, k: int) -> dict:
-        hazy, clear = self.hazy[k], self.clear[k]
+        hazy = self.hazy[k]
+        clear = self.clear[k]
         return {"hazy": hazy["hazy"], "clear": clear["clear"], "skipped": hazy["skipped"] + clear["skipped"]}
 
 

@@ -135,7 +135,8 @@ def random_haze(
     shift = rng.uniform(-1, 1, 3) * (law.colour if rng.random() < law.colour_probability else 0.0)
     light = torch.from_numpy(np.clip(grey + shift, 0, 1).astype(np.float32))
     if law.light.probability and (factor := _sometimes(law.light, rng)) is not None:
-        clear, light = clear * float(factor[0]), light * float(factor[0])
+        clear = clear * float(factor[0])
+        light = light * float(factor[0])
     hazy, t = add_haze(clear, depth, beta, light)
     if law.noise:
         noise = torch.from_numpy(rng.random(hazy.shape, np.float32)) - 0.5

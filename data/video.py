@@ -30,7 +30,10 @@ OPTIONS = {
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "6", "row-mt": "1", "b": "0"},
 }
 HDR = {16: "PQ (HDR10, Dolby Vision)", 18: "HLG"}  # by transfer function
-BT709, BT601, UNSPECIFIED, FULL = 1, 5, 2, 2
+BT709 = 1  # colour matrices, by FFmpeg's numbers
+BT601 = 5
+UNSPECIFIED = 2  # transfer function
+FULL = 2  # colour range
 
 
 def is_clip(path: str | Path) -> bool:

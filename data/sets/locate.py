@@ -28,7 +28,8 @@ SKIPPED = re.compile(r"train(ing)?|val(id|idation)?", re.IGNORECASE)  # folders 
 BRACES = re.compile("{([^,}]*),([^,}]*)}")  # {hazy,gt} in a layout
 PART = re.compile(r"part[-_ ]?[0-9]+", re.IGNORECASE)  # sub-folders in which a set's images may lie (OTS)
 MANY = 1000  # images in a folder after which the rest of it is not listed
-ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
+ORIENTATION = 0x0112  # the EXIF tag
+QUARTER_TURNS = (5, 6, 7, 8)  # its values that swap width and height
 
 
 @dataclass(frozen=True)
@@ -79,23 +80,24 @@ def find(names: Sequence[str], root: str | Path) -> list[LocatedSet]:
     out with a warning. Raises `UserError` for an unknown name, an absent set, a hazy image without exactly one ground
     truth, and sizes that do not agree. Reads headers only.
     """
-    wanted = _requested(names)
+    requested = _requested(names)
     top = paths.resolve(root)
     if not top.is_dir():
         raise UserError(f"{top}: a file, not a data root; name the folder that holds the sets")
-    locations = _locate(list(wanted), top)
+    locations = _locate(list(requested), top)
     absent = [key for key, located in locations.items() if not located or not located[0].complete]
-    present = {group for key, group in wanted.items() if key not in absent and group}
-    missing = [key for key, group in wanted.items() if key in absent and group not in present]
+    present = {group for key, group in requested.items() if key not in absent and group}
+    missing = [key for key, group in requested.items() if key in absent and group not in present]
     if missing:
         raise UserError(_missing({key[0]: locations[key] for key in missing}, top))
-    sets, first = [], {}
-    for (name, split), group in wanted.items():
+    sets: list[LocatedSet] = []
+    first: dict[str, LocatedSet] = {}
+    for (name, split), group in requested.items():
         if (name, split) not in absent:
             sets.append(_collect(BENCHMARKS[name], split, locations[name, split]))
             first.setdefault(group, sets[-1])
     for group, head in first.items():
-        omitted = dict.fromkeys(key[0] for key, by in wanted.items() if by == group and key in absent)
+        omitted = dict.fromkeys(key[0] for key, by in requested.items() if by == group and key in absent)
         if omitted:
             head.remarks.append(f"of {group}, not under {top} and left out: {', '.join(omitted)}")
     return sets
@@ -112,9 +114,9 @@ def pairs(names: Sequence[str], root: str | Path) -> tuple[list[tuple[Path, Path
     return list(dict.fromkeys(pair for each in sets for pair in each.pairs)), warnings
 
 
-def _locate(wanted: Sequence[tuple[str, str]], top: Path) -> dict[tuple[str, str], list["Location"]]:
+def _locate(requested: Sequence[tuple[str, str]], top: Path) -> dict[tuple[str, str], list["Location"]]:
     """The locations of each (set, split); test sets are not searched for in training folders."""
-    sets = {(name, split): BENCHMARKS[name] for name, split in wanted}
+    sets = {(name, split): BENCHMARKS[name] for name, split in requested}
     training = {(name, split): benchmark.to_train_on(split) for (name, split), benchmark in sets.items()}
     folders = {kind: _folders(top, kind) for kind in set(training.values())}
     locations = {key: _locations(sets[key], folders[training[key]], sets[key].all_layouts(key[1])) for key in sets}
@@ -129,7 +131,7 @@ def _locate(wanted: Sequence[tuple[str, str]], top: Path) -> dict[tuple[str, str
 def _requested(names: Sequence[str]) -> dict[tuple[str, str], str]:
     """(set, split) -> the group that requested it, "" if named itself; each once, in the order of ``names``."""
     sets = {_key(name): name for name in (*BENCHMARKS, *GROUPS)}
-    wanted: dict[tuple[str, str], str] = {}
+    requested: dict[tuple[str, str], str] = {}
     for text in names:
         base, _, split = (part.strip() for part in text.partition(":"))
         name = sets.get(_key(base), "")
@@ -145,8 +147,8 @@ def _requested(names: Sequence[str]) -> dict[tuple[str, str], str]:
             raise UserError(f"'{quoted(text)}': no such split{nearest(split, known)}")
         for part in with_split:
             group = name if name in GROUPS else ""
-            wanted[part, split] = group and wanted.get((part, split), group)  # named itself: no longer optional
-    return wanted
+            requested[part, split] = group and requested.get((part, split), group)  # named itself: no longer optional
+    return requested
 
 
 def _key(name: str) -> str:
@@ -265,7 +267,8 @@ def _folders(root: Path, training: bool) -> list[Path]:
 
     Training folders are left out unless ``training``.
     """
-    level, folders = [Path(os.path.abspath(root))], []
+    level = [Path(os.path.abspath(root))]
+    folders = []
     for _ in range(LEVELS + 1):
         folders += level
         level = [below for folder in level for below in _subfolders(folder)]
@@ -440,11 +443,11 @@ def _warnings(located: LocatedSet) -> Iterator[str]:
     """Warnings about missing and unexpected images, by their numbers where the set has any."""
     benchmark = located.benchmark
     text = benchmark.splits[located.split]
-    wanted = unroll(text)
+    numbers = unroll(text)
     counts = Counter(_number(hazy) for hazy, _ in located.pairs)
-    absent = [n for n in wanted if not counts[n]]
-    few = [n for n in wanted if 0 < counts[n] < benchmark.each]
-    foreign = [hazy.name for hazy, _ in located.pairs if wanted and _number(hazy) not in wanted]
+    absent = [n for n in numbers if not counts[n]]
+    few = [n for n in numbers if 0 < counts[n] < benchmark.each]
+    foreign = [hazy.name for hazy, _ in located.pairs if numbers and _number(hazy) not in numbers]
     parts = [f"missing: {_ranges(absent, text)}"] if absent else []
     parts += [f"fewer than {benchmark.each} each: {_ranges(few, text)}"] if few else []
     parts += [f"not of this set: {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''}"] if foreign else []
