@@ -1,11 +1,11 @@
-"""What each module of NeDR is worth: the same training with and without KAN-CID, IDRM and DREM, scored side by side.
+"""Ablation of NeDR's modules: the same training with and without KAN-CID, IDRM and DREM, scored side by side.
 
     python -m benchmarks.ablation --checkpoints checkpoints/ablation
     python -m benchmarks.ablation --cases d4 drem nedr data.hazy=ITS/hazy data.clear=ITS/clear train.steps=100_000
 
-The folder's config.yml holds what all cases share: data, budget, and what they are scored on (test.hazy and test.clear,
-or test.benchmarks). Each case trains in a folder of its own below and is scored there; ablation.md and ablation.json
-hold the table. The same command goes on where an interrupted one stopped, and does nothing anew that is done.
+The folder's config.yml holds the settings that all cases share: data, budget, and the test images (test.hazy and
+test.clear, or test.benchmarks). Each case trains in its own sub-folder and is scored there; ablation.md and
+ablation.json hold the table. The same command resumes an interrupted run and repeats nothing that is done.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FREE = ("device", "data.workers", "log.", "test.")  # settings that may change w
 
 
 class Case(NamedTuple):
-    """One line of the table: its folder, what its config.yml says, and all settings in force."""
+    """One row of the table: its folder, the content of its config.yml, and all settings in force."""
 
     name: str
     folder: Path
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns 0, 2 if a case or an image is missing from the table, or the status of what stopped it."""
+    """The command. Returns 0, 2 if a case or an image is missing from the table, or the status of a stopped run."""
     options = parse(arguments)
     folder = Path(options.checkpoints)
     cases = [plan(folder, name, options.settings) for name in options.cases]
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             table = tabulate(finished, failed)
             ablation_table.write(table, folder)
     if len(finished) < 2:
-        raise UserError(f"too few cases could be finished to compare them; {'; '.join(map(': '.join, failed.items()))}")
+        raise UserError(f"too few cases were finished to compare them; {'; '.join(map(': '.join, failed.items()))}")
     print(ablation_table.text(table))
     print(f"\nsee {folder / 'ablation.md'} and {folder / 'ablation.json'}")
     return 2 if failed or table["unusable"] else 0
@@ -95,29 +95,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def plan(folder: Path, name: str, overrides: Sequence[str]) -> Case:
-    """The case ``name``: what config.yml and ``overrides`` say, with its modules switched. Raises `UserError`."""
+    """The case ``name``: config.yml and ``overrides``, with its modules switched on or off. Raises `UserError`."""
     types = models.settings_types()
     given = config.given(types, [folder / "config.yml"], overrides)
     config.check_used(["nedr"], types, overrides)
-    method, scoring = given.setdefault("nedr", {}), given.setdefault("test", {})
-    own = [f"nedr.{key}" for key in MODULES if key in method]
-    own += [f"test.{key}" for key in ("weights", "output") if scoring.get(key)]
-    if own:
-        raise UserError(f"{own[0]} is each case's own here; take it out (--cases chooses the modules)")
+    method = given.setdefault("nedr", {})
+    scoring = given.setdefault("test", {})
+    reserved = [f"nedr.{key}" for key in MODULES if key in method]
+    reserved += [f"test.{key}" for key in ("weights", "output") if scoring.get(key)]
+    if reserved:
+        raise UserError(f"{reserved[0]} is set for each case by the ablation; remove it (--cases chooses the modules)")
     method |= {module: module in CASES[name] for module in MODULES}
     scoring["output"] = str(folder / name / "results")
     return Case(name, folder / name, given, config.load("nedr", types, saved=given))
 
 
 def check(cases: Sequence[Case]) -> None:
-    """Refuse, before anything is trained, what would fail or mix budgets later. Raises `UserError`."""
-    asked = cases[0].settings.test
-    if asked.benchmarks:
-        found = locate.find(asked.benchmarks, asked.data_root)
-        if not any(each.pictures().truth for each in found):
-            raise UserError("none of test.benchmarks has ground truth, and the table is of PSNR and SSIM; name another")
-    elif asked.hazy and asked.clear:
-        pairing.pairs(asked.hazy, asked.clear)
+    """Raise `UserError`, before anything is trained, for settings that would fail or mix budgets later."""
+    scoring = cases[0].settings.test
+    if scoring.benchmarks:
+        sets = locate.find(scoring.benchmarks, scoring.data_root)
+        if not any(each.pictures().truth for each in sets):
+            raise UserError("none of test.benchmarks has ground truth, which PSNR and SSIM need; name another")
+    elif scoring.hazy and scoring.clear:
+        pairing.pairs(scoring.hazy, scoring.clear)
     else:
         raise UserError("nothing to score the cases on; set test.benchmarks, or test.hazy and test.clear")
     for case in cases:
@@ -127,7 +128,7 @@ def check(cases: Sequence[Case]) -> None:
 
 
 def _check_unchanged(case: Case) -> None:
-    """A case begun with other settings would stand beside those that it cannot be compared with."""
+    """Refuse a case that was begun with other settings, since its row could not be compared with the others."""
     before = _flat(config.read_yaml(case.folder / "settings.yml"))
     for key, value in shared(case).items():
         if before.get(key, value) != value:
@@ -138,20 +139,20 @@ def _check_unchanged(case: Case) -> None:
 
 
 def shared(case: Case) -> dict[str, Any]:
-    """The settings that all cases share, and the case's own modules, by dotted name."""
+    """The settings that all cases share, and the modules of this case, by dotted name."""
     return {key: value for key, value in _flat(config.to_dict(case.settings)).items() if not key.startswith(FREE)}
 
 
 def fit(case: Case) -> int:
-    """Train a case as far as it is not trained. Returns 0, or the status of a training that a signal ended."""
+    """Train a case, or the rest of it. Returns 0, or the status of a training that a signal ended."""
     write_text(case.folder / "config.yml", yaml.safe_dump(case.given, sort_keys=False, allow_unicode=True))
     return train.main(["--model", "nedr", "--checkpoints", str(case.folder), "--resume"])
 
 
 def score(case: Case) -> None:
-    """Score a case unless these weights are scored with these settings."""
+    """Score a case unless these weights were scored with these settings already."""
     if not _scored(case):
-        with contextlib.redirect_stdout(sys.stderr):  # of all tables, the last one is what was asked for
+        with contextlib.redirect_stdout(sys.stderr):  # only the final table goes to stdout
             test.main(["--model", "nedr", "--checkpoints", str(case.folder)])
 
 
@@ -160,9 +161,10 @@ def _scored(case: Case) -> bool:
         results = comparison.load(case.folder).data
     except UserError:
         return False
-    told, settings = results["methods"].get("nedr", {}), config.to_dict(case.settings)
-    weights = case.folder / str(told.get("weights"))
-    if not weights.is_file() or told["sha256"] != files.sha256(weights):
+    recorded = results["methods"].get("nedr", {})
+    settings = config.to_dict(case.settings)
+    weights = case.folder / str(recorded.get("weights"))
+    if not weights.is_file() or recorded["sha256"] != files.sha256(weights):
         return False
     return results["settings"] == {key: settings[key] for key in ("precision", "test")}
 

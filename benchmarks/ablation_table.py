@@ -1,4 +1,4 @@
-"""The table of an ablation: cases down; their modules, size, figures and differences to the full model across."""
+"""The table of an ablation: one row a case, with its modules, size, figures and differences to the full model."""
 
 import json
 import textwrap
@@ -18,9 +18,9 @@ DIFFERENCE = ("diff.", "95 % interval")
 HEAD = ("case", *MODULES.values(), "params", "PSNR (dB)", *DIFFERENCE, "SSIM", *DIFFERENCE)
 ALIKE = (
     "all cases see the same images, crops and synthetic haze in the same order. Initial weights and the random "
-    "density of adversarial training come from one generator with the same seed, from which a module draws too, so "
-    "they differ between cases",
-    "one training each: a small difference may be the seed's; another (seed=11, in another folder) tells",
+    "density of adversarial training come from one generator with the same seed; modules draw from it too, so these "
+    "differ between cases",
+    "one training each: a small difference may be due to the seed; repeat with another (seed=11, in another folder)",
     "params: parameters of the network that dehazes",
 )
 
@@ -30,14 +30,14 @@ def build(
 ) -> dict[str, Any]:
     """The content of ablation.json, from the scored cases in ``folders``; differences are to the last of them.
 
-    ``modules`` are those that each case has, ``settings`` what all share, by dotted name, ``failed`` tells of cases
-    that are missing. Raises `UserError` for results that cannot be compared.
+    ``modules`` are those of each case, ``settings`` those that all share, by dotted name, ``failed`` the errors of
+    missing cases. Raises `UserError` for results that cannot be compared.
     """
     *others, reference = folders
     compared = comparison.compare([folders[name] for name in (reference, *others)])
-    found = {name: comparison.load(folder).data for name, folder in folders.items()}
+    results = {name: comparison.load(folder).data for name, folder in folders.items()}
     cases: dict[str, dict[str, Any]] = {HAZY: {"case": HAZY, "modules": None, "parameters": None}}
-    for name, data in found.items():
+    for name, data in results.items():
         cases[name] = {
             "case": name,
             "modules": list(modules[name]),
@@ -52,17 +52,17 @@ def build(
         "version": 1,
         "reference": reference,
         "settings": dict(settings),
-        "device": found[reference]["device"],
-        "versions": found[reference]["versions"],
+        "device": results[reference]["device"],
+        "versions": results[reference]["versions"],
         "tables": [_table(*key, pair, cases) for key, pair in sets.items()],
         "missing": dict(failed),
-        "unusable": sorted({each for data in found.values() for row in data["rows"] for each in row["skipped"]}),
+        "unusable": sorted({each for data in results.values() for row in data["rows"] for each in row["skipped"]}),
         "notes": [_budget(settings), *ALIKE, *compared.notes()],
     }
 
 
 def write(content: Mapping[str, Any], folder: Path) -> None:
-    """ablation.json and ablation.md in ``folder``, each whole or not at all; `UserError` if it cannot."""
+    """Write ablation.json and ablation.md to ``folder``, each atomically. Raises `UserError` if that fails."""
     data = json.dumps(content, indent=2, allow_nan=False) + "\n"
     for name, text in (("ablation.json", data), ("ablation.md", markdown(content))):
         write_text(folder / name, text)
@@ -78,7 +78,7 @@ def text(content: Mapping[str, Any]) -> str:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The same as Markdown."""
+    """The tables and notes as Markdown."""
     lines = []
     for table in content["tables"]:
         rows = [HEAD, *map(_cells, table["rows"])]
@@ -93,8 +93,8 @@ def _table(benchmark: str, protocol: str, pair: Mapping[str, Table], cases: Mapp
         figures = {figure.label: figure for figure in table.figures}
         for row in rows:
             row[kind] = _figure(figures[row["case"]])
-    some = next(iter(pair.values()))
-    return {"benchmark": benchmark, "protocol": protocol, "pictures": some.common, "of": some.expected, "rows": rows}
+    first = next(iter(pair.values()))
+    return {"benchmark": benchmark, "protocol": protocol, "pictures": first.common, "of": first.expected, "rows": rows}
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
@@ -102,16 +102,16 @@ def _figure(figure: Figure) -> dict[str, Any]:
 
 
 def _title(table: Mapping[str, Any], reference: str) -> str:
-    whole = f" of {table['of']}" if table["of"] not in (None, table["pictures"]) else ""
+    total = f" of {table['of']}" if table["of"] not in (None, table["pictures"]) else ""
     return (
-        f"{table['benchmark']} ({table['pictures']}{whole}), protocol {table['protocol']}; "
+        f"{table['benchmark']} ({table['pictures']}{total}), protocol {table['protocol']}; "
         f"differences and intervals: to {reference}"
     )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    own, size = row["modules"], row["parameters"]
-    marks = ["" if own is None else "x" if module in own else "-" for module in MODULES]
+    modules, size = row["modules"], row["parameters"]
+    marks = ["" if modules is None else "x" if module in modules else "-" for module in MODULES]
     cells = [row["case"], *marks, "" if size is None else f"{size / 1e6:.2f} M"]
     for kind, digits in DIGITS.items():
         figure = row[kind]
@@ -128,12 +128,12 @@ def _notes(content: Mapping[str, Any]) -> list[str]:
 
 
 def _budget(settings: Mapping[str, Any]) -> str:
-    """What every case was given, in one line."""
+    """The training budget of every case, in one line."""
     parts = []
-    for stage, what in (("warm_start", "supervised"), ("train", "unpaired")):
+    for stage, kind in (("warm_start", "supervised"), ("train", "unpaired")):
         if steps := settings[f"{stage}.steps"]:
             batch = settings[f"{stage}.batch"] * settings.get(f"{stage}.accumulate", 1)
-            parts.append(f"{what} steps: {steps:,} of {tables.pictures(batch)}")
+            parts.append(f"{kind} steps: {steps:,} of {tables.pictures(batch)}")
     weights = "the best on the validation images" if settings["data.validation_hazy"] else "the last"
     crop = f"{settings['data.crop_size']} pixels ({settings['data.crop']})"
-    return f"every case: {', then '.join(parts)}; crops of {crop}; seed {settings['seed']}; its weights: {weights}"
+    return f"every case: {', then '.join(parts)}; crops of {crop}; seed {settings['seed']}; weights: {weights}"

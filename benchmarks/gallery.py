@@ -1,8 +1,8 @@
-"""Make docs/gallery.md: what the weights that ship do, and where they fail, beside the dark channel prior.
+"""Make docs/gallery.md: results and failures of the weights that ship, next to the dark channel prior.
 
     python -m benchmarks.gallery [--output docs]
 
-Images of the sample set (`data.sample`), and rendered ones (`benchmarks.scenes`), whose truth is known.
+Images of the sample set (`data.sample`) and rendered ones (`benchmarks.scenes`), whose ground truth is known.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from utils import errors, rounding
 from utils.evaluation import metrics, panels
 
 METHODS = ("nedr", "dcp")
-WIDE = 270  # pixels of each image; five stand side by side
-SKY = 300.0  # metres: how far away the sky is taken to be
+WIDTH = 270  # pixels of each image; five are shown side by side
+SKY = 300.0  # metres, the assumed distance of the sky
 
 
 class Case(NamedTuple):
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     title: str
     hazy: Tensor  # (3,H,W) in [0,1]
     clear: Tensor
-    remark: str
+    comment: str
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     methods = {name: models.load(name) for name in METHODS}
     parts = [HEAD]
     for case in cases():
-        shown, figures = treat(case, methods)
-        save(output / "gallery" / f"{case.name}.jpg", panels.panel({name: small(each) for name, each in shown.items()}))
+        shown, figures = dehaze(case, methods)
+        reduced = {caption: shrink(image) for caption, image in shown.items()}
+        save(output / "gallery" / f"{case.name}.jpg", panels.panel(reduced))
         parts.append(section(case, figures))
     (output / "gallery.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"see {output / 'gallery.md'}")
@@ -52,10 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def cases() -> Iterator[Case]:
     """All cases, the easy ones first."""
-    for scene, remark in SAMPLES.items():
-        folder, name = sample.make() / scene.partition("/")[0], scene.partition("/")[2]
+    for scene, comment in SAMPLES.items():
+        split, _, name = scene.partition("/")
+        folder = sample.make() / split
         clear = images.read(folder / "clear" / f"{name.rpartition('_')[0]}.png")
-        yield Case(name, f"Sample set: {name}", images.read(folder / "hazy" / f"{name}.png"), clear, remark)
+        yield Case(name, f"Sample set: {name}", images.read(folder / "hazy" / f"{name}.png"), clear, comment)
     day, metres = scenes.render(scenes.street())
     white, _ = scenes.render(scenes.street((scenes.WHITE, scenes.WHITE), (scenes.WHITE, scenes.WHITE)))
     field, far = scenes.render([box for box in scenes.street() if box.low[2] > 45 and box.windows])
@@ -72,59 +74,59 @@ def cases() -> Iterator[Case]:
 
 
 def hazed(clear: Tensor, metres: Tensor, seen: float, airlight: tuple[float, float, float]) -> Tensor:
-    """``clear`` in haze through which ``seen`` metres can be seen: there 5 % of the light come through."""
+    """``clear`` in haze with a visibility of ``seen`` metres, the distance from which 5 % of the light arrive."""
     return synthesis.add_haze(clear, metres.clamp(max=SKY), 3 / seen, torch.tensor(airlight))[0]
 
 
-def treat(case: Case, methods: dict[str, Method]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Captions and images, and the PSNR of the hazy image and of every method's."""
-    found = {name: method.estimate(case.hazy[None]) for name, method in methods.items()}
-    made = {"hazy": case.hazy} | {name: each["clear"][0] for name, each in found.items()}
-    figures = {name: metrics.psnr(picture, case.clear) for name, picture in made.items()}
-    shown = {f"{name}, {figures[name]:.1f} dB": picture for name, picture in made.items()}
-    return shown | {"truth": case.clear, "nedr: transmission": found["nedr"]["transmission"][0]}, figures
+def dehaze(case: Case, methods: dict[str, Method]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Images by caption, and the PSNR of the hazy image and of every method's result."""
+    estimates = {name: method.estimate(case.hazy[None]) for name, method in methods.items()}
+    results = {"hazy": case.hazy} | {name: estimate["clear"][0] for name, estimate in estimates.items()}
+    figures = {name: metrics.psnr(image, case.clear) for name, image in results.items()}
+    shown = {f"{name}, {figures[name]:.1f} dB": image for name, image in results.items()}
+    return shown | {"truth": case.clear, "nedr: transmission": estimates["nedr"]["transmission"][0]}, figures
 
 
-def small(picture: Tensor) -> Tensor:
-    """(C,H,W) no wider than `WIDE`."""
-    height, width = picture.shape[1:]
-    size = (round(height * WIDE / width), WIDE)
-    return picture if width <= WIDE else F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0]
+def shrink(image: Tensor) -> Tensor:
+    """(C,H,W), at most `WIDTH` wide."""
+    height, width = image.shape[1:]
+    size = (round(height * WIDTH / width), WIDTH)
+    return image if width <= WIDTH else F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
-def save(path: Path, picture: Tensor) -> None:
-    """A JPEG as small as documents want it."""
+def save(path: Path, image: Tensor) -> None:
+    """Write (3,H,W) in [0,1] as a small JPEG for the documentation."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rounding.to_8bit(picture)).save(path, quality=85, optimize=True)
+    Image.fromarray(rounding.to_8bit(image)).save(path, quality=85, optimize=True)
 
 
 def section(case: Case, figures: dict[str, float]) -> str:
-    told = ", ".join(f"{name} {value:.1f} dB" for name, value in figures.items())
-    return f"## {case.title}\n\n![{told}](gallery/{case.name}.jpg)\n\n{case.remark}\n"
+    caption = ", ".join(f"{name} {value:.1f} dB" for name, value in figures.items())
+    return f"## {case.title}\n\n![{caption}](gallery/{case.name}.jpg)\n\n{case.comment}\n"
 
 
 HEAD = """# Gallery
 
-Hazy, dehazed by the weights that ship (nedr) and by the dark channel prior (dcp), the truth, and the transmission
-that nedr found (white: no haze); with PSNR in dB at full size. All of it is made by `python -m benchmarks.gallery`:
-images of the sample set with haze made by the haze law, and a rendered street for what that set lacks. Photographs of
-real haze are harder than either; what was seen on those stands in the
+From left to right: the hazy image, dehazed by the weights that ship (nedr) and by the dark channel prior (dcp), the
+ground truth, and nedr's transmission (white: no haze); with PSNR in dB at full size. Made by
+`python -m benchmarks.gallery`: images of the sample set with synthetic haze by the haze law, and a rendered street for
+scenes that the set lacks. Photographs of real haze are harder than either; for the results on those see the
 [model card](../checkpoints/README.md#where-it-fails).
 """
 
 SAMPLES = {
-    "test/coffee_2": "No training saw this scene. The haze goes; what is dark comes out a little darker than it was.",
-    "test/chelsea_3": "Thick haze: the colours come back, where dcp takes pale fur for haze and burns it.",
-    "train/motorcycle_left_2": "Haze by measured depth goes evenly, near and far.",
-    "train/rocket_1": "**Fails.** The sky at dusk is dark and blue; it is taken for haze, and comes out nearly black.",
+    "test/coffee_2": "Not in the training data. The haze is removed; dark areas become slightly too dark.",
+    "test/chelsea_3": "Dense haze: the colours are recovered, while dcp mistakes pale fur for haze.",
+    "train/motorcycle_left_2": "Haze by measured depth is removed evenly, near and far.",
+    "train/rocket_1": "**Fails.** The dark blue sky at dusk is mistaken for haze and becomes nearly black.",
 }
 REMARKS = {
-    "street": "Near and middle distance are right. The sky, of which hardly any light came through, comes out white.",
-    "dense": "**Fails.** What dense haze has hidden stays hidden, and what is near comes out with too much contrast.",
-    "white": "**Fails in part.** White and hazy look alike: walls and cars come out brighter than they are.",
-    "sky": "**Fails in part.** The land is right; the sky stays pale, where dcp makes it cyan and burns the clouds.",
-    "dusk": "**Fails in part.** The far end keeps a blue veil, and what is near comes out too dark.",
-    "night": "**Fails.** The glow around lamps is no airlight: it stays, and what is dark becomes black.",
+    "street": "Near and middle distance are right. The sky, from which hardly any light arrived, becomes white.",
+    "dense": "**Fails.** What dense haze hides is not recovered, and near objects get too much contrast.",
+    "white": "**Fails in part.** White surfaces look like haze: walls and cars become too bright.",
+    "sky": "**Fails in part.** The ground is right; the sky stays pale, while dcp turns it cyan and clips the clouds.",
+    "dusk": "**Fails in part.** The far end keeps a blue veil, and near objects become too dark.",
+    "night": "**Fails.** The glow around lamps is not airlight: it stays, and dark areas become black.",
 }
 
 

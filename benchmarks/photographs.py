@@ -1,9 +1,9 @@
-"""Seconds and peak memory to dehaze one image, method by method and size by size, each case in a process of its own.
+"""Time and peak memory to dehaze one image, by method and size, each case in its own process.
 
     python -m benchmarks.photographs nedr dcp FILE nedr@nedr.working_size=0 --sizes 256x256 620x460 4000x3000
 
-A method is a name (its weights that ship, or none needed) or a file of weights; after an @, settings that may change
-after training. Peak memory is that of the whole process, PyTorch included. One thread, unless --threads says otherwise.
+A method is a name (with the weights that ship, if any) or a file of weights; after an @ follow settings that may change
+after training. Peak memory is that of the whole process, PyTorch included. One thread unless --threads is given.
 """
 
 import argparse
@@ -20,10 +20,11 @@ import torch
 import models
 from models import candidates
 from models.method import Method
-from utils import columns, config, device, errors, memory
+from utils import columns, config, errors, memory
+from utils import device as devices
 from utils.errors import UserError, quoted
 
-SECONDS = 8.0  # of repeats, of a case that takes less
+SECONDS = 8.0  # for which a shorter case is repeated
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,58 +33,62 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("methods", nargs="+", metavar="METHOD", help="name or file, with @key=value,... after it")
     parser.add_argument("--sizes", nargs="+", default=["256x256", "620x460", "4000x3000"], metavar="WxH")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a case, in its process
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # measure one case in this process
     options = parser.parse_args(arguments)
     sizes = [_size(text) for text in options.sizes]
     if options.one:
         print(json.dumps(measure(options.methods[0], *sizes[0], options.threads)))
         return 0
     for method in options.methods:
-        _load(method)  # what cannot be had is said first
+        _load(method)  # errors are reported before anything is measured
     rows = [[run(method, size, options.threads) for size in options.sizes] for method in options.methods]
     print(table(options.methods, options.sizes, rows, options.threads))
     return 0
 
 
 def run(method: str, size: str, threads: int) -> dict:
-    """One case in a process of its own."""
+    """Measure one case in its own process."""
     command = [sys.executable, "-m", "benchmarks.photographs", method, "--sizes", size, "--threads", str(threads)]
     done = subprocess.run([*command, "--one"], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{method} at {size}: {(done.stderr.strip() or 'ended without a word').splitlines()[-1]}")
+        raise UserError(
+            f"{method} at {size}: {(done.stderr.strip() or f'ended with status {done.returncode}').splitlines()[-1]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(named: str, width: int, height: int, threads: int) -> dict[str, float]:
-    """Median seconds of dehazing an image, after one to warm up, and the process's peak memory in bytes."""
+def measure(spec: str, width: int, height: int, threads: int) -> dict[str, float]:
+    """Median seconds to dehaze an image, after a warm-up pass, and the process's peak memory in bytes."""
     torch.set_num_threads(threads)
     memory.keep_memory()
-    place, method = torch.device("cpu"), _load(named)
+    device = torch.device("cpu")
+    method = _load(spec)
     hazy = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-    tile, taken = method.tile(hazy, "auto"), []
-    memory.reset_peak(place)
+    tile = method.tile(hazy, "auto")
+    seconds = []
+    memory.reset_peak(device)
     method.dehaze(hazy, tile)
-    while not taken or (sum(taken) < SECONDS and len(taken) < 9):
+    while not seconds or (sum(seconds) < SECONDS and len(seconds) < 9):
         start = time.perf_counter()
         method.dehaze(hazy, tile)
-        taken.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(taken), "bytes": memory.peak_memory(place)}
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "bytes": memory.peak_memory(device)}
 
 
 def table(methods: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[dict]], threads: int) -> str:
-    """Markdown: a line a method, seconds and MiB for every size."""
+    """Markdown: one row a method, with seconds and MiB for every size."""
     lines = [["method", *sizes]]
     for method, row in zip(methods, rows, strict=True):
         cells = [f"{case['seconds']:.3f} s, {case['bytes'] / 2**20:,.0f} MiB" for case in row]
         lines.append([method, *cells])
     return "\n".join(
-        [*columns.markdown(lines), "", f"{device.describe(torch.device('cpu'))}, of which {threads} used; float32."]
+        [*columns.markdown(lines), "", f"{devices.describe(torch.device('cpu'))}, of which {threads} used; float32."]
     )
 
 
-def _load(named: str) -> Method:
-    """The method as test.py would have it, which refuses what cannot be had or cannot change."""
-    source, _, settings = (named, "", "") if os.path.exists(named) else named.partition("@")
+def _load(spec: str) -> Method:
+    """The method as test.py loads it, with the same errors for absent files and fixed settings."""
+    source, _, settings = (spec, "", "") if os.path.exists(spec) else spec.partition("@")
     names = [source] if source in models.METHODS else []
     test = config.section("test", [] if names else [("weights", [source])])
     [tested] = candidates.prepare(names, None, test, (), [text for text in settings.split(",") if text])
@@ -91,8 +96,8 @@ def _load(named: str) -> Method:
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, sign, height = text.partition("x")
-    if not (sign and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+    width, separator, height = text.partition("x")
+    if not (separator and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise UserError(f"--sizes {quoted(text)}: write width x height, as 620x460")
     return int(width), int(height)
 

@@ -1,4 +1,4 @@
-"""Decoded images in memory that the processes which read for one training run share."""
+"""A cache of decoded images in memory, shared by the workers of a training run."""
 
 import mmap
 import multiprocessing
@@ -19,27 +19,28 @@ EMPTY, BEING_WRITTEN, READY = range(3)
 
 
 class Cache:
-    """Reads images as `images` does, and decodes each that was announced (`add`) once, as long as there is room.
+    """Reads images like `images`, and decodes every image announced by `add` only once, while there is space.
 
-    Up to ``gib`` GiB of 8-bit steps are kept; 0 keeps none. Memory is taken as images come, none beforehand, and
-    all workers forked from this process share it, both ways: whoever decodes an image spares the others that. Where
-    workers are spawned instead, theirs is a cache of 0. What is not 8-bit (16-bit grey, depth in fractions) is decoded
-    anew every time. A file that changes during the run is not read again.
+    Up to ``gib`` GiB of 8-bit values are kept; 0 keeps none. Memory is allocated as images arrive, and all workers
+    forked from this process share it: an image decoded by one is available to all. A spawned worker gets a cache of
+    size 0. Images that are not 8-bit (16-bit grey, float depth) are decoded every time. A file that changes during the
+    run is not read again.
 
-    What is in stays in, and when the room is used up, nothing more comes in: a stream shows every image once an
-    epoch, in an order drawn anew. An image just decoded is wanted again in the next epoch only, and no image that is
-    in already is likely to be wanted later than that: to put it in another's place gains nothing.
+    Entries are never replaced; when the cache is full, nothing is added. A stream shows every image once an epoch in
+    a new order, so an image just decoded is not needed before the next epoch, and replacing another one by it gains
+    nothing.
 
-    Of every image and depth map ``border`` pixels are cut from all sides first, and what is larger is then shrunk to
-    a short side of ``short_side`` pixels (antialiased; 0: not), so that a small network's views of large photographs
-    are read once and kept small.
+    First ``border`` pixels are cut from all sides of every image and depth map, and larger ones are then reduced to a
+    short side of ``short_side`` pixels (antialiased; 0: never), so that large photographs are read once and kept small.
 
-    Raises `UserError` where less memory than that is free: it would end the run, and only when it is nearly full.
+    Raises `UserError` if less memory than ``gib`` is free, since the run would fail only once the cache is nearly full.
     """
 
     def __init__(self, gib: float = 0.0, border: int = 0, short_side: int = 0):
-        size, self.border, self.short_side = int(gib * 2**30), border, short_side
-        self._rows: dict[tuple, np.ndarray] = {}  # (how it is decoded, path) -> state, offset, height, width, channels
+        size = int(gib * 2**30)
+        self.border = border
+        self.short_side = short_side
+        self._rows: dict[tuple, np.ndarray] = {}  # (decoder, path) -> state, offset, height, width, channels
         self._memory: Tensor | None = None
         self._used = np.zeros(1, np.int64)
         if size == 0:
@@ -54,50 +55,50 @@ class Cache:
         self._used = np.frombuffer(_shared(8), np.int64)
         self._memory = torch.frombuffer(_shared(size), dtype=torch.uint8)
 
-    def __reduce__(self):  # what a spawned worker gets
+    def __reduce__(self):  # for spawned workers
         return Cache, (0.0, self.border, self.short_side)
 
     @property
     def used(self) -> int:
-        """Bytes that are taken."""
+        """Bytes in use."""
         return int(self._used[0])
 
-    def add(self, pictures: Iterable[Path] = (), depth: Iterable[Path] = ()) -> None:
-        """Announce what may be kept, before workers are forked: they could not tell one another of new names."""
+    def add(self, paths: Iterable[Path] = (), depth: Iterable[Path] = ()) -> None:
+        """Announce the files that may be kept, before workers are forked: they cannot share entries added later."""
         if self._memory is None:
             return
-        asked = [(images.decode, path) for path in pictures] + [(images.decode_depth, path) for path in depth]
-        new = [key for key in dict.fromkeys(asked) if key not in self._rows]
+        keys = [(images.decode, path) for path in paths] + [(images.decode_depth, path) for path in depth]
+        new = [key for key in dict.fromkeys(keys) if key not in self._rows]
         if new:
             table = np.frombuffer(_shared(len(new) * 5 * 8), np.int64).reshape(len(new), 5)
             self._rows |= zip(new, table, strict=True)
 
-    def picture(self, path: Path) -> Pixels:
+    def image(self, path: Path) -> Pixels:
         """An image (3,H,W). Raises `UserError` as `images.read`."""
-        return Pixels(self._decoded(images.decode, path))
+        return Pixels(self._get(images.decode, path))
 
     def depth(self, path: Path) -> Pixels:
         """A depth map (1,H,W). Raises `UserError` as `images.read_depth`."""
-        return images.depth_pixels(self._decoded(images.decode_depth, path))
+        return images.depth_pixels(self._get(images.decode_depth, path))
 
-    def _decoded(self, decode: Callable[[Path], Tensor], path: Path) -> Tensor:
+    def _get(self, decode: Callable[[Path], Tensor], path: Path) -> Tensor:
         row = self._rows.get((decode, path))
         if row is None:
-            return self._small(decode(path), path)
+            return self._reduced(decode(path), path)
         with self._lock:
             state, offset, *shape = row.tolist()
         if state == READY:
-            return self._place(offset, shape)
-        values = self._small(decode(path), path)
+            return self._view(offset, shape)
+        values = self._reduced(decode(path), path)
         if state == EMPTY and values.dtype == torch.uint8:
-            self._keep(row, values)
+            self._store(row, values)
         return values
 
-    def _small(self, values: Tensor, path: Path) -> Tensor:
-        """Without the border, and at the short side that is kept; 8-bit steps stay such."""
+    def _reduced(self, values: Tensor, path: Path) -> Tensor:
+        """``values`` without the border, reduced to ``short_side``; 8-bit values stay 8-bit."""
         height, width = (side - 2 * self.border for side in values.shape[1:])
         if min(height, width) < 1:
-            raise UserError(f"{path}: nothing is left without data.border={self.border} pixels; set a smaller one")
+            raise UserError(f"{path}: data.border={self.border} pixels leave nothing of it; set a smaller one")
         values = values[:, self.border : self.border + height, self.border : self.border + width]
         scale = self.short_side / min(height, width)
         if not 0 < scale < 1:
@@ -106,8 +107,8 @@ class Cache:
         small = F.interpolate(values[None].float(), size, mode="bilinear", antialias=True)[0]
         return small.round_().to(values.dtype) if values.dtype == torch.uint8 else small
 
-    def _keep(self, row: np.ndarray, values: Tensor) -> None:
-        """Copy (C,H,W) to where there is room, if there is and no other process was quicker."""
+    def _store(self, row: np.ndarray, values: Tensor) -> None:
+        """Copy (C,H,W) into the cache, if there is space and no other process has stored it meanwhile."""
         with self._lock:
             offset = int(self._used[0])
             if row[0] != EMPTY or offset + values.numel() > len(self._memory):
@@ -115,22 +116,22 @@ class Cache:
             self._used[0] += values.numel()
             shape = (*values.shape[1:], values.shape[0])
             row[:] = (BEING_WRITTEN, offset, *shape)
-        self._place(offset, shape).copy_(values)
-        with self._lock:  # which also keeps other cores from seeing READY before the pixels
+        self._view(offset, shape).copy_(values)
+        with self._lock:  # also a memory barrier: other cores must not see READY before the pixels
             row[0] = READY
 
-    def _place(self, offset: int, shape: tuple[int, int, int]) -> Tensor:
-        """(C,H,W) of a place that holds (H,W,C), which is how images come from the decoder."""
+    def _view(self, offset: int, shape: tuple[int, int, int]) -> Tensor:
+        """The entry at ``offset`` as (C,H,W); it is stored as (H,W,C), the decoder's order."""
         height, width, channels = shape
-        place = self._memory[offset : offset + height * width * channels]
-        return place.view(height, width, channels).permute(2, 0, 1)
+        values = self._memory[offset : offset + height * width * channels]
+        return values.view(height, width, channels).permute(2, 0, 1)
 
 
 def _shared(size: int) -> mmap.mmap:
-    """Zeros that forked processes share; they take memory when they are written. Not bounded by /dev/shm."""
+    """Zeros shared by forked processes, allocated when written. Not limited by /dev/shm."""
     try:
         return mmap.mmap(-1, size)
     except OSError as error:
         raise UserError(
-            f"data.cache: no {size / 2**30:.1f} GiB can be had ({error.strerror}); set a smaller data.cache, or 0"
+            f"data.cache: {size / 2**30:.1f} GiB cannot be allocated ({error.strerror}); set a smaller data.cache, or 0"
         ) from error

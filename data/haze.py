@@ -3,7 +3,7 @@
     python -m data.haze --clear CLEAR --depth DEPTH --output OUTPUT --per-image 10
     python -m data.haze --clear CLEAR --output OUTPUT --degradations jpeg.probability=0
 
-The first is in the manner of RESIDE's ITS, the second by the model of several degradations (`degradations`).
+The first follows RESIDE's ITS, the second the imaging model with several degradations (`degradations`).
 """
 
 import argparse
@@ -26,36 +26,39 @@ from utils.errors import UserError
 
 
 def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace) -> None:
-    """Write a clear image, its depth map if given, and its ``per_image`` hazy ones, seeded by its name alone.
+    """Write a clear image, its depth map if given, and ``per_image`` hazy versions, seeded by the name alone.
 
     The name is the path below the folder of clear images, without extension.
     """
     clear, depth, name = task
     pixels, depth_pixels = pictures.read_with_depth(clear, depth)
-    picture = pixels[:]
+    image = pixels[:]
     rng = np.random.default_rng([options.seed, zlib.crc32(name.encode())])
-    distance = synthesis.smooth_depth(*picture.shape[1:], rng) if depth_pixels is None else depth_pixels[:]
-    picture, distance = (_trim(tensor, options, clear) for tensor in (picture, distance))
+    distance = synthesis.smooth_depth(*image.shape[1:], rng) if depth_pixels is None else depth_pixels[:]
+    image, distance = (_trim(tensor, options, clear) for tensor in (image, distance))
     save = partial(images.write, compress_level=1)
-    save(options.output / "clear" / f"{name}.{options.format}", picture)
+    save(options.output / "clear" / f"{name}.{options.format}", image)
     if depth is not None:
         images.write_depth(options.output / "depth" / f"{name}.png", distance)
     for n in range(1, options.per_image + 1):
-        hazy, told = _make(picture, distance, rng, options)
-        save(options.output / "hazy" / f"{name}_{n}{told}.{options.format}", hazy)
+        hazy, suffix = _add_haze(image, distance, rng, options)
+        save(options.output / "hazy" / f"{name}_{n}{suffix}.{options.format}", hazy)
 
 
-def _make(clear: Tensor, depth: Tensor, rng: np.random.Generator, options: argparse.Namespace) -> tuple[Tensor, str]:
-    """A hazy image, and what its name tells of it: by the law the airlight, as ITS does."""
+def _add_haze(
+    clear: Tensor, depth: Tensor, rng: np.random.Generator, options: argparse.Namespace
+) -> tuple[Tensor, str]:
+    """A hazy image and the suffix of its file name, which for the haze law is the airlight, as in ITS."""
     if options.degradations is not None:
         return degradations.degrade(clear, depth, rng, options.degradations)["hazy"], ""
-    grey = round(rng.uniform(*options.airlight), 5)  # the name tells it with five places: be true to it
+    grey = round(rng.uniform(*options.airlight), 5)  # exactly the five decimals of the file name
     hazy, _ = synthesis.add_haze(clear, depth, rng.uniform(*options.density), torch.full((3,), grey))
     return hazy, f"_{grey:.5f}"
 
 
 def _trim(tensor: Tensor, options: argparse.Namespace, path: Path) -> Tensor:
-    border, (height, width) = options.border, tensor.shape[1:]
+    border = options.border
+    height, width = tensor.shape[1:]
     if 2 * border >= min(height, width):
         raise UserError(f"{path}: {width}x{height} leaves nothing inside --border {border}; make it smaller")
     tensor = tensor[:, border : height - border, border : width - border]
@@ -76,26 +79,26 @@ def _tasks(options: argparse.Namespace) -> list[tuple[Path, Path | None, str]]:
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    """Refuse an output that holds hazy images, or whose images the next run would read as clear ones or depth."""
+    """Refuse an output folder that holds hazy images, or that the next run would read as clear images or depth."""
     if (options.output / "hazy").is_dir() and any((options.output / "hazy").iterdir()):
         raise UserError(f"{options.output}: holds hazy images already; give another --output or remove them")
     for option in ("clear", "depth"):
         sources = [os.path.realpath(paths.resolve(source)) for source in getattr(options, option) or ()]
         if any(Path(os.path.realpath(options.output)).is_relative_to(source) for source in sources):
             raise UserError(
-                f"{options.output}: lies in the folder of --{option}, where the next run would take for input what "
-                f"this one makes; give an --output outside of it"
+                f"{options.output}: lies in the folder of --{option}, so the next run would read these results as "
+                f"input; give an --output outside of it"
             )
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data.haze",
-        description="Write a hazy set: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth, in the manner of RESIDE's ITS.",
+        description="Write a hazy set: OUTPUT/clear, OUTPUT/hazy and OUTPUT/depth, like RESIDE's ITS.",
     )
     paths = partial(parser.add_argument, nargs="+", metavar="PATH")
     paths("--clear", required=True, help="clear images: folders, .flists, images or sample:train/clear")
-    paths("--depth", help="depth maps of the same names (grey, float TIFF, .npy, .mat, .exr); else made up")
+    paths("--depth", help="depth maps of the same names (grey, float TIFF, .npy, .mat, .exr); else generated")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
     parser.add_argument("--per-image", type=int, default=1, help="hazy images of each clear one (1)")
     parser.add_argument("--density", type=float, nargs=2, help="range of beta (0.6 1.8)")
@@ -104,7 +107,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--degradations",
         nargs="*",
         metavar="KEY=VALUE",
-        help="the model of several degradations instead, as configs.yml has it; blur.probability=0 and so on change it",
+        help="the imaging model with several degradations instead, as in configs.yml; override as blur.probability=0",
     )
     parser.add_argument("--seed", type=int, default=10)
     parser.add_argument("--border", type=int, default=0, help="pixels to cut from every side (0)")
@@ -114,9 +117,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.degradations is not None:
         if options.density or options.airlight:
-            raise UserError("--density and --airlight are the law's; write --degradations haze.density=[LOW,HIGH]")
+            raise UserError(
+                "--density and --airlight belong to the haze law; write --degradations haze.density=[LOW,HIGH]"
+            )
         options.degradations = config.section("degradations", options.degradations)
-    options.density, options.airlight = options.density or synthesis.DENSITY, options.airlight or synthesis.AIRLIGHT
+    options.density = options.density or synthesis.DENSITY
+    options.airlight = options.airlight or synthesis.AIRLIGHT
     for name, most in (("density", float("inf")), ("airlight", 1.0)):
         low, high = getattr(options, name)
         if not 0 <= low <= high <= most:
@@ -130,12 +136,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command; ``arguments`` as on the command line."""
     options = _options(arguments)
-    tasks, work = _tasks(options), partial(write_hazy, options=options)
+    tasks = _tasks(options)
+    work = partial(write_hazy, options=options)
     _check_output(options)
     for source, kinds in ((options.clear, paths.EXTENSIONS), (options.depth, paths.DEPTH_EXTENSIONS)):
-        for remark in paths.passed_over(source, kinds) if source else ():
-            print(remark, file=sys.stderr)
-    bar = partial(tqdm, total=len(tasks), unit="picture", disable=None)
+        for warning in paths.passed_over(source, kinds) if source else ():
+            print(warning, file=sys.stderr)
+    bar = partial(tqdm, total=len(tasks), unit="image", disable=None)
     if options.workers == 0:
         for task in bar(tasks):
             work(task)
@@ -143,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         with multiprocessing.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
             for _ in bar(pool.imap_unordered(work, tasks, chunksize=4)):
                 pass
-            pool.close()  # and wait: what `with` does, terminate, waits for ever where a caller has caught SIGTERM
+            pool.close()  # close and join: terminate, which `with` calls, hangs if a caller handles SIGTERM
             pool.join()
     print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy images in {options.output}")
 

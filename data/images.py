@@ -1,7 +1,7 @@
-"""The one door through which pixels enter and leave, and the rules by which files are found.
+"""Reading and writing images and depth maps; all of the project's images pass through this module.
 
-Images are decoded by content, not by name, turned upright by their EXIF tag and handed out as RGB tensors
-(3,H,W), float32 in [0,1]. What cannot be read whole is refused with a `UserError`; nothing is guessed or filled in.
+Images are decoded by content, not by name, turned upright by their EXIF tag and returned as RGB tensors (3,H,W),
+float32 in [0,1]. A file that cannot be read completely raises a `UserError`; nothing is guessed or filled in.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from utils.errors import UnfitError, UserError, quoted
 from utils.rounding import to_8bit
 
 MAX_PIXELS = 500_000_000
-READING = 16  # bytes a pixel that `read` takes at its height: three floats beside the steps that they come from
+READ_BYTES = 16  # peak memory of `read` in bytes per pixel: three floats beside the 8-bit steps
 JPEG_QUALITY = 95
-JPEG_EXIF = 65533  # bytes that a JPEG has room for
-# Of the disk, not of one image: it would be so for the next one too.
-LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE})
+JPEG_EXIF = 65533  # the most bytes of EXIF that a JPEG can hold
+# Errors of the disk, not of one image: the next image would fail too.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE})
 
 
 def read(path: str | Path) -> Tensor:
@@ -43,37 +43,37 @@ def read(path: str | Path) -> Tensor:
 
 
 def decode(path: str | Path) -> Tensor:
-    """What `read` divides by 255: (3,H,W) uint8; of 16-bit grey what it returns. Raises `UserError` as it does."""
+    """Decode an image without dividing by 255: (3,H,W) uint8; 16-bit grey as `read` returns it. Errors as in `read`."""
     with _enough_memory(path):
-        return _steps(Path(path))
+        return _decode_rgb(Path(path))
 
 
-def _steps(path: Path) -> Tensor:
-    image = _decode(path)
+def _decode_rgb(path: Path) -> Tensor:
+    image = _open(path)
     if image.mode.startswith("I"):
-        grey = torch.from_numpy(_whole_numbers(path, image).astype(np.float32) / 65535)
+        grey = torch.from_numpy(_integers(path, image).astype(np.float32) / 65535)
         return grey.expand(3, -1, -1).contiguous()
-    pixels = torch.from_numpy(np.array(_rgb(path, image)))  # (H,W,3); a copy, since PyTorch wants to own it
+    pixels = torch.from_numpy(np.array(_rgb(path, image)))  # (H,W,3); a copy, since PyTorch needs writable memory
     return pixels.permute(2, 0, 1)
 
 
 def read_depth(path: str | Path) -> Tensor:
-    """Read a depth map, far is large, divided by its own maximum: (1,H,W), float32 in [0,1].
+    """Read a depth map (larger is farther), divided by its own maximum: (1,H,W), float32 in [0,1].
 
-    Whole numbers are depth in steps, v standing for v + 0.5, as the haze law of RESIDE wants it:
-    (v + 0.5) / (max + 0.5). Fractions are the depth itself: of .npy, .mat, .exr, .pfm and float TIFF (`data.depth`).
-    Raises `UserError` for what is not a single channel, not finite, negative, or zero everywhere.
+    Integers are depth in steps, where v stands for v + 0.5, as the haze law of RESIDE needs it:
+    (v + 0.5) / (max + 0.5). Floats are the depth itself: of .npy, .mat, .exr, .pfm and float TIFF (`data.depth`).
+    Raises `UserError` for several channels and for depth that is not finite, negative, or zero everywhere.
     """
     return depth_pixels(decode_depth(path))[:]
 
 
 def decode_depth(path: str | Path) -> Tensor:
-    """A depth map before it is divided by its maximum, (1,H,W) uint8, if it has 8 bits; else what `read_depth` says."""
+    """An 8-bit depth map before division by its maximum, (1,H,W) uint8; any other as `read_depth` returns it."""
     with _enough_memory(path):
-        return _depth(Path(path))
+        return _decode_depth(Path(path))
 
 
-def _depth(path: Path) -> Tensor:
+def _decode_depth(path: Path) -> Tensor:
     depth = depth_files.load(path)
     depth = _single_channel(path) if depth is None else depth
     if depth.dtype == np.uint8:
@@ -85,7 +85,7 @@ def _depth(path: Path) -> Tensor:
 
 
 def depth_pixels(values: Tensor) -> Pixels:
-    """What `decode_depth` returns, to be looked at as the numbers that `read_depth` returns."""
+    """The result of `decode_depth` as `Pixels`, which give the values of `read_depth`."""
     if values.is_floating_point():
         return Pixels(values)
     return Pixels(values, ((np.arange(256) + 0.5) / (int(values.max()) + 0.5)).astype(np.float32))
@@ -98,14 +98,14 @@ def write(
     like: str | Path | None = None,
     quality: int = JPEG_QUALITY,
 ) -> None:
-    """Write (3,H,W) or (1,H,W), float in [0,1], as 8 bit by rounding: PNG, JPEG, WebP or TIFF, as the name ends.
+    """Write (3,H,W) or (1,H,W), float in [0,1], as 8 bit by rounding: PNG, JPEG, WebP or TIFF, by the extension.
 
-    ``like`` is the image that it was made from, whose colours and EXIF it keeps (`data.keepsakes`). Folders are made,
-    and the file appears whole or not at all. Values outside [0,1] are clamped. ``quality``: of JPEG and WebP.
+    ``like`` is the source image, whose colour profile and EXIF are kept (`data.keepsakes`). Folders are made, and the
+    write is atomic. Values outside [0,1] are clamped. ``quality`` is that of JPEG and WebP.
     """
     pixels = to_8bit(image)
     pixels = pixels[..., 0] if len(image) == 1 else pixels
-    kept = {} if like is None or len(image) == 1 else keepsakes.of(like, image.shape[-2:])
+    kept = {} if like is None or len(image) == 1 else keepsakes.metadata(like, image.shape[-2:])
     _save(Path(path), Image.fromarray(np.ascontiguousarray(pixels)), compress_level, quality, **kept)
 
 
@@ -115,14 +115,14 @@ def write_depth(path: str | Path, depth: Tensor) -> None:
     _save(Path(path), Image.fromarray(steps))
 
 
-def _decode(path: Path) -> Image.Image:
-    """Open, load whole and turn upright. Raises `UserError`."""
-    if not os.path.isfile(path):  # which, unlike path.is_file(), takes any text
-        raise UserError(f"{quoted(path)}: {_no_file(path)}")
+def _open(path: Path) -> Image.Image:
+    """Open an image, load it completely and turn it upright. Raises `UserError`."""
+    if not os.path.isfile(path):  # unlike path.is_file(), it takes any text
+        raise UserError(f"{quoted(path)}: {_why_no_file(path)}")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty; put the whole one in its place, or remove it")
+        raise UserError(f"{path}: the file is empty; replace it with a complete copy, or remove it")
     _silence_libtiff()
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow would warn of large photographs from 89 million pixels on
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # else Pillow warns from 89 million pixels on
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -131,34 +131,34 @@ def _decode(path: Path) -> Image.Image:
             image.load()
             return _upright(image)
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly any kind
-        why, remedy = _unread(error)
+        why, remedy = _explain(error)
         raise UserError(f"{path}: cannot be read as an image ({why}); {remedy}") from error
 
 
 @functools.cache
 def _silence_libtiff() -> None:
-    """Keep the library in C, which Pillow brings, from writing to the terminal itself; Pillow's errors tell enough."""
+    """Keep libtiff, which comes with Pillow, from printing to the terminal; Pillow raises its errors anyway."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(_imaging.__file__)  # which is linked to it
+        library = ctypes.CDLL(_imaging.__file__)  # linked to libtiff
         library.TIFFSetErrorHandler(None)
         library.TIFFSetWarningHandler(None)
 
 
-def _no_file(path: Path) -> str:
+def _why_no_file(path: Path) -> str:
     """Why there is nothing to read, and what to do."""
     if os.path.isdir(path):
         return "a folder, not an image; name a file in it"
     if os.path.exists(path):
-        return "a pipe or a device, not a file; write what comes from it into a file"
+        return "a pipe or a device, not a file; save its output to a file"
     if os.path.islink(path):
-        return "no such image: a link that leads nowhere; mend or remove it"
+        return "no such image: a broken link; fix or remove it"
     return "no such image; check the path"
 
 
 def _check_memory(image: Image.Image) -> None:
-    """Refuse, before a byte of it is decoded, an image that does not fit into the memory that is free."""
+    """Raise `MemoryError`, before anything is decoded, if the image does not fit into the free memory."""
     free = memory.free_memory(torch.device("cpu"))
-    need = image.width * image.height * READING
+    need = image.width * image.height * READ_BYTES
     if need > free:
         raise MemoryError(f"its {image.width}x{image.height} pixels take {_gib(need)} to read, {_gib(free)} are free")
 
@@ -169,34 +169,34 @@ def _gib(size: float) -> str:
 
 @contextlib.contextmanager
 def _enough_memory(path: str | Path) -> Iterator[None]:
-    """Turns a lack of memory inside, of whatever library, into a `UserError` that names the file."""
+    """Turn an out-of-memory error of any library into a `UserError` that names the file."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not memory.exhausted(error):
             raise
-        why, remedy = _unread(MemoryError())
+        why, remedy = _explain(MemoryError())
         raise UserError(f"{path}: cannot be read as an image ({why}); {remedy}") from error
 
 
-def _unread(error: Exception) -> tuple[str, str]:
+def _explain(error: Exception) -> tuple[str, str]:
     """Why an image could not be decoded, and what to do."""
-    told = quoted(" ".join(str(error).split()))
+    message = quoted(" ".join(str(error).split()))
     if isinstance(error, Image.UnidentifiedImageError):
         return "of no known image format, or damaged at its beginning", "convert it to PNG or JPEG, or remove it"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"it has more than {MAX_PIXELS:,} pixels", "shrink it or cut it into parts"
     if isinstance(error, MemoryError):
-        return told or "there is too little memory for it", "free some memory, or shrink it"
+        return message or "there is too little memory for it", "free some memory, or shrink it"
     if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror, "check its rights and the disk"
-    return f"{told or type(error).__name__}: damaged or cut short", "put a whole copy in its place, or remove it"
+        return error.strerror, "check its permissions and the disk"
+    return f"{message or type(error).__name__}: damaged or cut short", "replace it with a complete copy, or remove it"
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the pixels are whole; a broken EXIF block only fails to say which side is up
+    except Exception:  # the pixels are intact; only the orientation is unknown
         return image.copy()
 
 
@@ -210,8 +210,8 @@ def _rgb(path: str | Path, image: Image.Image) -> Image.Image:
         raise UserError(f"{path}: {image.mode} pixels cannot become RGB; save it as RGB") from error
 
 
-def _whole_numbers(path: str | Path, image: Image.Image) -> np.ndarray:
-    """(H,W) of an image in one of Pillow's integer modes (I, I;16, I;16B ...), which must fit 16 bit."""
+def _integers(path: str | Path, image: Image.Image) -> np.ndarray:
+    """(H,W), an image in one of Pillow's integer modes (I, I;16, I;16B ...), whose values must fit 16 bit."""
     values = np.array(image)
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path}: pixels beyond 16 bit have no agreed white; save it with 8 or 16 bit")
@@ -219,8 +219,8 @@ def _whole_numbers(path: str | Path, image: Image.Image) -> np.ndarray:
 
 
 def _single_channel(path: Path) -> np.ndarray:
-    """(H,W) of a depth map that is an image, in the numbers of the file: 8, 16 or 32 bit, or float."""
-    image = _decode(path)
+    """(H,W), a depth map stored as an image, in the values of the file: 8, 16 or 32 bit, or float."""
+    image = _open(path)
     if image.mode == "F" or image.mode.startswith("I"):
         return np.array(image)
     pixels = np.array(image if image.mode == "L" else _rgb(path, image))
@@ -243,11 +243,11 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int 
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part, format=format, **options)
         os.replace(part, path)
-    except (OSError, ValueError) as error:  # WebP ends at 16383 pixels a side, JPEG at 65535
+    except (OSError, ValueError) as error:  # WebP allows 16383 pixels a side, JPEG 65535
         with contextlib.suppress(OSError):
             part.unlink()
         why = getattr(error, "strerror", None) or error
         small = max(image.size) < 16384 or format not in ("WEBP", "JPEG")
-        remedy = "check rights and space" if small else f"{format} is not for so large images; write PNG"
-        kind = UserError if getattr(error, "errno", None) in LASTING else UnfitError
+        remedy = "check permissions and space" if small else f"{format} does not allow images this large; write PNG"
+        kind = UserError if getattr(error, "errno", None) in DISK_ERRORS else UnfitError
         raise kind(f"{path}: cannot be written ({why}); {remedy}") from error

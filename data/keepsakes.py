@@ -1,11 +1,11 @@
-"""What an image made from another keeps of it beside the pixels: the meaning of its colours, and its EXIF."""
+"""The metadata that a dehazed image keeps from its source: the colour profile and the EXIF data."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image
 
-# How the pixels of that file are stored and turned; the new file has its own way, and stands upright.
+# EXIF tags on storage and orientation of the source file; the new file is stored differently and is upright.
 STORAGE = frozenset(
     {254, 255, 256, 257, 258, 259, 262, 263, 266, 273, 274, 277, 278, 279, 280, 281, 284, 290, 291, 292, 293, 297, 301}
     | {317, 318, 319, 320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 338, 339, 340, 341, 347, 513, 514, 529}
@@ -13,11 +13,10 @@ STORAGE = frozenset(
 )
 
 
-def of(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
-    """Of the image in ``path`` what Pillow saves with one of ``size`` (H, W): ``icc_profile``, ``exif``, or neither.
+def metadata(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
+    """Options for Pillow's save, for an image of ``size`` (H, W) made from ``path``: ``icc_profile``, ``exif``.
 
-    The profile only if it is one of RGB, as what is written is: that of a grey or CMYK image says nothing of it. What
-    cannot be read is left out, since the pixels are what counts.
+    The profile is kept only if it is an RGB one, since the output is RGB. Metadata that cannot be read is left out.
     """
     kept = {}
     try:
@@ -34,7 +33,7 @@ def of(path: str | Path, size: Sequence[int]) -> dict[str, bytes]:
 
 
 def _exif(image: Image.Image, size: Sequence[int]) -> bytes:
-    """Without what is true of that file alone; no thumbnail either, which would show the image as it was."""
+    """The EXIF data without the tags in `STORAGE` and without the thumbnail, which would show the source image."""
     exif = image.getexif()
     for tag in STORAGE & set(exif):
         del exif[tag]

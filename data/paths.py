@@ -1,4 +1,4 @@
-"""What users name: folders, .flists, images and the sample set, as lists of files; what is passed over in them."""
+"""Sources that users name (folders, .flists, images, the sample set) as lists of files, and what is ignored in them."""
 
 import difflib
 import os
@@ -71,7 +71,7 @@ OTHER = frozenset(
 
 
 def _read_heif() -> bool:
-    """Teach Pillow to read HEIC, if the package for it is installed."""
+    """Register the HEIC reader with Pillow, if its package is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -90,23 +90,23 @@ EXTENSIONS = frozenset(
 DEPTH_EXTENSIONS = EXTENSIONS | depth_files.EXTENSIONS
 
 
-RESULTS = ".dehazed"  # the file that names, in a folder of results, the sub-folders of images that were made
+RESULTS = ".dehazed"  # the file in an output folder that lists the sub-folders of images written by a run
 
 
 def resolve(source: str | Path) -> Path:
-    """Turn what the user names into a path: ``sample:SUB`` is folder SUB of the embedded sample set, made if need be.
+    """Turn a source named by the user into a path; ``sample:SUB`` is folder SUB of the sample set, made if needed.
 
-    ``~`` is the home folder. Raises `UserError` if there is nothing there.
+    ``~`` is the home folder. Raises `UserError` if the path does not exist.
     """
     name = str(source)
     if name.startswith("sample:"):
         return sample.part(name.removeprefix("sample:"))
     path = home(name)
-    if not os.path.exists(path):  # which, unlike path.exists(), takes any text
+    if not os.path.exists(path):  # unlike path.exists(), it takes any text
         if os.path.islink(path):
-            raise UserError(f"{path}: a link that leads nowhere; mend or remove it")
-        beside = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-        close = difflib.get_close_matches(quoted(path.name), beside, n=1)
+            raise UserError(f"{path}: a broken link; fix or remove it")
+        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        close = difflib.get_close_matches(quoted(path.name), siblings, n=1)
         hint = f"; did you mean '{quoted(close[0])}'?" if close else "; check the path"
         if any(sign in path.name for sign in "*?"):
             hint = f"; patterns are not looked up here: name the folder {path.parent}, or a .flist"
@@ -121,13 +121,13 @@ def find(
 ) -> list[Path]:
     """List the images of a folder (with its subfolders, 2 before 10), an image file, a .flist, or several of these.
 
-    What an earlier run has made in the folder or below is left out, see `mark_results`; `passed_over` tells of it.
-    A .flist names one file a line, in its own order, as often as it says; blank lines are skipped, and so are those
-    that begin with # and are no file's name; paths are relative to where the user stands or else to the .flist. What
-    several sources name twice is listed once. Never empty: raises `UserError` instead.
+    Results of earlier runs in the folder or below are left out (see `mark_results`) and reported by `passed_over`.
+    A .flist has one path a line; its order and repetitions are kept. Blank lines are skipped, and so are lines that
+    begin with # unless a file has that name. Paths are relative to the working directory or else to the .flist. A
+    file named by several sources is listed once. Never empty: raises `UserError` instead.
 
-    What is named and is not there is refused too, unless there is a list ``absent`` for what is to be said of it, and
-    anything else to be found.
+    Absent files raise `UserError` too, unless a list ``absent`` is given, which then gets one message for each, and
+    at least one other file exists.
     """
     if not isinstance(source, str | Path):
         if len(source) == 1:
@@ -135,12 +135,13 @@ def find(
         return _find_all(source, extensions, absent)
     path = resolve(source)
     if path.is_dir():
-        found = sorted(_walk(path, extensions).pictures, key=_natural)
-        if not found:
-            told = "".join(f"; {remark}" for remark in passed_over(path, extensions))
-            wanted = " ".join(sorted(extensions))
-            raise UserError(f"{path}: no images in this folder or below{told}; wanted: {wanted}")
-        return found
+        files = sorted(_walk(path, extensions).images, key=_natural_key)
+        if not files:
+            ignored = "".join(f"; {warning}" for warning in passed_over(path, extensions))
+            raise UserError(
+                f"{path}: no images in this folder or below{ignored}; expected {' '.join(sorted(extensions))}"
+            )
+        return files
     if path.suffix.lower() == ".flist":
         return _read_list(path, absent)
     if path.suffix.lower() not in extensions:
@@ -151,21 +152,21 @@ def find(
 
 
 def _find_all(sources: Sequence[str | Path], extensions: frozenset[str], absent: list[str] | None) -> list[Path]:
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for source in sources:
         try:
-            found |= dict.fromkeys(find(source, extensions, absent))
+            files |= dict.fromkeys(find(source, extensions, absent))
         except UserError as error:
             if absent is None:
                 raise
             absent.append(str(error))
-    if absent and not found:
+    if absent and not files:
         raise UserError(absent[0])
-    return list(found)
+    return list(files)
 
 
 def folder_of(source: str | Path | Sequence[str | Path]) -> Path | None:
-    """The folder that ``source`` is, if it is one and one alone."""
+    """The path of ``source`` if it is a single folder, else None."""
     if not isinstance(source, str | Path):
         return folder_of(source[0]) if len(source) == 1 else None
     path = resolve(source)
@@ -173,31 +174,31 @@ def folder_of(source: str | Path | Sequence[str | Path]) -> Path | None:
 
 
 def passed_over(source: str | Path | Sequence[str | Path], extensions: frozenset[str] = EXTENSIONS) -> list[str]:
-    """What `find` does not list though it could be thought to, a line each: unread kinds of files, earlier results."""
+    """Warnings, one line each, about what `find` leaves out: unsupported image formats, results of earlier runs."""
     if not isinstance(source, str | Path):
-        return list(dict.fromkeys(remark for each in source for remark in passed_over(each, extensions)))
+        return list(dict.fromkeys(warning for each in source for warning in passed_over(each, extensions)))
     try:
         path = resolve(source)
-    except UserError:  # `find` tells of it
+    except UserError:  # `find` reports it
         return []
     if not path.is_dir():
         return []
-    walked, remarks = _walk(path, extensions), []
+    walked = _walk(path, extensions)
+    warnings = []
     if unread := describe_unread(walked.others, extensions):
-        remarks.append(f"{path}: passed over {unread}")
-    remarks += [
-        f"{quoted(folder)}: this folder cannot be opened ({why}); check its rights" for folder, why in walked.shut
-    ]
+        warnings.append(f"{path}: passed over {unread}")
+    for folder, why in walked.unreadable:
+        warnings.append(f"{quoted(folder)}: this folder cannot be opened ({why}); check its permissions")
     if walked.results:
         more = f" and {len(walked.results) - 1} more such folders" if len(walked.results) > 1 else ""
-        remarks.append(
-            f"{walked.results[0]}{more}: results of an earlier run, passed over; to take them, name that folder itself"
+        warnings.append(
+            f"{walked.results[0]}{more}: results of an earlier run, passed over; to use them, name that folder itself"
         )
-    return remarks
+    return warnings
 
 
 def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSIONS) -> str:
-    """Of files whose kind holds images but is not read: how many of which kind, and what to do. Empty if none are."""
+    """How many files there are of each unsupported image or video format, and what to do; empty if there are none."""
     kinds = Counter(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
     unread = {k: number for k, number in kinds.items() if k in (HEIF | RAW | OTHER | video.EXTENSIONS) - extensions}
     if not unread:
@@ -210,12 +211,12 @@ def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSION
 
 
 def mark_results(folder: Path, parts: Sequence[str]) -> None:
-    """Note that ``parts``, sub-folders of ``folder``, hold what a run makes, so that no later one takes it as input."""
+    """Record that ``parts``, sub-folders of ``folder``, hold output, so that no later run reads it as input."""
     try:
         (folder / RESULTS).write_text("".join(f"{part}\n" for part in parts), encoding="utf-8")
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"{folder / RESULTS}: cannot be written ({why}); check rights and space") from error
+        raise UserError(f"{folder / RESULTS}: cannot be written ({why}); check permissions and space") from error
 
 
 def results(folder: str | Path) -> list[str]:
@@ -227,80 +228,82 @@ def results(folder: str | Path) -> list[str]:
 
 
 class _Walked(NamedTuple):
-    pictures: list[Path]
+    images: list[Path]
     others: list[str]  # names of further files
     results: list[Path]  # folders that were not entered
-    shut: list[tuple[str, str]]  # folders that cannot be opened, and why
+    unreadable: list[tuple[str, str]]  # folders that cannot be opened, and why
 
 
 def _walk(root: Path, extensions: frozenset[str]) -> _Walked:
     """Files below ``root`` by extension, links followed, each folder once; hidden names (macOS ._x.jpg) left out."""
-    seen, walked = set(), _Walked([], [], [], [])
+    seen = set()
+    walked = _Walked([], [], [], [])
 
-    def shut(error: OSError) -> None:
-        walked.shut.append((error.filename, error.strerror))
+    def on_error(error: OSError) -> None:
+        walked.unreadable.append((error.filename, error.strerror))
 
-    for folder, folders, names in os.walk(root, onerror=shut, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=on_error, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back
+        if real in seen:  # a link to a folder already visited
             folders.clear()
             continue
         seen.add(real)
-        made = results(folder) if RESULTS in names else []
-        walked.results.extend(Path(folder, name) for name in folders if name in made)
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in made]
+        outputs = results(folder) if RESULTS in names else []
+        walked.results.extend(Path(folder, name) for name in folders if name in outputs)
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in outputs]
         for name in names:
             if os.path.splitext(name)[1].lower() not in extensions:
                 walked.others.append(name)
             elif not name.startswith("."):
-                walked.pictures.append(Path(folder, name))
+                walked.images.append(Path(folder, name))
     return walked
 
 
-def _natural(path: Path) -> tuple:
+def _natural_key(path: Path) -> tuple:
     """Sort key: runs of digits count as numbers, folders go part by part."""
     parts = [[int(run) if run.isdigit() else run for run in re.split("([0-9]+)", part.lower())] for part in path.parts]
-    return parts, str(path)  # the plain name settles 1 against 01
+    return parts, str(path)  # the plain name orders 1 and 01
 
 
 def _read_list(path: Path, absent: list[str] | None = None) -> list[Path]:
     """The files that a .flist names, see `find`. Raises `UserError` that names the line."""
-    lines = _lines(path)
-    named = [(number, line, _listed(line, path.parent)) for number, line in enumerate(lines, 1) if line.strip()]
-    named = [each for each in named if each[2] or not each[1].lstrip().startswith("#")]
-    if not named:
+    lines = _read_lines(path)
+    entries = [(number, line, _find_file(line, path.parent)) for number, line in enumerate(lines, 1) if line.strip()]
+    entries = [entry for entry in entries if entry[2] or not entry[1].lstrip().startswith("#")]
+    if not entries:
         raise UserError(f"{path}: names no files; write one path a line")
-    gone = [(number, line.strip()) for number, line, file in named if file is None]
-    if gone and (absent is None or len(gone) == len(named)):
-        number, line = gone[0]
+    missing = [(number, line.strip()) for number, line, file in entries if file is None]
+    if missing and (absent is None or len(missing) == len(entries)):
+        number, line = missing[0]
         raise UserError(
-            f"{path}, line {number}: {len(gone)} of its {len(named)} files are absent, the first {quoted(line)}; "
+            f"{path}, line {number}: {len(missing)} of its {len(entries)} files are absent, the first {quoted(line)}; "
             f"{_why_absent(line, path.parent)}"
         )
-    for number, line in gone:
+    for number, line in missing:
         absent.append(
             quoted(f"{path}, line {number}: {quoted(line)} is absent; {_why_absent(line, path.parent)}", 1000)
         )
-    return [file for _, _, file in named if file is not None]
+    return [file for _, _, file in entries if file is not None]
 
 
-def _lines(path: Path) -> list[str]:
-    """Of a list in UTF-8; in a name that is none, its bytes are kept as Python keeps those of files' names."""
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file; invalid bytes are kept by surrogateescape, as Python does for file names."""
     try:
         if not path.is_file():
-            raise UserError(f"{path}: a pipe or a device, not a file; write the list into a file")
+            raise UserError(f"{path}: a pipe or a device, not a file; write the list to a file")
         text = path.read_bytes()
         if text.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{path}: is UTF-16, as Windows writes it; save it as UTF-8, one path a line")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights and the disk") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk") from error
     return text.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def _listed(line: str, folder: Path) -> Path | None:
-    """The file that a line names, from where the user stands or from ``folder``: as it is, else as programs write it.
+def _find_file(line: str, folder: Path) -> Path | None:
+    """The file that a line names, relative to the working directory or to ``folder``; None if there is none.
 
-    That is with spaces around it, in quotes, or with the backslashes of Windows.
+    If the line as it stands names none, it is tried without surrounding spaces, without quotes, and with the
+    backslashes of Windows as slashes.
     """
     bare = line.strip()
     plain = bare[1:-1] if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
@@ -313,10 +316,11 @@ def _listed(line: str, folder: Path) -> Path | None:
 
 def _why_absent(line: str, folder: Path) -> str:
     """What may be wrong with a line that names no file, and what to do."""
-    if any(os.path.isdir(place) for place in (os.path.expanduser(line), folder / line)):
+    if any(os.path.isdir(path) for path in (os.path.expanduser(line), folder / line)):
         return "that is a folder, and a .flist names files; name the folder itself in place of the list"
-    columns = next((cut for cut in (line.split(sign) for sign in ("\t", ",", ";", None)) if len(cut) > 1), [line])
-    if len(columns) > 1 and _listed(columns[0], folder):
+    splits = (line.split(separator) for separator in ("\t", ",", ";", None))
+    columns = next((parts for parts in splits if len(parts) > 1), [line])
+    if len(columns) > 1 and _find_file(columns[0], folder):
         first = quoted(columns[0])
-        return f"{first} is there, and more follows it: a .flist has one path a line, so write a list of each column"
-    return "paths are relative to where you stand or to the list"
+        return f"{first} exists, but more text follows it: a .flist has one path a line; write one list for each column"
+    return "paths are relative to the working directory or to the list"

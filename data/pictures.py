@@ -1,4 +1,4 @@
-"""Whole images, each once and in order: pairs to score on, folders to dehaze."""
+"""Datasets of whole images, each once and in order: pairs to score on, folders to dehaze."""
 
 import os
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ SOTS_BORDER = 10  # pixels by which SOTS-indoor's official ground truth is large
 class Paired(Dataset):
     """Whole images with their ground truth, to score on: {hazy, clear, name, path}; see `pairing.pairs`.
 
-    A ground truth that is ``border`` pixels larger on every side is cut at the centre: SOTS-indoor as RESIDE ships
-    it, 640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
-    The name is the hazy picture's path below ``root`` (or what they share).
+    A ground truth that is ``border`` pixels larger on every side is cropped at the centre: SOTS-indoor is shipped as
+    640x480 against 620x460. Any other difference in size raises a `UserError`; nothing is ever resized.
+    The name is the hazy image's path below ``root`` (or below the folder that all share).
     """
 
     def __init__(
@@ -29,7 +29,9 @@ class Paired(Dataset):
         border: int = SOTS_BORDER,
         remarks: Sequence[str] = (),
     ):
-        self.pairs, self.border, self.remarks = list(pairs), border, list(remarks)
+        self.pairs = list(pairs)
+        self.border = border
+        self.remarks = list(remarks)
         self.names = names([hazy for hazy, _ in self.pairs], root)
 
     @property
@@ -46,7 +48,7 @@ class Paired(Dataset):
 
 
 class Folder(Dataset):
-    """Whole images to dehaze: {hazy, name, path}, the name being the path below ``root`` (or what they share)."""
+    """Whole images to dehaze: {hazy, name, path}; the name is the path below ``root`` (or the folder all share)."""
 
     def __init__(self, paths: Sequence[Path], root: str | Path | None = None):
         self.paths = list(paths)
@@ -66,26 +68,27 @@ class Folder(Dataset):
 
 
 def doubts(paired: Paired) -> list[str]:
-    """A warning where the hazy images look clearer than their ground truth, as in mixed-up folders; else none.
+    """A warning if the hazy images look clearer than their ground truth, as when the folders are swapped; else none.
 
-    Haze is light added to every channel, so a hazy picture's darkest channel is the brighter one. Looks at three.
+    Haze adds light to every channel, so the darkest channel of a hazy image should be the brighter one. Reads three.
     """
     clearer = 0
-    looked = sorted({0, len(paired) // 2, len(paired) - 1})
-    for index in looked:
+    checked = sorted({0, len(paired) // 2, len(paired) - 1})
+    for index in checked:
         try:
             item = paired[index]
-        except UserError:  # it will be told in its turn
+        except UserError:  # reported when the pair is scored
             continue
         clearer += bool(item["hazy"].amin(0).mean() < item["clear"].amin(0).mean())
-    if clearer * 2 <= len(looked):
+    if clearer * 2 <= len(checked):
         return []
-    return ["the hazy images look clearer than their ground truth; are the two folders mixed up?"]
+    return ["the hazy images look clearer than their ground truth; are the two folders swapped?"]
 
 
 def read_pair(hazy_path: Path, clear_path: Path, border: int, cache: Cache) -> tuple[Pixels, Pixels]:
-    """Both images, in one size: a ground truth ``border`` larger on every side is cut. Else raises `UserError`."""
-    hazy, clear = cache.picture(hazy_path), cache.picture(clear_path)
+    """Both images, of equal size: a ground truth ``border`` larger on every side is cropped. Raises `UserError`."""
+    hazy = cache.image(hazy_path)
+    clear = cache.image(clear_path)
     if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
         clear = clear.inside(border)
     if hazy.shape != clear.shape:
@@ -96,21 +99,21 @@ def read_pair(hazy_path: Path, clear_path: Path, border: int, cache: Cache) -> t
 
 def names(paths: list[Path], root: str | Path | None = None) -> list[str]:
     """Paths relative to ``root`` if all lie below it, else to the folder that they share."""
-    whole = [Path(os.path.abspath(path)) for path in paths]
+    absolute = [Path(os.path.abspath(path)) for path in paths]
     root = None if root is None else Path(os.path.abspath(root))
-    if root is None or not all(root in path.parents for path in whole):
-        root = os.path.commonpath([path.parent for path in whole]) if whole else "."
-    return [path.relative_to(root).as_posix() for path in whole]
+    if root is None or not all(root in path.parents for path in absolute):
+        root = os.path.commonpath([path.parent for path in absolute]) if absolute else "."
+    return [path.relative_to(root).as_posix() for path in absolute]
 
 
 def read_with_depth(clear: Path, depth: Path | None, cache: Cache | None = None) -> tuple[Pixels, Pixels | None]:
     """Read an image (3,H,W) and its depth map (1,H,W). Raises `UserError` if their sizes differ."""
     cache = cache or Cache()
-    picture = cache.picture(clear)
+    image = cache.image(clear)
     if depth is None:
-        return picture, None
+        return image, None
     distance = cache.depth(depth)
-    if distance.shape[1:] != picture.shape[1:]:
-        sizes = [f"{pixels.shape[2]}x{pixels.shape[1]}" for pixels in (picture, distance)]
+    if distance.shape[1:] != image.shape[1:]:
+        sizes = [f"{pixels.shape[2]}x{pixels.shape[1]}" for pixels in (image, distance)]
         raise UserError(f"{clear} is {sizes[0]} but its depth map {depth} is {sizes[1]}; they must have one size")
-    return picture, distance
+    return image, distance

@@ -1,7 +1,7 @@
-"""Decoded images that become numbers in [0,1] only where they are looked at.
+"""Decoded images that are converted to floats in [0,1] only where they are indexed.
 
-A file's 8-bit steps are a quarter of the size of the numbers that they stand for, and training looks at a crop: to cut
-first and convert then gives the same numbers (both go pixel by pixel) for a share of the work.
+8-bit values take a quarter of the memory of floats, and training uses crops: cropping first and converting then gives
+the same numbers, since the conversion is per pixel, for a fraction of the work.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from torch import Tensor
 class Pixels:
     """An image (C,H,W): ``pixels[:, a:b, c:d]`` is a contiguous tensor, float32 in [0,1].
 
-    ``values`` are uint8 steps, or float32 in [0,1] of what 8 bits do not hold. ``levels``: what each of the 256 steps
-    stands for; None is step / 255.
+    ``values`` are uint8, or float32 in [0,1] where 8 bits do not suffice. ``levels`` maps the 256 values of uint8 to
+    floats; None means value / 255.
     """
 
     values: Tensor
@@ -36,13 +36,13 @@ class Pixels:
         return torch.from_numpy(self.levels[values.numpy()]).contiguous()
 
     def inside(self, border: int) -> "Pixels":
-        """The same without ``border`` >= 1 pixels on every side."""
+        """The image without ``border`` >= 1 pixels on every side."""
         return dataclasses.replace(self, values=self.values[:, border:-border, border:-border])
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Images of one size as the channels of one, to be cut alike: to be looked at like `Pixels`."""
+    """Images of one size, concatenated along the channels and indexed like `Pixels`, so that they are cropped alike."""
 
     layers: tuple[Pixels, ...]
 

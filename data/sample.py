@@ -1,11 +1,11 @@
-"""The embedded sample set: a few photographs that ship inside scikit-image, made hazy. Needs no network.
+"""The embedded sample set: a few photographs that ship inside scikit-image, with added haze. Needs no network.
 
     python -m data.sample [FOLDER]
 
-train/{clear,depth,hazy} and test/{clear,hazy}, the latter paired as RESIDE is (coffee_1.png -> coffee.png). It is
-there to try every command and to test the code; nothing can be learnt from it that is worth having.
-Where each photograph comes from, and on what terms, stands in the docstrings of skimage.data. The motorcycle is a
-scene of Middlebury Stereo 2014 (Scharstein et al., GCPR 2014) with measured disparity.
+train/{clear,depth,hazy} and test/{clear,hazy}, the latter paired as in RESIDE (coffee_1.png -> coffee.png). It is for
+trying every command and for testing the code; it is too small to train a useful network.
+The source and licence of each photograph are in the docstrings of skimage.data. The motorcycle is a scene of
+Middlebury Stereo 2014 (Scharstein et al., GCPR 2014) with measured disparity.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NOTE = "# The embedded sample set, version 1: made by data/sample.py, which repl
 
 
 def part(name: str) -> Path:
-    """Folder ``name`` of the sample set in its default place, which is made if need be. `UserError` if unknown."""
+    """Folder ``name`` of the sample set at its default path, made if needed. Raises `UserError` if unknown."""
     name = name.strip("/")
     if name not in (*PARTS, "train", "test"):
         raise UserError(f"sample:{quoted(name)}: no such part of the sample set{nearest(name, PARTS)}")
@@ -46,16 +46,16 @@ def part(name: str) -> Path:
 
 
 def make(folder: str | Path = FOLDER) -> Path:
-    """Make the sample set in ``folder`` unless it is there and complete; return the folder.
+    """Make the sample set in ``folder`` unless it is complete already; return the folder.
 
-    The same files every time. The folder appears whole or not at all, and several processes may ask at once.
-    Raises `UserError` if the folder holds anything else.
+    Deterministic and atomic; several processes may call it at once. Raises `UserError` if the folder holds anything
+    else.
     """
     folder = Path(folder)
     if _complete(folder):
         return folder
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there and is not the sample set; give another folder or remove it")
+        raise UserError(f"{folder}: exists and is not the sample set; give another folder or remove it")
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -64,7 +64,7 @@ def make(folder: str | Path = FOLDER) -> Path:
                 _write_scene(part / split, name)
         files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*.png"))
         (part / MARKER).write_text("\n".join([NOTE, *files, ""]))
-        _put(part, folder)
+        _move(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -78,8 +78,8 @@ def _complete(folder: Path) -> bool:
     return note == NOTE and all((folder / file).is_file() for file in files)
 
 
-def _put(part: Path, folder: Path) -> None:
-    """Rename ``part`` to ``folder``, in place of a damaged set; if another process was quicker, its set stands."""
+def _move(part: Path, folder: Path) -> None:
+    """Rename ``part`` to ``folder``, replacing an incomplete set; a set finished by another process is kept."""
     if folder.is_dir() and not _complete(folder):
         shutil.rmtree(folder)
     try:
@@ -110,45 +110,46 @@ def _write_scene(folder: Path, name: str) -> None:
 def motorcycle_depth(right: bool) -> Tensor:
     """Depth of the motorcycle scene from the measured disparity of the left view: (1,500,741), largest value 1.
 
-    For the right view the disparities are carried over, the nearest winning, and freed of specks. Holes take the
-    farther of their two neighbours in the row: what the scanner did not see lies mostly behind something.
+    For the right view the disparities are warped, the nearest taking precedence, and median filtered. Holes take the
+    farther of their two neighbours in the row, since what the scanner missed is mostly occluded background.
     """
     with np.load(_shipped("motorcycle_disp.npz")) as archive:
         disparity = archive["arr_0"].astype(np.float64)
     disparity[~np.isfinite(disparity)] = np.nan
     if right:
-        disparity = median(_fill(_carry(disparity)), np.ones((5, 5)))
-    depth = 1 / (_fill(disparity) + DOFFS)
+        disparity = median(_fill_holes(_warp(disparity)), np.ones((5, 5)))
+    depth = 1 / (_fill_holes(disparity) + DOFFS)
     return torch.from_numpy((depth / depth.max()).astype(np.float32))[None]
 
 
-def _carry(disparity: np.ndarray) -> np.ndarray:
-    """Move disparities (H,W) from the left view to the right one, where they lie that many pixels further left."""
-    # The map was scaled down by averaging, so at edges it holds values of neither side, which would fly about.
+def _warp(disparity: np.ndarray) -> np.ndarray:
+    """Warp disparities (H,W) from the left view to the right one, where they lie that many pixels further left."""
+    # The map was downscaled by averaging: values at edges belong to neither side and are dropped.
     known = np.isfinite(disparity) & ~(np.abs(np.gradient(disparity, axis=1)) > 1)
     rows, columns = np.nonzero(known)
     values = disparity[rows, columns]
     columns = np.rint(columns - values).astype(int)
     order = np.argsort(values, kind="stable")  # nearest last, so that they overwrite the others
     order = order[columns[order] >= 0]
-    carried = np.full_like(disparity, np.nan)
-    carried[rows[order], columns[order]] = values[order]
-    return carried
+    warped = np.full_like(disparity, np.nan)
+    warped[rows[order], columns[order]] = values[order]
+    return warped
 
 
-def _fill(disparity: np.ndarray) -> np.ndarray:
-    """Give every NaN the smaller of the next values to its left and right in the row."""
+def _fill_holes(disparity: np.ndarray) -> np.ndarray:
+    """Replace every NaN by the smaller of the nearest values to its left and right in the row."""
     width = disparity.shape[1]
-    known, columns = np.isfinite(disparity), np.arange(width)
+    known = np.isfinite(disparity)
+    columns = np.arange(width)
     left = np.maximum.accumulate(np.where(known, columns, -1), axis=1)
     right = np.minimum.accumulate(np.where(known, columns, width)[:, ::-1], axis=1)[:, ::-1]
-    edged = np.pad(disparity, ((0, 0), (0, 1)), constant_values=np.nan)  # column -1 and column ``width``: none there
+    padded = np.pad(disparity, ((0, 0), (0, 1)), constant_values=np.nan)  # columns -1 and ``width``: no value
     rows = np.arange(len(disparity))[:, None]
-    return np.fmin(edged[rows, left], edged[rows, right])
+    return np.fmin(padded[rows, left], padded[rows, right])
 
 
 def _shrink(image: Tensor) -> Tensor:
-    """Resize (C,H,W) to ``LONG_SIDE``."""
+    """Resize (C,H,W) to a long side of ``LONG_SIDE``."""
     height, width = image.shape[1:]
     scale = LONG_SIDE / max(height, width)
     size = (round(height * scale), round(width * scale))
@@ -156,7 +157,7 @@ def _shrink(image: Tensor) -> Tensor:
 
 
 def _shipped(name: str) -> Path:
-    """A file in the installed scikit-image, of those that it ships rather than downloads."""
+    """A data file of the installed scikit-image, one that it ships rather than downloads."""
     path = Path(str(resources.files("skimage"))) / "data" / name
     if not path.is_file():
         raise UserError(f"{path}: missing from scikit-image; reinstall it (pip install --force-reinstall scikit-image)")
@@ -166,7 +167,7 @@ def _shipped(name: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     """The command; ``arguments`` as on the command line."""
     parser = argparse.ArgumentParser(prog="python -m data.sample", description="Make the embedded sample set.")
-    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="where to (data/sample_set)")
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="output folder (data/sample_set)")
     print(f"sample set in {make(parser.parse_args(arguments).folder)}")
 
 

@@ -1,4 +1,4 @@
-"""Endless shuffled streams of images, pairs, and clear images made hazy: pure functions of the position."""
+"""Endless shuffled streams of images, of pairs, and of clear images with added haze: pure functions of the position."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -27,25 +27,27 @@ def crop(
     flip: bool,
     view: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Cut a random piece of ``shape`` (h,w) out of (C,H,W): (C,h,w), all in [0,1]. Stack what must be cut alike on C.
+    """A random crop (C,h,w) of ``shape`` (h,w) from (C,H,W), all in [0,1]. Stack images to be cropped alike along C.
 
-    ``random``: a plain crop; raises `UserError` if the image is smaller. The other two cut a rectangle of that aspect
-    and resize it. ``short_side``: the largest there is (for squares the released rule of NeDR and D4; bicubic,
-    antialiased). ``view``: a share of the largest, uniform in ``view``, by antialiased bilinear interpolation, as a
-    network with a working size sees images. ``flip``: mirrored half the time.
+    ``rule``: ``random`` is a plain crop; raises `UserError` if the image is smaller. The others crop a rectangle of
+    that aspect ratio and resize it: ``short_side`` the largest one (for squares the released rule of NeDR and D4;
+    bicubic, antialiased); ``view`` a share of the largest, uniform in ``view``, by antialiased bilinear interpolation,
+    as a network with a working size sees images. ``flip``: mirrored with probability 1/2.
     """
     height, width = shape
     if rule != "random":
         scale = min(image.shape[1] / height, image.shape[2] / width)
         if rule == "view":
             scale *= rng.uniform(*view)
-        height, width = max(1, round(scale * height)), max(1, round(scale * width))
+        height = max(1, round(scale * height))
+        width = max(1, round(scale * width))
     if height > image.shape[1] or width > image.shape[2]:
         raise UserError(
             f"{image.shape[2]}x{image.shape[1]} is smaller than the crop of {_size(shape)}; set a smaller "
             f"data.crop_size or data.crop=short_side"
         )
-    top, left = rng.integers(image.shape[1] - height + 1), rng.integers(image.shape[2] - width + 1)
+    top = rng.integers(image.shape[1] - height + 1)
+    left = rng.integers(image.shape[2] - width + 1)
     image = image[:, top : top + height, left : left + width]
     if (height, width) != tuple(shape):
         mode = "bilinear" if rule == "view" else "bicubic"
@@ -61,37 +63,41 @@ def _size(shape: tuple[int, int]) -> str:
 
 
 class Stream(Dataset):
-    """Images in an order that is shuffled anew for every epoch, without end.
+    """An endless stream of images, in a new random order for every epoch.
 
-    ``stream[k]``, k >= 0, is ``{name: transform(image, rng), "skipped": [...]}``. Each image comes once an
-    epoch of ``len(paths)``; streams of different ``name`` are shuffled independently. An image that cannot be used
-    is replaced by the next one in the order, and ``skipped`` says why. Raises `UserError` if none can be used.
-    ``cache`` spares decoding and changes nothing else.
+    ``stream[k]``, k >= 0, is ``{name: transform(image, rng), "skipped": [...]}``. Each image comes once in an epoch
+    of ``len(paths)``; streams of different ``name`` are shuffled independently. An unusable image is replaced by the
+    next one in the order, and ``skipped`` gives the reason. Raises `UserError` if none can be used. ``cache`` saves
+    decoding and changes nothing else.
     """
 
-    remarks: Sequence[str] = ()  # what is odd about the images, a line each
+    remarks: Sequence[str] = ()  # warnings about the images, one line each
 
     def __init__(self, paths: Sequence, transform: Transform, seed: int, name: str, cache: Cache | None = None):
-        self.paths, self.transform, self.name, self.cache = list(paths), transform, name, cache or Cache()
+        self.paths = list(paths)
+        self.transform = transform
+        self.name = name
+        self.cache = cache or Cache()
         self.entropy = [seed, zlib.crc32(name.encode())]
         self.epoch_length = len(self.paths)
-        self._shuffled = (-1, np.empty(0, dtype=int))  # the last epoch asked for, and its order
+        self._shuffled = (-1, np.empty(0, dtype=int))  # the last epoch requested, and its order
         self._announce()
 
     def _announce(self) -> None:
-        """Tell the cache which images will be read."""
+        """Announce to the cache which images will be read."""
         self.cache.add(self.paths)
 
     def __getitem__(self, k: int) -> dict:
         if k < 0:
             raise IndexError(f"position {k}: a stream starts at 0 and has no end")
-        epoch, place = divmod(k, len(self.paths))
-        order, skipped = self._order(epoch), []
+        epoch, position = divmod(k, len(self.paths))
+        order = self._order(epoch)
+        skipped = []
         for step in range(len(order)):
-            # Orders draw from [..., epoch], images from [..., k + 2^32]: never the same numbers.
+            # Orders are seeded by [..., epoch], images by [..., k + 2^32]: never the same seed.
             rng = np.random.default_rng([*self.entropy, 2**32 + k])
             try:
-                item = self._load(order[(place + step) % len(order)], rng)
+                item = self._load(order[(position + step) % len(order)], rng)
             except UserError as error:
                 skipped.append(str(error))
             else:
@@ -106,16 +112,16 @@ class Stream(Dataset):
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         path = self.paths[index]
-        return {self.name: _named(path, self.transform, self.cache.picture(path), rng)}
+        return {self.name: _transformed(path, self.transform, self.cache.image(path), rng)}
 
 
 class Synthetic(Stream):
-    """A stream of clear images made hazy on the fly: the items of ``add_haze``, with ``skipped``.
+    """A stream of clear images with haze added on the fly: the items of ``add_haze``, with ``skipped``.
 
-    ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` gets the crop and is as `synthesis.random_haze` or
+    ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` is called with the crop, as `synthesis.random_haze` or
     `degradations.degrade`. Depth maps are matched to the images by name, see `pairing`; without ``depth_paths`` it
-    makes them up. Raises `UserError` at once if an image has no depth map; a map of another size than its image is
-    skipped like an unreadable one.
+    generates them. The constructor raises `UserError` if an image has no depth map; a map of another size than its
+    image is skipped like an unreadable one.
     """
 
     def __init__(
@@ -137,15 +143,15 @@ class Synthetic(Stream):
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         path = self.paths[index]
-        picture, depth = pictures.read_with_depth(path, self.depth and self.depth[index], self.cache)
-        both = _named(path, self.transform, picture if depth is None else Stack((picture, depth)), rng)
-        return self.add_haze(both[:3], None if depth is None else both[3:], rng)
+        image, depth = pictures.read_with_depth(path, self.depth and self.depth[index], self.cache)
+        crops = _transformed(path, self.transform, image if depth is None else Stack((image, depth)), rng)
+        return self.add_haze(crops[:3], None if depth is None else crops[3:], rng)
 
 
 class Pairs(Stream):
-    """A stream of hazy images with their ground truth, cut and flipped alike: {hazy, clear, skipped}.
+    """A stream of hazy images with their ground truth, cropped and flipped alike: {hazy, clear, skipped}.
 
-    A pair that cannot be read, or whose sizes do not agree by the rule of `Paired`, is skipped.
+    A pair that cannot be read, or whose sizes do not fit by the rule of `Paired`, is skipped.
     """
 
     def _announce(self) -> None:
@@ -153,8 +159,8 @@ class Pairs(Stream):
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
         pair = self.paths[index]
-        both = _named(pair[0], self.transform, Stack(read_pair(*pair, SOTS_BORDER, self.cache)), rng)
-        return {"hazy": both[:3], "clear": both[3:]}
+        crops = _transformed(pair[0], self.transform, Stack(read_pair(*pair, SOTS_BORDER, self.cache)), rng)
+        return {"hazy": crops[:3], "clear": crops[3:]}
 
 
 class Mixed(Dataset):
@@ -166,7 +172,9 @@ class Mixed(Dataset):
     remarks: Sequence[str] = ()
 
     def __init__(self, first: Stream, second: Stream, share: float):
-        self.first, self.second, self.share = first, second, share
+        self.first = first
+        self.second = second
+        self.share = share
         self.entropy = [*first.entropy, *second.entropy]
         self.epoch_length = max(first.epoch_length, second.epoch_length)
 
@@ -184,15 +192,17 @@ class Unpaired(Dataset):
     remarks: Sequence[str] = ()
 
     def __init__(self, hazy: Stream, clear: Stream):
-        self.hazy, self.clear = hazy, clear
+        self.hazy = hazy
+        self.clear = clear
         self.epoch_length = max(hazy.epoch_length, clear.epoch_length)
 
     def __getitem__(self, k: int) -> dict:
-        hazy, clear = self.hazy[k], self.clear[k]
+        hazy = self.hazy[k]
+        clear = self.clear[k]
         return {"hazy": hazy["hazy"], "clear": clear["clear"], "skipped": hazy["skipped"] + clear["skipped"]}
 
 
-def _named(path: Path, transform: Transform, image: Pixels | Stack, rng: np.random.Generator) -> Tensor:
+def _transformed(path: Path, transform: Transform, image: Pixels | Stack, rng: np.random.Generator) -> Tensor:
     try:
         return transform(image, rng)
     except UserError as error:
@@ -200,14 +210,17 @@ def _named(path: Path, transform: Transform, image: Pixels | Stack, rng: np.rand
 
 
 class Replayed(Dataset):
-    """Item k of ``game`` with item k of ``warm`` beside it, whose names get ``replay_`` in front."""
+    """Item k of ``adversarial`` with item k of ``warm_start`` added to it, whose keys get the prefix ``replay_``."""
 
     remarks: Sequence[str] = ()
 
-    def __init__(self, game: Dataset, warm: Dataset):
-        self.game, self.warm, self.epoch_length = game, warm, game.epoch_length
+    def __init__(self, adversarial: Dataset, warm_start: Dataset):
+        self.adversarial = adversarial
+        self.warm_start = warm_start
+        self.epoch_length = adversarial.epoch_length
 
     def __getitem__(self, k: int) -> dict:
-        item, again = self.game[k], self.warm[k]
-        skipped = item.pop("skipped") + again.pop("skipped")
-        return item | {f"replay_{name}": value for name, value in again.items()} | {"skipped": skipped}
+        item = self.adversarial[k]
+        replay = self.warm_start[k]
+        skipped = item.pop("skipped") + replay.pop("skipped")
+        return item | {f"replay_{name}": value for name, value in replay.items()} | {"skipped": skipped}

@@ -1,4 +1,4 @@
-"""The page itself, in gradio: what is on it, and what happens when something is dropped, chosen or moved."""
+"""The page itself, in gradio: its components and their event handlers."""
 
 import html
 import os
@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, which would ask for its newest version
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # set before the import of gradio, which would look for updates
 
 import gradio as gr
 
@@ -18,11 +18,11 @@ from utils.errors import UserError
 
 SAMPLES = ("train/hazy/motorcycle_left_2.png", "train/hazy/rocket_2.png", "test/hazy/coffee_2.png")
 TITLE = """# Dehaze photographs
-Drop one, or several. They stay on the machine that serves this page, and are deleted when you leave it.
+Drop one or several. They stay on the machine that serves this page and are deleted when you leave it.
 """
-STRENGTH = "0: as it is; 1: as found; beyond: more"
-NO_HAZE = "finds no transmission: there is none to show, and strength changes nothing"
-LIGHT = "Transmission: share of light that comes through the haze (white: all)"
+STRENGTH = "0: unchanged; 1: as estimated; above: more"
+NO_TRANSMISSION = "estimates no transmission: none is shown, and strength has no effect"
+TRANSMISSION = "Transmission: share of light that passes through the haze (white: all)"
 CSS = """
 #words { min-height: 0 }
 #words:has(.progress-level) { min-height: 6em }
@@ -38,53 +38,56 @@ FETCH = "() => setTimeout(() => document.querySelector('#fetch').click(), 100)"
 class Limits(NamedTuple):
     megapixels: float = 60
     megabytes: float = 100  # of a file
-    pictures: int = 100  # at once
+    images: int = 100  # at once
 
 
 class Page:
-    """The handlers. Each takes what is on the page, and the request, which tells the visitor."""
+    """The event handlers. Each gets the values of components, and the request, which identifies the visitor."""
 
     def __init__(self, methods: dict[str, Method], visitors: Visitors, limits: Limits):
-        self.methods, self.visitors, self.limits = methods, visitors, limits
+        self.methods = methods
+        self.visitors = visitors
+        self.limits = limits
 
     def take(self, files: list[str] | None, request: gr.Request) -> tuple:
-        """Dropped files become the visitor's images: -> the choice of images, both buttons, words."""
-        visitor, files = self.visitors.get(request.session_hash), files or []
-        most = self.limits.pictures
+        """Dropped files become the visitor's images: -> the choice of images, both buttons, messages."""
+        visitor = self.visitors.get(request.session_hash)
+        files = files or []
+        most = self.limits.images
         refused = visitor.take(files[:most], self.limits.megapixels)
         if len(files) > most:
-            refused.append(f"{len(files) - most} more were left out: the page takes {most} at once")
-        names = list(visitor.pictures)
+            refused.append(f"{len(files) - most} more were left out: the page accepts {most} at once")
+        names = list(visitor.images)
         choice = gr.Dropdown(choices=names, value=names[0] if names else None, visible=len(names) > 1)
-        together = gr.Button(f"Download all {len(names)} (zip)", visible=len(names) > 1)
-        return choice, gr.Button(interactive=bool(names)), together, _words(refused)
+        download_all = gr.Button(f"Download all {len(names)} (zip)", visible=len(names) > 1)
+        return choice, gr.Button(interactive=bool(names)), download_all, _messages(refused)
 
     def drop_one(self, files: list[str] | None, event: gr.DeletedFileData, request: gr.Request) -> tuple:
-        """A file was crossed out of the list, which may still have it."""
+        """A file was removed from the list; ``files`` may still contain it."""
         return self.take([file for file in files or [] if file != event.file.path], request)
 
     def example(self, event: gr.SelectData, request: gr.Request) -> tuple:
         return self.take([str(_samples()[event.index])], request)
 
-    def show(self, name: str | None, method: str, strength: float, words: str, request: gr.Request) -> tuple:
-        """Run the network on the chosen image: -> before and after, transmission, words."""
+    def show(self, name: str | None, method: str, strength: float, messages: str, request: gr.Request) -> tuple:
+        """Run the network on the chosen image: -> before and after, transmission, messages."""
         visitor = self.visitors.get(request.session_hash)
-        path = visitor.pictures.get(name or "")
+        path = visitor.images.get(name or "")
         if path is None:
-            return None, None, words
+            return None, None, messages
         with self.visitors.at_work(visitor):
             try:
-                visitor.view = view = work.look(path, self.methods[method])
+                visitor.view = view = work.estimate(path, self.methods[method])
                 pair = visitor.show(view.hazy), visitor.show(view.clear(strength))
                 if view.transmission is None:
-                    return pair, None, words + _words([f"{method} {NO_HAZE}"])
-                return pair, visitor.show(view.transmission), words
+                    return pair, None, messages + _messages([f"{method} {NO_TRANSMISSION}"])
+                return pair, visitor.show(view.transmission), messages
             except UserError as error:
                 visitor.view = None
-                return None, None, words + _words([work.told(error, path)])
+                return None, None, messages + _messages([work.message(error, path)])
 
     def strengthen(self, strength: float, shown: Any, request: gr.Request) -> Any:
-        """The same finding at another strength; no network runs."""
+        """The same estimate at another strength; the network is not run."""
         visitor = self.visitors.get(request.session_hash)
         if visitor.view is None or shown is None:
             return gr.skip()
@@ -92,16 +95,16 @@ class Page:
             return shown[0], visitor.show(visitor.view.clear(strength))
 
     def save(self, name: str | None, method: str, strength: float, request: gr.Request) -> tuple:
-        """The chosen image at its full size: -> file, words."""
+        """Dehaze the chosen image at its full size: -> file, messages."""
         visitor = self.visitors.get(request.session_hash)
-        path = visitor.pictures.get(name or "")
+        path = visitor.images.get(name or "")
         if path is None:
             return None, GONE
         with self.visitors.at_work(visitor):
             try:
                 return str(work.write(path, self.methods[method], strength, visitor.new_folder())), ""
             except UserError as error:
-                return None, _words([work.told(error, path)])
+                return None, _messages([work.message(error, path)])
 
     def save_all(
         self,
@@ -110,23 +113,23 @@ class Page:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (gradio finds it by this default)
     ) -> tuple:
-        """All images at full size: -> zip, words. Stops when the visitor leaves."""
+        """Dehaze all images at full size: -> zip, messages. Stops when the visitor leaves."""
         visitor = self.visitors.get(request.session_hash)
-        paths = list(visitor.pictures.values())
+        paths = list(visitor.images.values())
         if not paths:
             return None, GONE
 
-        def going(done: int) -> bool:
-            progress((done, len(paths)), desc=paths[done].name, unit="pictures")
+        def proceed(done: int) -> bool:
+            progress((done, len(paths)), desc=paths[done].name, unit="images")
             return self.visitors.is_here(visitor)
 
         with self.visitors.at_work(visitor):
             try:
                 archive = visitor.new_folder() / "dehazed.zip"
                 write = partial(work.write, method=self.methods[method], strength=strength, folder=archive.parent)
-                return str(archive), _words(work.write_zip(archive, paths, write, going))
+                return str(archive), _messages(work.write_zip(archive, paths, write, proceed))
             except UserError as error:  # the visitor has left
-                return None, _words([str(error)])
+                return None, _messages([str(error)])
 
     def leave(self, request: gr.Request) -> None:
         self.visitors.leave(request.session_hash)
@@ -139,19 +142,19 @@ class Controls(NamedTuple):
     method: gr.Radio
     strength: gr.Slider
     save: gr.Button
-    together: gr.Button
-    fetch: gr.DownloadButton  # not seen; a press of its own would need two by the visitor
+    save_all: gr.Button
+    fetch: gr.DownloadButton  # hidden and clicked by `FETCH`; else the visitor would have to click twice
 
 
 class Results(NamedTuple):
-    words: gr.HTML
+    messages: gr.HTML
     shown: gr.ImageSlider
-    haze: gr.Image
+    transmission: gr.Image
 
 
 def build(page: Page) -> gr.Blocks:
-    """The page's parts and what connects them."""
-    gr.set_static_paths([sample.make()])  # served from where they are, not as uploads, which are deleted
+    """The components of the page and their connections."""
+    gr.set_static_paths([sample.make()])  # served from their folder, not as uploads, which are deleted
     with gr.Blocks(title="NeDR-Dehaze", analytics_enabled=False) as blocks:
         gr.Markdown(TITLE)
         with gr.Row():
@@ -165,7 +168,8 @@ def build(page: Page) -> gr.Blocks:
 
 
 def _controls(methods: list[str]) -> Controls:
-    samples, plain = [str(path) for path in _samples()], {"allow_preview": False, "buttons": [], "interactive": False}
+    samples = [str(path) for path in _samples()]
+    plain = {"allow_preview": False, "buttons": [], "interactive": False}
     return Controls(
         gr.File(label="Photographs", file_count="multiple", height=150, elem_id="drop"),
         gr.Gallery(samples, label="Or try one of these", columns=3, height=115, elem_id="samples", **plain),
@@ -184,18 +188,20 @@ def _results() -> Results:
     return Results(
         gr.HTML(elem_id="words"),
         gr.ImageSlider(**pair, **plain),
-        gr.Image(label=LIGHT, buttons=[], height=260, elem_id="haze", **plain),
+        gr.Image(label=TRANSMISSION, buttons=[], height=260, elem_id="haze", **plain),
     )
 
 
 def _connect(page: Page, controls: Controls, results: Results) -> None:
-    """``heavy`` events run the network, one at a time; ``quiet`` ones do not, and wait for nobody."""
-    drop, samples, choice, method, strength, save, together, fetch = controls
-    words, shown, haze = results
+    """Connect events to handlers: ``heavy`` ones run the network, one at a time; ``quiet`` ones never wait."""
+    drop, samples, choice, method, strength, save, save_all, fetch = controls
+    messages, shown, transmission = results
     quiet = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
     heavy = {"api_visibility": "private", "concurrency_id": "network", "concurrency_limit": 1}
-    taken = [choice, save, together, words]
-    show = dict(fn=page.show, inputs=[choice, method, strength, words], outputs=[shown, haze, words], **heavy)
+    taken = [choice, save, save_all, messages]
+    show = dict(
+        fn=page.show, inputs=[choice, method, strength, messages], outputs=[shown, transmission, messages], **heavy
+    )
     for event in (drop.upload, drop.clear):
         event(page.take, drop, taken, **quiet).then(**show)
     drop.delete(page.drop_one, drop, taken, **quiet).then(**show)
@@ -203,17 +209,17 @@ def _connect(page: Page, controls: Controls, results: Results) -> None:
     for event in (choice.input, method.input):
         event(**show)
     strength.change(page.strengthen, [strength, shown], shown, trigger_mode="always_last", **quiet)
-    save.click(page.save, [choice, method, strength], [fetch, words], **heavy).success(js=FETCH)
-    together.click(page.save_all, [method, strength], [fetch, words], **heavy).success(js=FETCH)
+    save.click(page.save, [choice, method, strength], [fetch, messages], **heavy).success(js=FETCH)
+    save_all.click(page.save_all, [method, strength], [fetch, messages], **heavy).success(js=FETCH)
 
 
 def _samples() -> list[Path]:
     return [sample.make() / name for name in SAMPLES]
 
 
-def _words(refused: list[str]) -> str:
-    """What was refused, as a list that no file's name can turn into anything else."""
-    return "".join(f'<p role="alert">{html.escape(each)}</p>' for each in refused)
+def _messages(lines: list[str]) -> str:
+    """Messages as HTML, with file names escaped."""
+    return "".join(f'<p role="alert">{html.escape(line)}</p>' for line in lines)
 
 
-GONE = _words(["there is no image here any more; drop it again"])
+GONE = _messages(["the image is no longer here; drop it again"])

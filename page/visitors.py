@@ -1,4 +1,4 @@
-"""Who is on the page, with which images; what was uploaded is deleted when its visitor leaves."""
+"""The visitors of the page and their images; uploads are deleted when their visitor leaves."""
 
 import contextlib
 import os
@@ -15,27 +15,29 @@ from data import images
 from page import work
 from utils.errors import UserError
 
-KEEP = 12  # files of what is shown; the browser may still be loading the last but one
-LINGER = 600.0  # seconds that the server's first copy of an upload may lie about
-IDLE = 6 * 3600.0  # seconds after which a visitor who does nothing counts as gone, though the browser did not say so
+KEEP = 12  # files of shown images; the browser may still be loading earlier ones
+LINGER = 600.0  # seconds for which the server's first copy of an upload is kept
+IDLE = 6 * 3600.0  # seconds without activity after which a visitor counts as gone
 
 
 class Visitor:
-    """One open page: its images, in a folder of its own, and what is shown of them."""
+    """One open page: its images, in a folder of its own, and the image shown."""
 
     def __init__(self, root: Path):
         self.folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=root))
-        self._taken: dict[Path, Path] = {}  # by the file that the server made of the upload
+        self._taken: dict[Path, Path] = {}  # by the server's file of the upload
         self.view: work.View | None = None
         self._shown: list[Path] = []
         self.seen = time.monotonic()
 
     def take(self, files: Sequence[str | Path], megapixels: float) -> list[str]:
-        """Take these images in place of those that are here; returns what is refused, in words.
+        """Replace the visitor's images by ``files``; returns one message for every refused file.
 
-        Those among them that were taken before stay as they are: the server's own copies may be gone by now.
+        Files that were taken before are kept as they are, since the server's own copies may be deleted by now.
         """
-        uploads, before, self.view = self.new_folder(), self._taken, None
+        uploads = self.new_folder()
+        before = self._taken
+        self.view = None
         self._taken = {}
 
         def take(source: Path) -> None:
@@ -44,9 +46,9 @@ class Visitor:
                 return
             work.check(source, megapixels)
             # A copy, since another visitor's upload of the same bytes may be the same file.
-            self._taken[source] = shutil.copyfile(source, _free(uploads / source.name, self.pictures))
+            self._taken[source] = shutil.copyfile(source, _unused(uploads / source.name, self.images))
 
-        refused = work.each([Path(file) for file in files], take, lambda done: True)
+        refused = work.for_each([Path(file) for file in files], take, lambda done: True)
         kept = {path.parent for path in self._taken.values()}
         for folder in self.folder.iterdir():
             if folder not in kept:
@@ -54,12 +56,12 @@ class Visitor:
         return refused
 
     @property
-    def pictures(self) -> dict[str, Path]:
+    def images(self) -> dict[str, Path]:
         """The visitor's images by name."""
         return {path.name: path for path in self._taken.values()}
 
     def show(self, image: Tensor) -> str:
-        """A file of an image (1,C,H,W) for the browser, under a new name, which no cache knows; old ones go."""
+        """Write an image (1,C,H,W) for the browser, under a new name because of its cache, and delete old ones."""
         path = self.new_folder() / "shown.jpg"
         images.write(path, image[0])
         self._shown.append(path)
@@ -77,16 +79,16 @@ class Visitor:
 
 
 class Visitors:
-    """All visitors by the name that the server gives a page, beneath one folder that goes when the server ends."""
+    """All visitors by the session hash of their page, in one folder that is deleted when the server ends."""
 
     def __init__(self, root: Path):
         self.root = root
         self._here: dict[str, Visitor] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> Visitor:
+    def get(self, session: str) -> Visitor:
         with self._lock:
-            visitor = self._here.get(name) or self._here.setdefault(name, Visitor(self.root))
+            visitor = self._here.get(session) or self._here.setdefault(session, Visitor(self.root))
             visitor.seen = time.monotonic()
             return visitor
 
@@ -95,27 +97,27 @@ class Visitors:
 
     @contextlib.contextmanager
     def at_work(self, visitor: Visitor) -> Iterator[None]:
-        """What is written here for a visitor who leaves meanwhile is deleted too."""
+        """A context after which the folder is deleted (again) if the visitor has left meanwhile."""
         try:
             yield
         finally:
             if not self.is_here(visitor):
                 shutil.rmtree(visitor.folder, ignore_errors=True)
 
-    def leave(self, name: str) -> None:
+    def leave(self, session: str) -> None:
         with self._lock:
-            visitor = self._here.pop(name, None)
+            visitor = self._here.pop(session, None)
         if visitor:
             shutil.rmtree(visitor.folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Delete what the server itself keeps of uploads for longer than `LINGER`, and send idle visitors away."""
+        """Delete the server's own copies of uploads after `LINGER` seconds, and drop idle visitors."""
         now = time.monotonic()
-        for name in [name for name, visitor in list(self._here.items()) if now - visitor.seen > IDLE]:
-            self.leave(name)
-        own = {visitor.folder for visitor in list(self._here.values())}
+        for session in [session for session, visitor in list(self._here.items()) if now - visitor.seen > IDLE]:
+            self.leave(session)
+        folders = {visitor.folder for visitor in list(self._here.values())}
         for folder, _, names in os.walk(self.root):
-            if not own & {Path(folder), *Path(folder).parents}:
+            if not folders & {Path(folder), *Path(folder).parents}:
                 for name in names:
                     _delete_old(Path(folder, name))
 
@@ -124,14 +126,15 @@ def _delete_old(path: Path) -> None:
     try:
         if time.time() - path.stat().st_mtime > LINGER:
             path.unlink()
-    except FileNotFoundError:  # its visitor has left meanwhile
+    except FileNotFoundError:  # the visitor has left meanwhile
         pass
 
 
-def _free(path: Path, names: Collection[str]) -> Path:
-    """``path``, or with a number if its name is among ``names``."""
-    number, free = 1, path
-    while free.name in names:
+def _unused(path: Path, names: Collection[str]) -> Path:
+    """``path``, with a number added if its name is among ``names``."""
+    number = 1
+    unused = path
+    while unused.name in names:
         number += 1
-        free = path.with_name(f"{path.stem} ({number}){path.suffix}")
-    return free
+        unused = path.with_name(f"{path.stem} ({number}){path.suffix}")
+    return unused

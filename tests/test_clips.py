@@ -156,7 +156,7 @@ def test_a_turned_clip_stands_upright(run, tmp_path):
 @pytest.mark.parametrize(
     ("codec", "pix_fmt", "told"),
     [
-        ("libx265", "yuv420p10le", "10 bits a channel, taken and written as 8"),
+        ("libx265", "yuv420p10le", "10 bits a channel, read and written as 8"),
         ("png", "rgba", "its transparency is left out"),
     ],
 )
@@ -245,7 +245,7 @@ def test_without_pyav(run, tmp_path, monkeypatch):
     status, _, err = run("--hazy", "a.mp4")
     assert (status, err) == (
         2,
-        "error: clips are read by PyAV, which is not here; pip install -r requirements-extras.txt\n",
+        "error: clips need PyAV, which is not installed; pip install -r requirements-extras.txt\n",
     )
 
 

@@ -1,9 +1,8 @@
-"""The table of sets to score and to train on: how each is laid out, paired, measured and cited, and where to get it.
+"""The table of test and training sets: layout, pairing, metrics, citation and source of each.
 
-A layout is a path in which case, ``-``, ``_`` and blanks do not matter and whose end must be that of the folder:
-``{hazy,gt}`` are the folders of hazy images and of ground truths side by side, under these or their usual other
-names (`HAZY`, `TRUTH`); without braces everything lies in one folder; ``*`` is a further word, as in RTTS-sample.
-Snow and blur have the place of haze: "hazy" images are those that want restoring.
+A layout is the end of a folder's path; case, ``-``, ``_`` and blanks are ignored. ``{hazy,gt}`` are sibling folders of
+hazy images and of ground truths, under these or other usual names (`HAZY`, `TRUTH`); without braces everything is in
+one folder; ``*`` is a further word, as in RTTS-sample. For sets of snow and blur, "hazy" means degraded.
 """
 
 import functools
@@ -21,8 +20,10 @@ TRUTH = (
     *("clear-images", "clear-image", "clean-images", "gt-images", "gt-image", "ground-truths", "hq", "reference"),
 )
 
-SCENE, SAME, GT = "1400_1 -> 1400", "0586 -> 0586", "01_hazy -> 01_GT"
-ORDER = "the first to the first"  # where no two files have the same name
+SCENE = "1400_1 -> 1400"
+SAME = "0586 -> 0586"
+GT = "01_hazy -> 01_GT"
+ORDER = "the first to the first"  # used if no two files have the same name
 RULES: dict[str, Callable[[str], str]] = {  # stem of the hazy image -> stem of its ground truth, in lower case
     SCENE: lambda stem: stem.split("_")[0],
     SAME: lambda stem: stem,
@@ -31,12 +32,12 @@ RULES: dict[str, Callable[[str], str]] = {  # stem of the hazy image -> stem of 
 }
 
 
-WHOLE = "all"  # as the numbers of a split
+WHOLE = "all"  # in place of the numbers of a split
 
 
 @dataclass(frozen=True)
 class Paper:
-    """The publication to cite for a set; ``url`` is the official page of its data, empty where that is not certain."""
+    """The publication to cite for a set; ``url`` is the official page of its data, empty if uncertain."""
 
     authors: str
     title: str
@@ -54,13 +55,13 @@ class Paper:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One set. ``hazy`` and ``truths`` are how many images it has, ``numbers`` how they are numbered ("01-25 31-35").
+    """One set. ``hazy`` and ``truths`` count its images, ``numbers`` are their numbers in file names ("01-25 31-35").
 
-    ``each`` hazy images have the same number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` where it
-    is one itself; ``held_out``, of a set to train on, are its last numbers, which are to validate on; ``border`` is how
-    many pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of
-    the released D4 and NeDR. ``hazy`` is 0 where there is no agreed number. ``aliases`` are its other names. ``shared``
-    are layouts that other sets have too: there the numbers decide.
+    ``each`` hazy images share a number; ``train`` and ``test`` are the numbers of its splits, `WHOLE` if the set is
+    such a split itself; ``held_out`` are the last numbers of a training set, for validation; ``border`` is by how many
+    pixels a ground truth may be larger on every side; ``airlight`` and ``guided_filter`` are the test settings of the
+    released D4 and NeDR. ``hazy`` is 0 if there is no agreed number. ``aliases`` are its other names. ``shared`` are
+    layouts that other sets have too; the image numbers then decide.
     A repackaged set may repeat the ground truth under the name of every hazy image.
     """
 
@@ -86,7 +87,7 @@ class Benchmark:
 
     @property
     def splits(self) -> dict[str, str]:
-        """The numbers of every split: "all", "train" and "test" where the field has agreed on them, "validation"."""
+        """The numbers of every split: "all"; "train" and "test" where the field agrees on them; "validation"."""
         parts = {"train": self.train, "test": self.test, "validation": self.held_out}
         if self.held_out:
             parts["train"] = f"{unroll(self.numbers)[0]}-{unroll(self.held_out)[0] - 1}"
@@ -94,15 +95,15 @@ class Benchmark:
 
     @property
     def metrics(self) -> str:
-        """What can be measured: ``full-reference``, ``no-reference``, or ``doubtful`` where pairs do not align."""
+        """The metrics that apply: ``full-reference``, ``no-reference``, or ``doubtful`` if pairs are not aligned."""
         return {"aligned": "full-reference", "unaligned": "doubtful", "none": "no-reference"}[self.truth]
 
     def to_train_on(self, split: str = "all") -> bool:
-        """Are the images of a split to train on, and not to score?"""
+        """Whether the images of a split are for training, not for scoring."""
         return split == "train" or self.train == WHOLE
 
-    def places(self, split: str = "all") -> tuple[str, ...]:
-        """All layouts, the best first: as shipped and repackaged, then the plain ones under the set's own name."""
+    def all_layouts(self, split: str = "all") -> tuple[str, ...]:
+        """All layouts, the best first: as shipped and repackaged, then the plain ones under the set's name."""
         names = (self.name.partition(":")[0], *self.aliases)
         inside = ("/train/{hazy,gt}", "-train/{hazy,gt}", "/{trainA,trainB}", "/{hazy/train,gt/train}")
         training = [name + folder for name in names for folder in inside if self.to_train_on(split)]
@@ -162,7 +163,7 @@ DESNOWNET = Paper(
     "IEEE Transactions on Image Processing", 2018)
 DUAL_PIXEL = Paper("Abuolaim and Brown", "Defocus Deblurring Using Dual-Pixel Data", "ECCV", 2020)
 
-# Where SOTS is not told to be indoor or outdoor; PromptIR and those after it call it test/dehaze.
+# Paths that do not tell indoor from outdoor; PromptIR and its successors use test/dehaze.
 SOTS_EITHER = ("test/dehaze/{hazy,gt}", "SOTS/{hazy,gt}", "SOTS/test/{hazy,gt}")
 
 TABLE = (
@@ -300,20 +301,20 @@ GROUPS = {
 
 @functools.cache
 def unroll(text: str) -> tuple[int, ...]:
-    """What a text such as "01-03 7" stands for: 1, 2, 3, 7."""
+    """Expand a list of ranges such as "01-03 7" to 1, 2, 3, 7."""
     runs = (run.partition("-") for run in text.split())
     return tuple(n for first, _, last in runs for n in range(int(first), int(last or first) + 1))
 
 
 def listing() -> str:
-    """All sets as a text of at most 120 columns: sizes, splits, test settings, layouts, traps and sources."""
+    """All sets as text of at most 120 columns: sizes, splits, test settings, layouts, notes and sources."""
     row = "{:15}{:>6}{:>7}  {:15}{:7}{:7}{:22}{}".format
     lines = [row("set", "hazy", "truths", "metrics", ":train", ":test", "airlight (filter)", "layout, e.g.")]
     for b in TABLE:
         light = b.airlight + " (guided)" * b.guided_filter if b.name in GROUPS["all"] else "-"
         use = "(to train on)" if b.to_train_on() else b.metrics
         parts = (part or "-" for part in (b.hazy, b.truths, use, b.train, b.test))
-        lines.append(row(b.name, *parts, light, b.places()[0]))
+        lines.append(row(b.name, *parts, light, b.all_layouts()[0]))
     usage = (
         "Names may be in any case, - and _ alike. SOTS, HSTS, Snow100K and all are groups; O-HAZE:test is a split. The "
         "group all has every set of haze but those to train on; CSD, SRRS and Snow100K are of snow, DPDD of defocus. "

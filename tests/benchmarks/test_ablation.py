@@ -88,7 +88,7 @@ def test_the_table(done):
 
 def test_what_is_printed(done):
     lines = done.printed.splitlines()
-    assert lines[0].startswith("images (2), protocol ours; differences and intervals: to nedr")
+    assert lines[0].startswith("pictures (2), protocol ours; differences and intervals: to nedr")
     assert lines[1].split()[:5] == ["case", "KAN-CID", "IDRM", "DREM", "params"]
     assert lines[3].split()[:4] == ["d4", "-", "-", "-"]
     assert lines[4].split()[:4] == ["nedr", "x", "x", "x"]
@@ -211,7 +211,7 @@ def test_an_interruption_keeps_the_finished_cases(course):
 
 
 def test_too_few_cases_for_a_table(course):
-    with pytest.raises(UserError, match="too few cases could be finished to compare them; nedr: no data"):
+    with pytest.raises(UserError, match="too few cases were finished to compare them; nedr: no data"):
         course.run({"nedr": UserError("no data")}, "--cases", "d4", "nedr")
     assert not (course.folder / "ablation.json").exists()
 
@@ -238,8 +238,8 @@ def test_differences_are_those_of_the_means(done, tmp_path):
 REFUSED = {
     "unknown case": (["--cases", "d4", "kancid"], r"unknown case 'kancid'; did you mean 'kan_cid'\?"),
     "one case": (["--cases", "nedr"], "at least two cases"),
-    "a module": (["nedr.drem=true"], r"nedr\.drem is each case's own"),
-    "weights": (["test.weights=[a.pth]"], r"test\.weights is each case's own"),
+    "a module": (["nedr.drem=true"], r"nedr\.drem is set for each case"),
+    "weights": (["test.weights=[a.pth]"], r"test\.weights is set for each case"),
     "another method": (["d4.learning_rate=1e-3"], r"d4 is not in use here, nedr is; write nedr\.learning_rate"),
     "unknown setting": (["train.step=2"], "unknown setting 'train.step'"),
     "small crops": (["data.crop_size=64"], r"data\.crop_size=64: nedr needs .* at least 128"),

@@ -108,7 +108,7 @@ def test_files_get_what_stands_between_their_marks(measured, tmp_path, capsys):
     assert speed.main(["--again", str(tmp_path / "out" / "speed.json"), "--into", str(long)]) == 0
     assert long.read_text() == f"above\n<!-- speed -->\n{table}<!-- /speed -->\nbelow\n"
     assert not measured
-    with pytest.raises(UserError, match=r"is no speed\.json"):
+    with pytest.raises(UserError, match=r"not a speed\.json"):
         speed.main(["--again", str(long)])
 
 
@@ -116,7 +116,7 @@ def test_what_was_measured_before_a_case_failed_is_kept(measured, monkeypatch, t
     monkeypatch.delitem(RESULTS, LOW)
     with pytest.raises(KeyError):
         speed.main(["--sizes", "128", "--steps", "--no-large", "--device", "cpu", "--output", str(tmp_path)])
-    kept = speed.recall(tmp_path / "speed.json")[1]
+    kept = speed.load(tmp_path / "speed.json")[1]
     assert kept == {case: RESULTS[case] for case in (REFERENCE, OURS)}
     assert "| forward pass, 128x128 | 0.5 s | 0.2 s (2.5x) |  |" in speed.short(kept, MACHINE)
 
@@ -129,7 +129,7 @@ def test_sizes_that_the_reference_cannot_take_are_refused(side):
 
 def test_a_file_without_marks_is_refused_before_anything_is_measured(measured, tmp_path):
     (tmp_path / "x.md").write_text("nothing")
-    with pytest.raises(UserError, match="put them there"):
+    with pytest.raises(UserError, match="add them"):
         speed.main(["--into", str(tmp_path / "x.md")])
     assert not measured
 

@@ -130,10 +130,10 @@ def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
     path = paths.find(pool / "clear")[0]
     for kept in (room(100), Cache(), Cache(0)):
         for _ in range(2):
-            assert torch.equal(kept.picture(path)[:], images.read(path))
+            assert torch.equal(kept.image(path)[:], images.read(path))
         assert kept.used == 0
     kept.add([path])
-    kept.picture(path)
+    kept.image(path)
     assert kept.used == 0
     assert decoded.value == 6 + 6 + 1
 
@@ -152,7 +152,7 @@ def test_a_picture_may_be_a_depth_map_too(pool):
     kept = room(100)
     kept.add([path], [path])
     for _ in range(2):
-        assert torch.equal(kept.picture(path)[:], images.read(path))
+        assert torch.equal(kept.image(path)[:], images.read(path))
         assert torch.equal(kept.depth(path)[:], images.read_depth(path))
     assert kept.used == SIZE + SIZE // 3
 
@@ -164,7 +164,7 @@ def test_only_8_bit_is_kept(tmp_path):
     np.save(depth, rng.random((9, 8)))
     kept.add([grey], [grey, depth])
     for _ in range(2):
-        assert torch.equal(kept.picture(grey)[:], images.read(grey))
+        assert torch.equal(kept.image(grey)[:], images.read(grey))
         assert torch.equal(kept.depth(grey)[:], images.read_depth(grey))
         assert torch.equal(kept.depth(depth)[:], images.read_depth(depth))
     assert kept.used == 0
@@ -175,7 +175,7 @@ def test_broken_files_are_refused_every_time(pool):
     path.write_bytes(b"junk")
     kept = room(100)
     kept.add([path], [path])
-    for read in (kept.picture, kept.depth) * 2:
+    for read in (kept.image, kept.depth) * 2:
         with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
             read(path)
     assert kept.used == 0
@@ -217,7 +217,9 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(cache.mmap, "mmap", refuse)
-    with pytest.raises(UserError, match=r"data\.cache: no .* GiB can be had \(Cannot allocate memory\); set a smaller"):
+    with pytest.raises(
+        UserError, match=r"data\.cache: .* GiB cannot be allocated \(Cannot allocate memory\); set a smaller"
+    ):
         Cache(3)
 
 
@@ -249,12 +251,12 @@ def test_pictures_are_kept_without_border_and_small(pool):
         kept.add([path], [pool / "depth" / path.name])
         wanted = F.interpolate(whole[None, :, 2:-2, 2:-2], (8, 10), mode="bilinear", antialias=True)[0]
         for _ in range(2):
-            torch.testing.assert_close(kept.picture(path)[:], wanted, atol=0.51 / 255, rtol=0)
+            torch.testing.assert_close(kept.image(path)[:], wanted, atol=0.51 / 255, rtol=0)
             assert kept.depth(pool / "depth" / path.name).shape == (1, 8, 10)
-    assert torch.equal(Cache(0, 0, 100).picture(path)[:], whole)
-    assert torch.equal(Cache(0, 2).picture(path)[:], whole[:, 2:-2, 2:-2])
-    with pytest.raises(UserError, match=r"nothing is left without data\.border=10"):
-        Cache(0, 10).picture(path)
+    assert torch.equal(Cache(0, 0, 100).image(path)[:], whole)
+    assert torch.equal(Cache(0, 2).image(path)[:], whole[:, 2:-2, 2:-2])
+    with pytest.raises(UserError, match=r"data\.border=10 pixels leave nothing of it"):
+        Cache(0, 10).image(path)
 
 
 def room_of(pictures):

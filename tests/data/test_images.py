@@ -192,9 +192,9 @@ def test_size_limits(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (PermissionError(13, "Permission denied"), r"\(Permission denied\); check its rights and the disk"),
+        (PermissionError(13, "Permission denied"), r"\(Permission denied\); check its permissions and the disk"),
         (MemoryError(), "too little memory for it"),
-        (SyntaxError("broken PNG file"), r"broken PNG file: damaged or cut short\); put a whole copy in its place"),
+        (SyntaxError("broken PNG file"), r"broken PNG file: damaged or cut short\); replace it with a complete copy"),
     ],
 )
 def test_a_picture_that_cannot_be_read_says_why_and_what_helps(tmp_path, monkeypatch, error, message):
@@ -245,7 +245,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("c.png")
     (tmp_path / "c.png").symlink_to("b.png")
-    wanted = {"a.png": "a pipe or a device", "b.png": "a link that leads nowhere", "x" * 5000: "no such image"}
+    wanted = {"a.png": "a pipe or a device", "b.png": "a broken link", "x" * 5000: "no such image"}
     for name, words in (wanted | {"a\0b.png": r"a\\x00b\.png: no such image"}).items():
         with pytest.raises(UserError, match=words) as error:
             images.read(tmp_path / name)
@@ -344,7 +344,7 @@ def test_exr_depth(tmp_path, monkeypatch):
     channels["Y"] = channels.pop("Z")
     assert images.read_depth(path).max() == 1
     channels |= {"R": channels.pop("Y"), "G": channels["A"], "B": channels["A"]}
-    with pytest.raises(UserError, match="no one channel"):
+    with pytest.raises(UserError, match="none of the channels"):
         images.read_depth(path)
 
 
@@ -381,7 +381,7 @@ def test_depth_refusals(tmp_path):
         with pytest.raises(UserError, match=r"a\.npy: depth must be"):
             images.read_depth(tmp_path / "a.npy")
     np.save(tmp_path / "a.npy", np.ones((2, 2, 3)))
-    with pytest.raises(UserError, match="no depth map"):
+    with pytest.raises(UserError, match="not a depth map"):
         images.read_depth(tmp_path / "a.npy")
     (tmp_path / "a.npy").write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be read"):
@@ -546,11 +546,11 @@ def test_a_flist_is_read_as_programs_write_it(tmp_path, monkeypatch, line, name)
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("a.png\na.png b.png\n", r"x\.flist, line 2: .*a\.png is there, and more follows it: .* one path a line"),
-        ("a.png\tb.png\n", "line 1: .* a list of each column"),
-        ("a.png,b.png\n", "line 1: .* a list of each column"),
+        ("a.png\na.png b.png\n", r"x\.flist, line 2: .*a\.png exists, but more text follows it: .* one path a line"),
+        ("a.png\tb.png\n", "line 1: .* one list for each column"),
+        ("a.png,b.png\n", "line 1: .* one list for each column"),
         ("a.png\n\ndeep\n", "line 3: .*the first deep; that is a folder"),
-        ("a.png\ngone.png\n", "line 2: .*relative to where you stand or to the list"),
+        ("a.png\ngone.png\n", "line 2: .*relative to the working directory or to the list"),
         (f"{'x' * 400}\n", "line 1: 1 of its 1 files are absent"),
     ],
 )
@@ -627,7 +627,7 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path):
     assert "convert them to PNG" in remark
     assert paths.passed_over(tmp_path / "a" / "4.jpg") == []
     (tmp_path / "a/4.jpg").unlink()
-    with pytest.raises(UserError, match=r"no images in this folder or below; .*1 CR2, 2 HEIC, of .*; wanted: "):
+    with pytest.raises(UserError, match=r"no images in this folder or below; .*1 CR2, 2 HEIC, of .*; expected "):
         paths.find(tmp_path / "a", extensions)
     with pytest.raises(UserError, match=r"3\.CR2: 1 CR2, of kinds that are not read; convert"):
         paths.find(tmp_path / "a/3.CR2")

@@ -217,7 +217,7 @@ def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
     alerts = page.locator("#words [role=alert]").all_inner_texts()
     assert len(alerts) == 2
     assert alerts[0].startswith("notes.jpg: cannot be read as an image (of no known image format")
-    assert alerts[1] == "1 more were left out: the page takes 4 at once"
+    assert alerts[1] == "1 more were left out: the page accepts 4 at once"
     page.evaluate(LISTEN)
     with page.expect_download() as download:
         page.click("#save-all")
@@ -242,7 +242,7 @@ def test_wrong_and_too_large_files_are_answered_in_words(visit, tmp_path):
     page.wait_for_selector("#words [role=alert]")
     alerts = page.locator("#words [role=alert]").all_inner_texts()
     assert "cannot be read as an image" in alerts[0]
-    assert alerts[1].startswith("poster.png: 6000x5000 are 30 megapixels, and this page takes 25; shrink it")
+    assert alerts[1].startswith("poster.png: 6000x5000 are 30 megapixels, and this page accepts 25; shrink it")
     assert page.locator("#shown img").count() == 0
     assert page.locator("#save").is_disabled()
     (tmp_path / "heavy.png").write_bytes(bytes(31_000_000))

@@ -42,14 +42,14 @@ def photo(tmp_path):
 
 def test_a_view_is_the_picture_made_small(photo, method, monkeypatch):
     found = method.estimate(images.read(photo)[None])
-    view = work.look(photo, method)
+    view = work.estimate(photo, method)
     torch.testing.assert_close(view.clear(1), found["clear"], atol=1e-6, rtol=0)
     torch.testing.assert_close(view.clear(0), images.read(photo)[None], atol=1e-6, rtol=0)
     t = found["transmission"] ** 0.5
     wanted = ((view.hazy - found["airlight"]) / t + found["airlight"]).clamp(0, 1)
     torch.testing.assert_close(view.clear(0.5), wanted, atol=1e-6, rtol=0)
     monkeypatch.setattr(work, "SHOWN", 40)
-    small = work.look(photo, method)
+    small = work.estimate(photo, method)
     assert (small.hazy.shape, small.transmission.shape) == ((1, 3, 40, 30), (1, 1, 40, 30))
 
 
@@ -62,7 +62,7 @@ def test_what_is_written_has_all_pixels_and_keeps_what_belongs_to_it(photo, meth
         assert image.info["icc_profile"]
         assert image.getexif()[271] == "a maker"
         assert 274 not in image.getexif()
-    expected = work.look(photo, method).clear(strength)[0]
+    expected = work.estimate(photo, method).clear(strength)[0]
     assert (images.read(written) - expected).abs().mean() < 0.01  # JPEG
 
 
@@ -83,7 +83,7 @@ def aknet():
 def test_a_method_without_transmission_has_one_strength(photo, aknet, tmp_path):
     with torch.no_grad():
         wanted = aknet.dehaze(images.read(photo)[None])
-    view = work.look(photo, aknet)
+    view = work.estimate(photo, aknet)
     assert view.transmission is None
     for strength in (0, 1, 1.5):
         torch.testing.assert_close(view.clear(strength), wanted.clamp(0, 1))
@@ -97,12 +97,12 @@ def test_every_method_whose_weights_are_at_hand_is_offered(aknet, tmp_path, monk
         checkpoint.save_weights(tmp_path / folder / "weights.safetensors", aknet.inference_state(), identity)
     monkeypatch.setattr(models, "SHIPPED", tmp_path)
     files = [str(tmp_path / folder / "weights.safetensors") for folder in ("mine", "theirs")]
-    offered = program.offered(files, "cpu")
+    offered = program.load_methods(files, "cpu")
     names = ["AKNet", "weights", str(tmp_path / "theirs" / "weights"), "DCP (dark channel prior)"]
     assert list(offered) == names
     assert [models.name_of(each) for each in offered.values()] == ["aknet", "aknet", "aknet", "dcp"]
     with pytest.raises(UserError, match="is named twice"):
-        program.offered([files[0]] * 3, "cpu")
+        program.load_methods([files[0]] * 3, "cpu")
 
 
 def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
@@ -112,19 +112,19 @@ def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
     Image.new("1", (3000, 2000)).save(tmp_path / "large.png")
     files = [tmp_path / name for name in ("notes.txt", "empty.png", "large.png")]
     refused = visitor.take([*files, photo, tmp_path / "gone.png"], megapixels=5)
-    assert list(visitor.pictures) == ["sea.JPG"]
+    assert list(visitor.images) == ["sea.JPG"]
     wanted = ["notes.txt: cannot be read as an image", "empty.png: the file is empty", "large.png: 3000x2000 are 6 m"]
     for words, start in zip(refused, [*wanted, "gone.png: no such image"], strict=True):
         assert words.startswith(start)
         assert str(tmp_path) not in words
-    assert "this page takes 5" in refused[2]
+    assert "this page accepts 5" in refused[2]
 
 
 def test_a_picture_cut_short_is_refused_when_it_is_looked_at(photo, method):
     photo.write_bytes(photo.read_bytes()[:-100])
     work.check(photo, 60)
     with pytest.raises(UserError, match=r"sea\.JPG: cannot be read as an image"):
-        work.look(photo, method)
+        work.estimate(photo, method)
 
 
 def test_a_lack_of_memory_is_said(photo, method, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_lack_of_memory_is_said(photo, method, monkeypatch):
 
     monkeypatch.setattr(images, "read", fail)
     with pytest.raises(UserError, match="too little memory"):
-        work.look(photo, method)
+        work.estimate(photo, method)
 
 
 def test_pictures_of_one_name_are_told_apart(photo, tmp_path):
@@ -141,7 +141,7 @@ def test_pictures_of_one_name_are_told_apart(photo, tmp_path):
     (tmp_path / "other").mkdir()
     shutil.copy(photo, tmp_path / "other")
     assert visitor.take([photo, tmp_path / "other" / photo.name], 60) == []
-    assert list(visitor.pictures) == ["sea.JPG", "sea (2).JPG"]
+    assert list(visitor.images) == ["sea.JPG", "sea (2).JPG"]
 
 
 def test_several_pictures_make_a_zip_of_those_that_can_be_read(photo, method, tmp_path):
@@ -177,7 +177,7 @@ def test_what_a_visitor_had_goes_with_the_visitor(photo, tmp_path):
     assert not one.folder.exists()
     with pytest.raises(UserError, match="deleted when the page was left; drop them again"):
         one.new_folder()
-    assert other.pictures["sea.JPG"].is_file()
+    assert other.images["sea.JPG"].is_file()
     assert all_.get("one") is not one
     all_.leave("nobody")
 
@@ -186,12 +186,12 @@ def test_pictures_taken_before_stay_when_others_join_or_go(photo, tmp_path):
     visitor, other = Visitors(tmp_path).get("a"), tmp_path / "other.png"
     Image.new("RGB", (9, 9)).save(other)
     visitor.take([photo], 60)
-    own = visitor.pictures["sea.JPG"]
+    own = visitor.images["sea.JPG"]
     photo.unlink()  # the server's copy was swept up
     assert visitor.take([photo, other], 60) == []
-    assert visitor.pictures["sea.JPG"] == own
+    assert visitor.images["sea.JPG"] == own
     assert visitor.take([other], 60) == []
-    assert list(visitor.pictures) == ["other.png"]
+    assert list(visitor.images) == ["other.png"]
     assert not own.exists()
     assert visitor.take([], 60) == []
     assert list(visitor.folder.iterdir()) == []
@@ -200,7 +200,7 @@ def test_pictures_taken_before_stay_when_others_join_or_go(photo, tmp_path):
 def test_new_pictures_take_the_place_of_the_old(photo, tmp_path):
     visitor = Visitors(tmp_path).get("a")
     visitor.take([photo], 60)
-    old = visitor.pictures["sea.JPG"], visitor.show(picture(1, 1, 3, 8, 8))
+    old = visitor.images["sea.JPG"], visitor.show(picture(1, 1, 3, 8, 8))
     visitor.take([shutil.copy(photo, tmp_path)], 60)
     assert not any(os.path.exists(each) for each in old)
     for _ in range(30):

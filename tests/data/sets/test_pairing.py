@@ -58,7 +58,7 @@ def test_pair_refusals(tmp_path):
     touch(tmp_path, "clear/2.png", "clear/2.jpg")
     with pytest.raises(UserError, match=r"2_1\.png: has two ground truths, .*2\.(png|jpg) and .*2\.(png|jpg)"):
         pairs(tmp_path / "hazy", tmp_path / "clear")
-    with pytest.raises(UserError, match="are one file"):
+    with pytest.raises(UserError, match="are the same file"):
         pairs(tmp_path / "hazy", tmp_path / "hazy")
 
 
@@ -120,16 +120,16 @@ def test_the_same_path_comes_before_the_name_alone(tmp_path, hazy, clear, wanted
 @pytest.mark.parametrize(
     ("hazy", "clear", "message"),
     [
-        ("f_001.png f_002.png f_003.png", "f.png f_001.png", r"f_002\.png: only by a part .*f_001\.png too"),
-        ("f_002.png f_003.png", "f.png f_001.png", r"f_002\.png: only by a part .*f_001\.png too"),
-        ("f_001_hazy.png f_002_hazy.png", "f_clear.png f_001_clear.png", r"f_002_hazy\.png: only by a part"),
-        ("f.png f_002.png f_003.png", "f.png g.png", r"f_002\.png: only by a part of .*f\.png is named otherwise"),
-        ("s_1_1.png s_2_1.png", "s_1.png s.png", r"s_1_1\.png: only by a part .*s\.png too"),
-        ("a_1_0.9.png a_1_1_0.8.png", "a.png a_1.png", r"a_1_0\.9\.png: only by a part of .*a\.png too"),
-        ("room_a.png room_b.png", "room_b.png hall.png", r"room_a\.png: only by a part"),
+        ("f_001.png f_002.png f_003.png", "f.png f_001.png", r"f_002\.png: only a part .*f_001\.png too"),
+        ("f_002.png f_003.png", "f.png f_001.png", r"f_002\.png: only a part .*f_001\.png too"),
+        ("f_001_hazy.png f_002_hazy.png", "f_clear.png f_001_clear.png", r"f_002_hazy\.png: only a part"),
+        ("f.png f_002.png f_003.png", "f.png g.png", r"f_002\.png: only a part of .*f\.png is named otherwise"),
+        ("s_1_1.png s_2_1.png", "s_1.png s.png", r"s_1_1\.png: only a part .*s\.png too"),
+        ("a_1_0.9.png a_1_1_0.8.png", "a.png a_1.png", r"a_1_0\.9\.png: only a part of .*a\.png too"),
+        ("room_a.png room_b.png", "room_b.png hall.png", r"room_a\.png: only a part"),
         ("f_001.png f_002.png", "f_001.png g.png", r"f_002\.png: no ground truth in .* \(1 of 2 .* 01_hazy and 01_GT"),
         ("01_hazy.png", "01_gt.png 01_clear.png", "has two ground truths"),
-        ("0.png", "C1/0.png C2/0.png", "has two ground truths, .*; keep one, or lay both sides out"),
+        ("0.png", "C1/0.png C2/0.png", "has two ground truths, .*; keep one, or arrange both sides"),
         ("C1/0.png C2/0.png", "C1/0.png", r"C2/0\.png: no ground truth"),
         ("C1/0.png C2/0.png", "C1/0.png other/1.png", r"C2/0\.png: no ground truth"),
         ("C1/0.png C1/1.png", "C1/0.png C2/1.png", r"C1/1\.png: no ground truth"),
@@ -150,7 +150,7 @@ def test_merged_sets_may_follow_several_rules(tmp_path):
 def test_one_picture_with_one_truth(tmp_path):
     hazy, clear = touch(tmp_path, "my_foggy.png", "street.png")
     assert pairs(hazy, clear) == ([(hazy, clear)], [])
-    with pytest.raises(UserError, match="are one file"):
+    with pytest.raises(UserError, match="are the same file"):
         pairs(hazy, hazy)
 
 

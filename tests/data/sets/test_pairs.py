@@ -149,7 +149,7 @@ def test_pools_that_do_not_pair_are_refused_at_once(pools, tmp_path):
         ({}, r"no pairs: set data\.pairs to sets by name, as data\.pairs=\[ITS\], or data\.hazy and data\.clear"),
         ({"hazy": pools["hazy"]}, r"data\.clear is not set: name a folder or a \.flist of clear images"),
         ({"clear": pools["clear"]}, r"data\.hazy is not set: name a folder or a \.flist of hazy images"),
-        ({"hazy": pools["hazy"], "clear": pools["hazy"]}, r"hazy image and ground truth are one file"),
+        ({"hazy": pools["hazy"], "clear": pools["hazy"]}, r"hazy image and ground truth are the same file"),
         ({"hazy": pools["clear"], "clear": pools["hazy"]}, r"1\.png: no ground truth in .*hazy \(4 of 4 images"),
         (pools | {"pairs": ["ITS"]}, r"data\.pairs=\['ITS'\] and data\.hazy and data\.clear are two sources of pairs"),
     ]:
@@ -256,7 +256,7 @@ def test_masks_and_other_parts_of_a_set_are_left_alone(tmp_path):
         assert paired.names == ["7.png", "8.png"]
     pictures = find(["CSD"], tmp_path)[0].pictures()
     assert pictures.remarks == ["2 of 2000 hazy images"]  # snow need not look as haze does
-    assert "to train on" in find(["CSD:train"], tmp_path)[0].pictures().remarks[-1]
+    assert "training images" in find(["CSD:train"], tmp_path)[0].pictures().remarks[-1]
 
 
 def test_defocus_pairs_in_order(tmp_path):
@@ -270,10 +270,10 @@ def test_defocus_pairs_in_order(tmp_path):
     for k in range(6):
         same_window(stream[k])
     (folder / "target/1P0A21.png").unlink()
-    with pytest.raises(UserError, match=r"source holds 3 images and .*target 2; .* as many: fetch the set again"):
+    with pytest.raises(UserError, match=r"source holds 3 images and .*target 2; .* same number: download the set"):
         training(pairs=["DPDD:train"], root=str(tmp_path))
     (folder / "source/1P0A18.png").rename(folder / "source/1P0A19.png")
-    with pytest.raises(UserError, match=r"1P0A20\.png: no ground truth 1p0a20\.\* in .*target \(and 1 more like it\)"):
+    with pytest.raises(UserError, match=r"1P0A20\.png: no ground truth 1p0a20\.\* .*target \(and 1 more like this\)"):
         training(pairs=["DPDD:train"], root=str(tmp_path))
 
 
@@ -304,5 +304,5 @@ def test_sizes_are_compared_before_training(tmp_path, monkeypatch):
     images.write(tmp_path / "ITS/gt/5.png", scene(5, 20, 25))
     with pytest.raises(UserError, match=r"5_1_0\.9\.png is 24x20 but its ground truth .*5\.png is 25x20 \(and 9 more"):
         training(pairs=["ITS"], root=str(tmp_path))
-    monkeypatch.setattr(locate, "LOOKED_AT", 3)
+    monkeypatch.setattr(locate, "CHECKED_PAIRS", 3)
     assert training(pairs=["ITS"], root=str(tmp_path)).epoch_length == 80

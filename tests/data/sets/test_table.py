@@ -27,7 +27,7 @@ NAMES = {  # a hazy image and its ground truth, as the set names number n
     "DPDD": "1P0A{n:04}.png 1P0A{other:04}.png",
     "DPDD:train": "1P0A{n:04}.png 1P0A{other:04}.png",
 } | dict.fromkeys(["NH-HAZE", "Dense-HAZE"], "{n:02}_hazy.png {n:02}_GT.png")
-LAYOUTS = [(b.name, layout) for b in BENCHMARKS.values() for layout in b.places()]
+LAYOUTS = [(b.name, layout) for b in BENCHMARKS.values() for layout in b.all_layouts()]
 ELSEWHERE = """
 SOTS-indoor: RESIDE/SOTS/indoor/{hazy,clear}; RESIDE-IN/test/{hazy,GT}; SOTS_indoor/{input,target}
 SOTS-outdoor: RESIDE/SOTS/outdoor/{hazy,clear}; RESIDE-OUT/test/{hazy,GT}; sots outdoor/{HAZY,Clean}
@@ -181,7 +181,7 @@ def test_every_layout_is_found(tmp_path, name, layout):
 def everything(tmp_path_factory):
     """All sets as shipped, side by side, among folders that are none of them."""
     root = tmp_path_factory.mktemp("everything")
-    pairs = {name: lay(name, b.places()[0], root) for name, b in BENCHMARKS.items()}
+    pairs = {name: lay(name, b.all_layouts()[0], root) for name, b in BENCHMARKS.items()}
     for folder in ("RESIDE-IN/train/GT", "train/O-HAZE/hazy", "ITS-sample/hazy", ".cache/RTTS"):
         save(root / folder / "9.png")
     for folder in ("O-HAZE-train/hazy", "RTTS-dehazed", "SOTS-indoor_results/hazy", "NH-HAZE23/hazy", "XO-HAZE/hazy"):
@@ -241,9 +241,9 @@ def test_the_first_place_is_taken_and_the_others_told(tmp_path):
     save(tmp_path / "z/SOTS/indoor/clear/1400.png")
     (found,) = find(["SOTS-indoor"], tmp_path)
     assert found.pairs == pairs
-    others = [remark for remark in found.remarks if "also" in remark]
+    others = [remark for remark in found.remarks if "not used" in remark]
     assert others == [
-        f"there is also {tmp_path / path}; not used"
+        f"{tmp_path / path} exists too and is not used"
         for path in ("z/SOTS/indoor/clear", "deep/down/SOTS/indoor/hazy", "a/SOTS-indoor/hazy")
     ]
 
@@ -254,8 +254,8 @@ def test_huge_folders_are_not_listed_to_their_end(tmp_path, monkeypatch):
         (tmp_path / "ots" / f"{n}.png").touch()
     lay("RTTS", "RTTS", tmp_path)
     seen = []
-    is_picture = locate._is_picture
-    monkeypatch.setattr(locate, "_is_picture", lambda name: seen.append(name) or is_picture(name))
+    is_picture = locate._is_image
+    monkeypatch.setattr(locate, "_is_image", lambda name: seen.append(name) or is_picture(name))
     monkeypatch.setattr(locate, "MANY", 5)
     assert len(find(["RTTS"], tmp_path)[0].pairs) == 2
     assert len(seen) < 12
@@ -364,7 +364,7 @@ def test_a_set_in_two_splits_is_whole(tmp_path):
         assert len(found.pairs) == number
         (remark,) = found.remarks
         assert remark.startswith(f"{number} of {number} hazy images; those in ")
-        assert "numbered 1-5: taken for 41-45" in remark
+        assert "numbered 1-5: assumed to be 41-45" in remark
     (tmp_path / "O-HAZE/train/hazy/07_outdoor_hazy.jpg").unlink()
     assert len(find(["O-HAZE"], tmp_path)[0].pairs) == 5
 
@@ -386,7 +386,7 @@ def test_unread_kinds_of_files_are_told(tmp_path):
 
 @given(st.sets(st.integers(1, 60)))
 def test_runs_of_numbers(numbers):
-    text = locate._runs(sorted(numbers), "01-60")
+    text = locate._ranges(sorted(numbers), "01-60")
     if "..." not in text:
         assert table.unroll(text) == tuple(sorted(numbers))
     else:
@@ -397,7 +397,7 @@ def test_runs_of_numbers(numbers):
 @given(st.sampled_from(sorted(BENCHMARKS)), st.randoms(use_true_random=False))
 def test_names_in_any_spelling(name, random):
     spelt = "".join(random.choice([c.upper(), c.lower()]) if c != "-" else random.choice(["-", "_", " "]) for c in name)
-    assert locate._wanted([spelt]) == {(name, "all"): ""}
+    assert locate._requested([spelt]) == {(name, "all"): ""}
 
 
 def test_groups_leave_out_what_is_absent(tmp_path):
@@ -448,7 +448,7 @@ def test_hazy_pictures_without_ground_truths(tmp_path):
     ):
         find(["O-HAZE"], tmp_path)
     pairs[0][1].rename(pairs[0][1].with_name("other.jpg"))
-    with pytest.raises(UserError, match=r"41_outdoor_hazy\.jpg: .* \(and 1 more like it\)"):
+    with pytest.raises(UserError, match=r"41_outdoor_hazy\.jpg: .* \(and 1 more like this\)"):
         find(["O-HAZE"], tmp_path)
     pairs[0][1].with_name("other.jpg").unlink()
     with pytest.raises(UserError, match=r"gt: no images"):
@@ -473,7 +473,7 @@ def test_two_of_a_name(tmp_path):
 
 def sizes(root: Path, name: str, hazy: tuple[int, int], truth: tuple[int, int]):
     """A set whose first pair has these sizes."""
-    pairs = lay(name, BENCHMARKS[name].places()[0], root)
+    pairs = lay(name, BENCHMARKS[name].all_layouts()[0], root)
     for k in range(BENCHMARKS[name].each):
         save(pairs[k][0], hazy)
     save(pairs[0][1], truth)
