@@ -57,9 +57,9 @@ class Airlight(nn.Module):
 
 
 class Resizing(nn.Module):
-    """hazy (1,3,H,W) -> small, of the size that `working_size.seen_size` says.
+    """hazy (1,3,H,W) -> small, of the size given by `working_size.network_size`.
 
-    As two matrix products: onnxruntime's own antialiasing is another one, by 2e-3.
+    Computed as two matrix products: onnxruntime's own antialiasing differs by 2e-3.
     """
 
     def __init__(self, size: int):

@@ -181,7 +181,7 @@ class BatchNorm(nn.BatchNorm2d):
         return y if bounded else self.act(y)
 
 
-def still(*networks: nn.Module) -> None:
+def freeze_batch_norm(*networks: nn.Module) -> None:
     """Batch norm in ``networks`` normalises by the statistics that it has, and keeps them, until the next `train()`."""
     for network in networks:
         for module in network.modules():

@@ -70,7 +70,7 @@ def test_the_head_learns_in_the_warm_start():
     assert loss.terms.keys() == {"transmission", "clear", "density", "airlight", "restored"}
     weighed = loss.terms["transmission"] + loss.terms["clear"] + loss.terms["density"] + loss.terms["airlight"]
     torch.testing.assert_close(loss.value, weighed + 0.3 * loss.terms["restored"])
-    found = method.removal.find(batch["hazy"], "learned")
+    found = method.removal.estimate_haze(batch["hazy"], "learned")
     by_hand = ((batch["hazy"] - found.airlight) / found.transmission + found.airlight - clear).abs().mean()
     torch.testing.assert_close(loss.terms["restored"], by_hand, rtol=0.05, atol=0)
     loss.value.backward()

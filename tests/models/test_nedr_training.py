@@ -198,7 +198,7 @@ def test_frozen_statistics():
 def test_trivial_answers_are_named_when_they_last():
     method = tiny(*SMALLEST, started=False)
     said = {
-        step: [told.split(" ")[0:4] for told in method.remarks("train", step, figures)]
+        step: [told.split(" ")[0:4] for told in method.training_warnings("train", step, figures)]
         for step, figures in (
             (50, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
             (
@@ -217,10 +217,10 @@ def test_trivial_answers_are_named_when_they_last():
         350: [["t", "has", "been", "flat"]],
         550: [["the", "discriminator", "of", "clear"]],
     }
-    assert not list(method.remarks("warm_start", 900, {"t_deviation": 0.0}))
+    assert not list(method.training_warnings("warm_start", 900, {"t_deviation": 0.0}))
     told = [
-        *method.remarks("train", 600, {"discriminator_clear": 0}),
-        *method.remarks("train", 650, {"discriminator_clear": 0}),
+        *method.training_warnings("train", 600, {"discriminator_clear": 0}),
+        *method.training_warnings("train", 650, {"discriminator_clear": 0}),
     ]
     assert len(set(told)) == 1  # so that the log says it once
     assert "nedr.discriminator_rate" in told[0]
@@ -266,7 +266,7 @@ def test_learning_rates():
 
 def test_pictures_for_the_log():
     method = tiny(*SMALLEST).eval()
-    shown = method.pictures(batch(64))
+    shown = method.sample_images(batch(64))
     assert {"hazy", "dehazed", "rehazed", "clear", "synthetic", "transmission", "depth"} == shown.keys()
     for image in shown.values():
         assert image.shape[0] == 2
