@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from data import datasets, loading
 from data.cache import Cache
-from tests.models.nedr_reference import Game
+from tests.models.nedr_reference import ReferenceTraining
 from utils import config, device, memory
 from utils.training import batch_size, progress
 from utils.training.compiling import compile_networks
@@ -122,13 +122,13 @@ def _backward(grad: list[int], x: list[int], weight: list[int], *others: Any, **
 
 def _reference(case: Case, place: torch.device) -> tuple[Callable, None]:
     torch.set_default_device(place)
-    game = Game().to(place)
+    reference = ReferenceTraining().to(place)
     hazy, clear = _pictures(case, place)
     if case.kind == "step":
-        game.train()
-        return lambda: game.step(hazy, clear, torch.rand(case.batch, 1, 1, 1) + 0.6), None
-    game.eval()
-    return torch.no_grad()(lambda: game.net_h2c(hazy)), None
+        reference.train()
+        return lambda: reference.step(hazy, clear, torch.rand(case.batch, 1, 1, 1) + 0.6), None
+    reference.eval()
+    return torch.no_grad()(lambda: reference.net_h2c(hazy)), None
 
 
 def _ours(case: Case, place: torch.device) -> tuple[Callable, Callable | None]:

@@ -47,7 +47,7 @@ def test_statistics_have_the_size_that_the_head_expects():
 @pytest.mark.parametrize("picture", [torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.rand(1, 3, 64, 64)])
 @pytest.mark.parametrize("t", [0.001, 0.05, 1.0])
 def test_statistics_of_flat_pictures_are_numbers(picture, t):
-    found = airlight.of_densest_haze(picture, torch.full((1, 1, 64, 64), t))
+    found = airlight.haze_statistics(picture, torch.full((1, 1, 64, 64), t))
     assert found.isfinite().all()
     assert found.abs().max() < 100
 
