@@ -215,7 +215,7 @@ class Run:
                     self.tell(stage, self.ranks.mean(speed.figures(at.step)), bar)
                 if at.due(log.pictures_every) and self.ranks.first:
                     with self.looking() as method:
-                        self.log.pictures(at.global_step, method.pictures(chunk[-1]))
+                        self.log.pictures(at.global_step, method.sample_images(chunk[-1]))
                 if at.due(log.validate_every) or at.stage_ends:
                     self.validate(stage)
                 if saves and not self.divergence.row:
@@ -230,7 +230,7 @@ class Run:
         figures, step = self.losses(), self.at.global_step
         bar.set_postfix({name: f"{figures[name]:.3f}" for name in self.updater.optimisers if name in figures})
         self.log.figures(stage.name, step, loss=figures, rate=self.updater.rates(), speed=pace)
-        for remark in self.method.remarks(stage.name, self.at.step, figures):
+        for remark in self.method.training_warnings(stage.name, self.at.step, figures):
             self.log.warn_once(remark)
 
     def check_steps(self, wait: bool) -> None:

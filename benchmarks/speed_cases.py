@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from data import datasets, loading
 from data.cache import Cache
-from tests.models.nedr_reference import Game
+from tests.models.nedr_reference import ReferenceTraining
 from utils import config, memory
 from utils import device as devices
 from utils.training import batch_size, progress
@@ -121,14 +121,12 @@ def _wait(device: torch.device) -> None:
 
 def _backward(grad: list[int], x: list[int], weight: list[int], *others: Any, **_: Any) -> int:
     """FLOPs of aten.convolution_backward; PyTorch's formula counts a depthwise weight's gradient as a dense one's."""
-    return (
-        2 * math.prod(grad) * math.prod(weight[1:]) * sum(others[-1][:2])
-    )  # the last argument: which gradients are computed
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(others[-1][:2])  # the last: which gradients are wanted
 
 
 def _reference(case: Case, device: torch.device) -> tuple[Callable, None]:
     torch.set_default_device(device)
-    reference = Game().to(device)
+    reference = ReferenceTraining().to(device)
     hazy, clear = _images(case, device)
     if case.kind == "step":
         reference.train()

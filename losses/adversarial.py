@@ -1,6 +1,6 @@
 """Adversarial losses on discriminator logits.
 
-lsgan: Mao et al., 1611.04076 (here on sigmoid scores, as D4 and NeDR have it); vanilla: Goodfellow et al., 1406.2661,
+lsgan: Mao et al., 1611.04076 (here on sigmoid scores, as in D4 and NeDR); vanilla: Goodfellow et al., 1406.2661,
 non-saturating; hinge: Lim and Ye, 1705.02894.
 """
 
@@ -14,15 +14,15 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     """Half the loss on real plus half the loss on fake logits, a scalar. ``kind`` is one of `KINDS`."""
     if kind == "hinge":
         return ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2
-    return (_towards(real, 1.0, kind) + _towards(fake, 0.0, kind)) / 2
+    return (_distance(real, 1.0, kind) + _distance(fake, 0.0, kind)) / 2
 
 
 def generator_loss(fake: Tensor, kind: str) -> Tensor:
-    """What the generator pays for fake logits that do not look real, a scalar."""
-    return -fake.mean() if kind == "hinge" else _towards(fake, 1.0, kind)
+    """The generator's loss on fake logits, low if they look real, a scalar."""
+    return -fake.mean() if kind == "hinge" else _distance(fake, 1.0, kind)
 
 
-def _towards(logits: Tensor, target: float, kind: str) -> Tensor:
+def _distance(logits: Tensor, target: float, kind: str) -> Tensor:
     logits = logits.float()
     if kind == "lsgan":
         return (logits.sigmoid() - target).square().mean()

@@ -15,7 +15,7 @@ def scaled(clear: Tensor, factors: Sequence[float]) -> list[Tensor]:
 def frequency_loss(a: Tensor, b: Tensor) -> Tensor:
     """Mean absolute difference of the real and imaginary parts of un-normalised 2-D spectra. (N,C,H,W) -> scalar.
 
-    The spectrum of a real image holds every inner column twice, once conjugated, so half of it will do.
+    The spectrum of a real image holds every inner column twice, once conjugated, so only half of it is computed.
     """
     spectrum = torch.view_as_real(torch.fft.rfft2((a - b).float()))
     sums = spectrum.abs().sum((0, 1, 2, 4))  # by column

@@ -1,4 +1,4 @@
-"""Perceptual loss (Johnson et al., 1603.08155) on features of VGG, by torchvision, or of EfficientNet, by timm."""
+"""Perceptual loss (Johnson et al., 1603.08155) on features of torchvision's VGG or timm's EfficientNet."""
 
 from collections.abc import Collection, Sequence
 
@@ -31,9 +31,9 @@ def layer_names(network: str) -> dict[str, int]:
 class VGGFeatures(nn.Module):
     """Feature maps of a frozen VGG by layer name. (N,3,H,W) in [0,1] -> {name: (N,C,h,w)}.
 
-    Images are normalised here, by ImageNet's mean and deviation. ``network`` vgg16 or vgg19; ``layers`` names such as
-    relu3_3; ``weights`` ``hub`` (torchvision's ImageNet weights) or a file of them (.pth or .safetensors). Raises
-    `UserError` where weights cannot be had: its remedies are the settings KEY.weights and KEY_weight.
+    Images are normalised here, by ImageNet's mean and deviation. ``network``: vgg16 or vgg19; ``layers``: names such as
+    relu3_3; ``weights``: ``hub`` (torchvision's ImageNet weights) or a file of them (.pth or .safetensors). Raises
+    `UserError` if the weights are unavailable; its message names the settings KEY.weights and KEY_weight.
     """
 
     def __init__(self, network: str, layers: Collection[str], weights: str, key: str):
@@ -54,24 +54,24 @@ class VGGFeatures(nn.Module):
         return maps
 
     def train(self, mode: bool = True) -> "VGGFeatures":
-        return super().train(False)  # the features are a ruler: nothing in them may move
+        return super().train(False)  # frozen: always in eval mode
 
 
 class EfficientNetFeatures(nn.Module):
     """Maps of a frozen EfficientNet-lite0 by stride. (N,3,H,W) in [0,1] -> {name: (N,C,H/stride,W/stride)}.
 
-    ``layers``: stride2, stride4, stride8, stride16, stride32; the first three keep most of what an image looks like.
+    ``layers``: stride2, stride4, stride8, stride16, stride32; the first three preserve most of an image's appearance.
     Images are normalised here, by the mean and the deviation with which it was trained (0.5 and 0.5). ``weights``:
-    hub | package | a file, as of `imagenet.load`. Raises `UserError` as `VGGFeatures`.
+    hub | package | a file, as in `imagenet.load`. Raises `UserError` as `VGGFeatures`.
     """
 
     def __init__(self, network: str, layers: Collection[str], weights: str, key: str):
         super().__init__()
         known = {f"stride{2**k}": k - 1 for k in range(1, 6)}
         _check_layers(network, layers, known, key)
-        chosen = sorted(layers, key=known.get)
-        self.names, name = chosen, f"tf_{network}"
-        indices = tuple(known[layer] for layer in chosen)
+        self.names = sorted(layers, key=known.get)
+        name = f"tf_{network}"
+        indices = tuple(known[layer] for layer in self.names)
         with unmoved_random_states():
             features = timm.create_model(name, features_only=True, out_indices=indices, pretrained=False)
         state = imagenet.load(name, weights, f"{key}.weights")
@@ -91,7 +91,7 @@ FEATURES = {"vgg16": VGGFeatures, "vgg19": VGGFeatures, "efficientnet_lite0": Ef
 class PerceptualLoss(nn.Module):
     """Mean L1 distance of feature maps, averaged over layers. Two (N,3,H,W) in [0,1] -> scalar.
 
-    ``network``: one of `FEATURES`. Arguments and errors as of `VGGFeatures` and `EfficientNetFeatures`.
+    ``network``: one of `FEATURES`. Arguments and errors as in `VGGFeatures` and `EfficientNetFeatures`.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.features(target)
-        return torch.stack([F.l1_loss(found, wanted[name]) for name, found in self.features(x).items()]).mean()
+            targets = self.features(target)
+        return torch.stack([F.l1_loss(each, targets[name]) for name, each in self.features(x).items()]).mean()
 
 
 def _check_layers(network: str, layers: Collection[str], known: Collection[str], key: str) -> None:
@@ -118,28 +118,28 @@ def _check_layers(network: str, layers: Collection[str], known: Collection[str],
             raise UserError(f"{network} has no layer '{quoted(name)}'{nearest(name, known)}")
 
 
-@unmoved_random_states()  # made when it is first needed, which in a resumed run is within a step
+@unmoved_random_states()  # created on first use, which in a resumed run is within a step
 def _vgg(network: str, weights: str, key: str) -> nn.Sequential:
-    make = {"vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}[network]
+    create = {"vgg16": torchvision.models.vgg16, "vgg19": torchvision.models.vgg19}[network]
     if weights == "hub":
         try:
-            features = make(weights="IMAGENET1K_V1").features
-        except Exception as error:  # offline: URLError, HTTPError, a half-made file; one remedy
+            features = create(weights="IMAGENET1K_V1").features
+        except Exception as error:  # offline: URLError, HTTPError, a partial file; all have the same remedy
             raise UserError(
-                f"the ImageNet weights of {network} cannot be had from the hub ({type(error).__name__}); put "
+                f"the ImageNet weights of {network} cannot be loaded from the hub ({type(error).__name__}); put "
                 f"torchvision's file on this machine and set {key}.weights=FILE, or switch the loss off with "
                 f"{key}_weight=0"
             ) from None
     else:
-        features = make(weights=None).features
+        features = create(weights=None).features
         names = [f"features.{name}" for name in features.state_dict()]
-        held = read_weights(home(weights), names)
-        state = {k.removeprefix("features."): v for k, v in held.items() if k.startswith("features.")}
+        stored = read_weights(home(weights), names)
+        state = {k.removeprefix("features."): v for k, v in stored.items() if k.startswith("features.")}
         try:
             features.load_state_dict(state)
         except RuntimeError:
             raise UserError(f"{weights} does not hold torchvision's {network} (features.0.weight ...)") from None
     for layer in features:
         if isinstance(layer, nn.ReLU):
-            layer.inplace = False  # a collected map must not change under the next layer
+            layer.inplace = False  # else it would overwrite a collected map
     return features

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from utils.physics import dark_channel, dark_channel_transmission
 
-RIDGE = 1e-6  # epsilon of the matting Laplacian, as of both papers
+RIDGE = 1e-6  # epsilon of the matting Laplacian, as in both papers
 
 
 def dark_channel_loss(clear: Tensor, size: int = 15) -> Tensor:
@@ -22,11 +22,11 @@ def total_variation(clear: Tensor) -> Tensor:
 def dark_channel_energy(
     t: Tensor, hazy: Tensor, airlight: Tensor, fidelity: float, omega: float, size: int, ridge: float = RIDGE
 ) -> Tensor:
-    """E = (t'Lt + fidelity |t - t_dcp|^2) / pixels, with no label: scalar.
+    """E = (t'Lt + fidelity |t - t_dcp|^2) / pixels, without labels: scalar.
 
-    The energy whose minimum is the softly matted t of the dark channel prior; a network that descends on it over many
-    images gives a better t than that minimum (Golts, Freedman, Elad, TIP 2020, arXiv 1812.07051). ``t`` (N,1,H,W);
-    ``hazy`` (N,3,H,W) and ``airlight`` (N,3,1,1), which get no gradient; ``size`` of the dark channel's window.
+    Its minimum is the softly matted t of the dark channel prior; a network trained on it over many images gives a
+    better t than that minimum (Golts, Freedman, Elad, TIP 2020, arXiv 1812.07051). ``t`` (N,1,H,W); ``hazy`` (N,3,H,W)
+    and ``airlight`` (N,3,1,1), which get no gradient; ``size`` of the dark channel's window.
     """
     with torch.no_grad():
         prior = dark_channel_transmission(hazy, airlight, omega, size)
@@ -36,20 +36,20 @@ def dark_channel_energy(
 def matting_energy(t: Tensor, guide: Tensor, ridge: float = RIDGE) -> Tensor:
     """t'Lt of each sample, L the matting Laplacian of ``guide`` (Levin, Lischinski, Weiss, TPAMI 2008). -> (N,).
 
-    In every 3x3 window within the image the best line a.I + b is fitted to t; what it leaves, |t - a.I - b|^2 +
-    ridge |a|^2, is the window's share: time and memory grow with the pixels. ``guide`` gets no gradient. The lines are
-    fitted by orthogonal directions, since covariances would lose a ridge of 1e-6 in single precision.
+    In every 3x3 window within the image the best line a.I + b is fitted to t; its residual, |t - a.I - b|^2 +
+    ridge |a|^2, is the window's term: time and memory are linear in the pixels. ``guide`` gets no gradient. The lines
+    are fitted by orthogonal directions, since covariances would lose a ridge of 1e-6 in single precision.
     """
-    rest = _windows(t)  # (N,1,9,windows)
-    slopes = rest.new_zeros(*rest.shape[:2], guide.shape[1], rest.shape[3])
-    rest = torch.cat([rest, slopes], 2)
+    residual = _windows(t)  # (N,1,9,windows)
+    slopes = residual.new_zeros(*residual.shape[:2], guide.shape[1], residual.shape[3])
+    residual = torch.cat([residual, slopes], 2)
     for direction in _directions(guide.detach().to(t.dtype), ridge):
-        rest = rest - direction * (direction * rest).sum(2, keepdim=True)
-    return rest.square().sum((1, 2, 3))
+        residual = residual - direction * (direction * residual).sum(2, keepdim=True)
+    return residual.square().sum((1, 2, 3))
 
 
 def _windows(x: Tensor) -> Tensor:
-    """All 3x3 windows of (N,C,H,W), each less its mean: (N,C,9,windows)."""
+    """All 3x3 windows of (N,C,H,W), each minus its mean: (N,C,9,windows)."""
     pieces = F.unfold(x, 3).unflatten(1, (x.shape[1], 9))
     return pieces - pieces.mean(2, keepdim=True)
 
@@ -57,12 +57,13 @@ def _windows(x: Tensor) -> Tensor:
 @torch.no_grad()
 def _directions(guide: Tensor, ridge: float) -> list[Tensor]:
     """Orthonormal directions that the channels of ``guide`` span in each window, the ridge as rows below its pixels."""
-    pixels, found = _windows(guide), []
+    pixels = _windows(guide)
+    directions = []
     for channel in range(guide.shape[1]):
         rows = pixels.new_zeros(len(pixels), guide.shape[1], pixels.shape[3])
         rows[:, channel] = ridge**0.5
-        rest = torch.cat([pixels[:, channel], rows], 1)[:, None]
-        for direction in found:
-            rest = rest - direction * (direction * rest).sum(2, keepdim=True)
-        found.append(rest / rest.norm(dim=2, keepdim=True))
-    return found
+        vector = torch.cat([pixels[:, channel], rows], 1)[:, None]
+        for direction in directions:
+            vector = vector - direction * (direction * vector).sum(2, keepdim=True)
+        directions.append(vector / vector.norm(dim=2, keepdim=True))
+    return directions

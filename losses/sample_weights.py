@@ -1,8 +1,8 @@
-"""Weights of a batch's samples under which their features become uncorrelated, found anew in every training step.
+"""Weights of a batch's samples under which their features become uncorrelated, computed in every training step.
 
 `RandomFourier`: StableNet (Zhang et al., "Deep Stable Learning for Out-Of-Distribution Generalization", CVPR 2021);
-`DensityRatio`: SRDO (Shen et al., "Stable Learning via Sample Reweighting", AAAI 2020). Both remember samples of
-earlier batches, since a batch alone is too small to tell what goes together by chance.
+`DensityRatio`: SRDO (Shen et al., "Stable Learning via Sample Reweighting", AAAI 2020). Both keep a memory of samples
+from earlier batches, since a batch alone is too small to separate real correlations from chance.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from utils.config import Count, Fraction, Range
 
-HIDDEN = (100, 5)  # units of the classifier that tells real samples from permuted ones
+HIDDEN = (100, 5)  # units of the classifier that separates real samples from permuted ones
 LAYERS = ("layer0", "layer1", "layer2")
 Positive = Annotated[float, Range(above=0)]
 
@@ -43,7 +43,7 @@ class DensityRatioSettings:
 
 @dataclass
 class Decorrelation:
-    """Which sample weights, how many samples they remember, and each kind's own settings, named as its arguments."""
+    """The kind of sample weights, the size of their memory in samples, and the arguments of each kind."""
 
     kind: Literal["random_fourier", "density_ratio", "none"]
     saved: Count
@@ -52,7 +52,7 @@ class Decorrelation:
 
 
 def make(settings: Decorrelation, features: int, seed: int = 0) -> "SampleWeights":
-    """The sample weights that ``settings`` ask for; ``features`` is the number of features of a sample."""
+    """The sample weights specified by ``settings``; ``features`` is the number of features of a sample."""
     if settings.kind == "none":
         return SampleWeights()
     kind = {"random_fourier": RandomFourier, "density_ratio": DensityRatio}[settings.kind]
@@ -62,7 +62,7 @@ def make(settings: Decorrelation, features: int, seed: int = 0) -> "SampleWeight
 class SampleWeights(nn.Module):
     """A batch's features (B,F), of any float type -> its samples' weights (B,), float32, at least 0, of sum 1.
 
-    No gradient flows to the features. This one weighs all samples alike.
+    No gradient flows to the features. This class weights all samples equally.
     """
 
     def forward(self, z: Tensor) -> Tensor:
@@ -70,11 +70,11 @@ class SampleWeights(nn.Module):
 
 
 class _Learned(SampleWeights):
-    """Weights softmax(score) with a memory: the features of ``saved`` samples, place after place, round and round.
+    """Weights softmax(score) with a memory: the features of ``saved`` samples, a ring buffer.
 
-    The released codes tie the memory to the batch; a fixed one lets the batch change. What is remembered, the step
-    and the number of samples seen are buffers, and random numbers come from a generator of (``seed``, step) alone: a
-    run resumed from the state_dict is the uninterrupted one.
+    The released codes tie the memory's size to the batch's; a fixed one lets the batch size change. The memory, the
+    step and the number of samples seen are buffers, and random numbers come from a generator seeded by (``seed``,
+    step) alone, so that a run resumed from the state_dict equals the uninterrupted one.
     """
 
     def __init__(self, features: int, seed: int, saved: int):
@@ -86,39 +86,40 @@ class _Learned(SampleWeights):
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         counts = self.counts
         super()._apply(fn, recurse)
-        self.counts = counts  # on the CPU always: read in every step, for which a GPU would be waited for
+        self.counts = counts  # always on the CPU: reading them from a GPU in every step would synchronise
         return self
 
     def forward(self, z: Tensor) -> Tensor:
-        z = z.detach().float().nan_to_num(0, 0, 0)  # what overflows in fp16 must not be remembered
+        z = z.detach().float().nan_to_num(0, 0, 0)  # fp16 overflows must not enter the memory
         step, seen = self.counts.tolist()
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0]))
         with torch.autocast(z.device.type, enabled=False), torch.enable_grad():
             score = self._score(z, min(seen, len(self.features)), step, generator).detach()
         with torch.no_grad():
-            kept = min(len(z), len(self.features))
-            order = seen + torch.arange(kept, device=z.device)
-            self._remember(z[:kept], score[:kept], order % len(self.features), order // len(self.features))
-            self.counts += torch.tensor([1, kept])
+            stored = min(len(z), len(self.features))
+            order = seen + torch.arange(stored, device=z.device)
+            self._store(z[:stored], score[:stored], order % len(self.features), order // len(self.features))
+            self.counts += torch.tensor([1, stored])
         return score.softmax(0)
 
     def _score(self, z: Tensor, filled: int, step: int, generator: torch.Generator) -> Tensor:
-        """The scores (B,) of ``z``, beside which the memory's first ``filled`` places count."""
+        """The scores (B,) of ``z``, computed together with the memory's first ``filled`` entries."""
         raise NotImplementedError
 
-    def _remember(self, z: Tensor, score: Tensor, places: Tensor, visits: Tensor) -> None:
-        """Write samples to ``places`` of the memory, which were written ``visits`` times before."""
-        self.features[places] = z
+    def _store(self, z: Tensor, score: Tensor, entries: Tensor, writes: Tensor) -> None:
+        """Write samples to the ``entries`` (indices) of the memory, which were written ``writes`` times before."""
+        self.features[entries] = z
 
 
 class RandomFourier(_Learned):
-    """StableNet's weights: softmax(w) after ``steps`` steps on w down L_b / ``balance`` + sum(softmax(w)^``power``).
+    """StableNet's weights: softmax(w), w minimising L_b / ``balance`` + sum(softmax(w)^``power``) in ``steps`` steps.
 
     L_b (`covariance_energy`) is the squared covariance of `fourier` features of batch and memory, drawn anew in every
-    step. A place of the memory, features and w, is the mean of what came, later moving by 1 - ``momentum``. Defaults
-    are the released code's, but for the optimiser: its SGD (rate 1, momentum 0.9) depends on the number of features
-    and of samples and gives one sample all the weight where ``balance`` is small; Adam does neither. The rate falls
-    tenfold halfway, as there. Decay of ``balance`` and a factor on the first epoch, idle there, are left out.
+    step. An entry of the memory, features and w, is the mean of its samples, later a moving average of ``momentum``.
+    Defaults are the released code's, except for the optimiser: its SGD (learning rate 1, momentum 0.9) depends on the
+    numbers of features and samples and gives one sample all the weight if ``balance`` is small; Adam does neither. The
+    learning rate falls tenfold halfway, as there. Unused options there (decay of ``balance``, a factor on the first
+    epoch) are left out.
     """
 
     def __init__(
@@ -135,8 +136,12 @@ class RandomFourier(_Learned):
     ):
         super().__init__(features, seed, saved)
         self.register_buffer("scores", torch.zeros(saved))
-        self.steps, self.learning_rate, self.functions = steps, learning_rate, functions
-        self.balance, self.power, self.momentum = balance, power, momentum
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self.functions = functions
+        self.balance = balance
+        self.power = power
+        self.momentum = momentum
 
     def _score(self, z: Tensor, filled: int, step: int, generator: torch.Generator) -> Tensor:
         x = torch.cat([z, self.features[:filled]])
@@ -155,19 +160,19 @@ class RandomFourier(_Learned):
             schedule.step()
         return w
 
-    def _remember(self, z: Tensor, score: Tensor, places: Tensor, visits: Tensor) -> None:
-        old = (visits / (visits + 1)).clamp(max=self.momentum)  # the released 0.9: a mean over the first 10 visits
-        self.features[places] = torch.lerp(z, self.features[places], old[:, None])
-        self.scores[places] = torch.lerp(score, self.scores[places], old)
+    def _store(self, z: Tensor, score: Tensor, entries: Tensor, writes: Tensor) -> None:
+        momentum = (writes / (writes + 1)).clamp(max=self.momentum)  # the released 0.9: a mean over the first 10 writes
+        self.features[entries] = torch.lerp(z, self.features[entries], momentum[:, None])
+        self.scores[entries] = torch.lerp(score, self.scores[entries], momentum)
 
 
 class DensityRatio(_Learned):
     """SRDO's weights 1/p - 1, scaled to sum 1; p is a classifier's probability that a sample is real.
 
-    The others are real ones with every feature permuted by itself: so weighted, real samples look as if their features
-    were independent. The classifier (100 and 5 units, as CGID has it, TCSVT 2024, by KA-Net's first author) is trained
-    from scratch every ``every`` steps on batch and memory, by ``steps`` steps of Adam on new permutations each. Few
-    steps are its regularisation: trained to the end on one permutation, it knows the samples by heart.
+    The others are real ones with every feature permuted on its own: under these weights, the features of real samples
+    look independent. The classifier (100 and 5 units, as in CGID, TCSVT 2024, by KA-Net's first author) is trained
+    from scratch every ``every`` steps on batch and memory, by ``steps`` steps of Adam with a new permutation each. The
+    few steps regularise it: trained to convergence on one permutation, it overfits the samples.
     """
 
     def __init__(
@@ -180,7 +185,9 @@ class DensityRatio(_Learned):
         learning_rate: float = 0.01,
     ):
         super().__init__(features, seed, saved)
-        self.every, self.steps, self.learning_rate = every, steps, learning_rate
+        self.every = every
+        self.steps = steps
+        self.learning_rate = learning_rate
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
         for name, (inputs, outputs) in zip(LAYERS, pairwise((features, *HIDDEN, 1)), strict=True):
@@ -196,7 +203,7 @@ class DensityRatio(_Learned):
         self.mean.copy_(mean)
         self.scale.copy_(spread.where(spread > 0, 1))
         x = (x - self.mean) / self.scale
-        layers = [_fresh(layer, generator).requires_grad_() for layer in self._layers()]
+        layers = [_initial(layer, generator).requires_grad_() for layer in self._layers()]
         optimiser = torch.optim.Adam(layers, self.learning_rate)
         real = torch.arange(2 * len(x), device=x.device) < len(x)
         for _ in range(self.steps):
@@ -219,10 +226,10 @@ class DensityRatio(_Learned):
 
 
 def fourier(x: Tensor, frequency: Tensor, phase: Tensor) -> Tensor:
-    """Random Fourier features as StableNet's code has them. (N,F), (R,), (R,F) -> (R,N,F).
+    """Random Fourier features as in StableNet's code. (N,F), (R,), (R,F) -> (R,N,F).
 
-    An angle x * frequency + phase; each sample's angles are stretched over its features to [0, pi/2]; then
-    sqrt(2/R) * (cos + sin). One frequency serves all features.
+    The angle is x * frequency + phase; each sample's angles are scaled over its features to [0, pi/2]; the result is
+    sqrt(2/R) * (cos + sin). One frequency is used for all features.
     """
     angle = x * frequency[:, None, None] + phase[:, None]
     angle = angle - angle.amin(-1, keepdim=True)
@@ -233,8 +240,8 @@ def fourier(x: Tensor, frequency: Tensor, phase: Tensor) -> Tensor:
 def covariance_energy(x: Tensor, weights: Tensor) -> Tensor:
     """Sum of the squared covariances of all pairs of features under sample weights (N,) of sum 1. (...,N,F) -> (...).
 
-    The squares of C = X'WX, X centred, sum up to those of the samples' products XX', weighted on both sides: N x N
-    numbers in place of F x F.
+    The squares of C = X'WX, X centred, sum to those of the samples' products XX', weighted on both sides: N x N
+    numbers instead of F x F.
     """
     centred = x - (weights[:, None] * x).sum(-2, keepdim=True)
     products = centred @ centred.mT
@@ -242,7 +249,7 @@ def covariance_energy(x: Tensor, weights: Tensor) -> Tensor:
     return (weights[:, None] * weights * products.square()).sum((-2, -1)) - variances.square().sum(-1)
 
 
-def _fresh(layer: Tensor, generator: torch.Generator) -> Tensor:
-    """A layer's weights to begin with, as `nn.Linear` draws them."""
+def _initial(layer: Tensor, generator: torch.Generator) -> Tensor:
+    """Initial weights in the shape of ``layer``, drawn as by `nn.Linear`."""
     bound = (layer.shape[1] - 1) ** -0.5
     return torch.empty(layer.shape).uniform_(-bound, bound, generator=generator).to(layer.device)

@@ -1,4 +1,4 @@
-"""The registry of methods: build one from settings, or load one from a file."""
+"""The registry of methods; builds a method from settings or loads one from a file."""
 
 import dataclasses
 import logging
@@ -24,31 +24,32 @@ METHODS: dict[str, type[Method]] = {"nedr": NeDR, "d4": D4, "aknet": AKNet, "kan
 
 
 def names() -> list[str]:
-    """The methods' names, as ``--model`` takes them."""
+    """The methods' names, the values of ``--model``."""
     return list(METHODS)
 
 
 def listing() -> str:
-    """All methods as a text of at most 120 columns: size, cost, what each is trained on, and the paper to cite."""
+    """All methods as a table of at most 120 columns: size, cost, training data and the paper to cite."""
     row = "{:8}{:>12}{:>16}  {}".format
-    lines, papers = [row("method", "parameters", "MACs (256x256)", "trained on")], []
+    lines = [row("method", "parameters", "MACs (256x256)", "trained on")]
+    papers = []
     for name, kind in METHODS.items():
         method = build(config.load(name, settings_types())).eval()
-        size, work = cost.parameters(method, kind.inference), cost.macs(method.dehaze)
-        figures = [f"{size / 1e6:.2f} M" if size else "-", f"{work / 1e9:.2f} G" if work else "-"]
+        size, macs = cost.parameters(method, kind.inference), cost.macs(method.dehaze)
+        figures = [f"{size / 1e6:.2f} M" if size else "-", f"{macs / 1e9:.2f} G" if macs else "-"]
         lines.append(row(name, *figures, kind.about.trained_on))
         papers += textwrap.wrap(f"{name:8}{kind.about.title}. {kind.about.citation}", 110, subsequent_indent=" " * 8)
-    note = "What dehazing takes, with the defaults of configs.yml. MACs: convolutions, matrix products and attention."
+    note = "Cost of dehazing with the defaults of configs.yml. MACs: convolutions, matrix products and attention."
     return "\n".join([*lines, note, "", *papers])
 
 
 def settings_types() -> dict[str, type]:
-    """Each method's settings dataclass by name: what `utils.config.load` wants."""
+    """Each method's settings dataclass by name, for `utils.config.load`."""
     return {name: method.Settings for name, method in METHODS.items()}
 
 
 def check_training(settings: config.Settings) -> None:
-    """Refuse, before anything is loaded, a method that cannot be trained or settings that it cannot train with."""
+    """Raise `UserError`, before anything is loaded, for a method or settings that cannot be trained."""
     method = METHODS[settings.model]
     if not method.stages:
         raise UserError(f"{settings.model} has nothing to train; score it with test.py --model {settings.model}")
@@ -59,21 +60,21 @@ def check_training(settings: config.Settings) -> None:
 
 
 def build(settings: config.Settings) -> Method:
-    """The method that ``settings`` describe, with all its networks, on the CPU, untrained."""
+    """The method that ``settings`` describe, with all its networks, untrained, on the CPU."""
     return METHODS[settings.model](settings.method)
 
 
 def shipped(name: str) -> Path | None:
-    """The weights of method ``name`` that come with this project (checkpoints/README.md), or None."""
+    """The weights of method ``name`` shipped with this project (checkpoints/README.md), or None."""
     path = SHIPPED / name / "weights.safetensors"
     return path if path.is_file() else None
 
 
 def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
-    """A trained method from a file, in eval mode: our .pt or .safetensors, or an official one of any method.
+    """A trained method from a file, in eval mode: .pt or .safetensors of this project, or any official file.
 
-    Without ``file`` the weights of NeDR that ship with this project, or those of a method that is named (``d4``;
-    ``dcp`` needs none). Call what comes back with an image to have it without haze, see `Method.forward`:
+    ``file`` may be the name of a method (``d4``; ``dcp`` needs no weights) for the weights shipped with this project;
+    the default is NeDR's. Call the method with an image to dehaze it, see `Method.forward`:
 
     >>> import numpy as np
     >>> dehaze = load()
@@ -81,12 +82,11 @@ def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema
     >>> clear.shape, clear.dtype
     ((48, 64, 3), dtype('uint8'))
 
-    Keyword arguments change settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
-    ``ema`` prefers the averaged weights where the file has them, ours or official. The networks are those that the
-    file holds.
-    Raises `UserError` for a missing, damaged or foreign file, and for settings that the method cannot take.
+    Keyword arguments override settings that may change after training (for NeDR ``airlight``, ``guided_filter``).
+    ``ema`` prefers the averaged weights if the file has them. Only networks that the file holds are created.
+    Raises `UserError` for a missing, damaged or foreign file, and for invalid settings.
     """
-    if file in METHODS and not METHODS[file].stages and not Path(file).is_file():  # nothing to train, no weights
+    if file in METHODS and not METHODS[file].stages and not Path(file).is_file():  # a method without weights
         method = build(config.load(file, settings_types()))
     else:
         method = _read(_path(file), ema)
@@ -95,27 +95,27 @@ def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema
 
 
 def _read(path: Path, ema: bool) -> Method:
-    """The method that a file holds."""
+    """The method stored in a file."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a checkpoint file in it, such as {path / 'weights.safetensors'}")
     if path.suffix == ".safetensors":
         weights, metadata = checkpoint.read_safetensors(path)
         if metadata is None:
-            return _official(weights, path, ema)
-        return _ours(metadata, weights, path)
+            return _from_official_file(weights, path, ema)
+        return _from_own_file(metadata, weights, path)
     state = checkpoint.read(path)
     if state.get("format") != checkpoint.FORMAT:
-        return _official(state, path, ema)
+        return _from_official_file(state, path, ema)
     averaged = state.get("ema", {}).get("weights", {}) if ema else {}
     checkpoint.require(state, ["networks"], path)
-    return _ours(state, state["networks"] | averaged, path)
+    return _from_own_file(state, state["networks"] | averaged, path)
 
 
 def start(method: Method, file: str | Path | None) -> None:
-    """Give ``method`` the weights with which training begins: its own start, over that those in ``file``.
+    """Initialise ``method`` for training, then load the weights in ``file``, if given.
 
-    ``file`` may be ours or official; networks that it does not hold keep their own start, and so do the method's
-    ``replaceable`` parts where the file has others. Raises `UserError` for networks that do not fit.
+    ``file`` may be this project's or official; networks that it does not hold keep their initialisation, and so do the
+    method's ``replaceable`` parts if the file's differ. Raises `UserError` for networks that do not fit.
     """
     method.start()
     if file is None:
@@ -125,63 +125,64 @@ def start(method: Method, file: str | Path | None) -> None:
         raise UserError(f"{file} holds a {name_of(source)} model, not {name_of(method)}; name another train.init")
     networks = [(name, child) for name, child in source.named_children() if next(child.parameters(), None) is not None]
     for name, network in networks:
-        own, state = getattr(method, name), network.state_dict()
+        target, state = getattr(method, name), network.state_dict()
         for part in method.replaceable:
             if part.startswith(f"{name}."):
-                _keep_own(own.state_dict(), state, part.removeprefix(f"{name}."))
-        checkpoint.load_strict(own, state, f"the {name} network of {file}")
+                _keep_current(target.state_dict(), state, part.removeprefix(f"{name}."))
+        checkpoint.load_strict(target, state, f"the {name} network of {file}")
 
 
-def _keep_own(own: dict, state: dict, prefix: str) -> None:
-    """Put what is ``own`` below ``prefix`` into ``state`` if that has nothing there, or something of another shape."""
-    shapes = [{k: v.shape for k, v in each.items() if k.startswith(prefix)} for each in (own, state)]
+def _keep_current(current: dict, state: dict, prefix: str) -> None:
+    """Replace the entries of ``state`` below ``prefix`` by the ``current`` ones if names or shapes differ."""
+    shapes = [{k: v.shape for k, v in each.items() if k.startswith(prefix)} for each in (current, state)]
     if shapes[0] != shapes[1]:
         for key in shapes[1]:
             del state[key]
-        state.update({key: own[key] for key in shapes[0]})
+        state.update({key: current[key] for key in shapes[0]})
 
 
 def change(method: Method, test_time: dict) -> None:
-    """Change settings of ``method`` that may change after training; refuse others by name."""
-    kinds, changed = get_type_hints(method.Settings, include_extras=True), {}
+    """Override settings of ``method`` that may change after training. Raises `UserError` for any other."""
+    types = get_type_hints(method.Settings, include_extras=True)
+    changed = {}
     for key, value in test_time.items():
         if key not in method.test_time:
             raise UserError(f"'{quoted(key)}' cannot change after training{nearest(key, method.test_time)}")
-        changed[key] = config.convert(value, kinds[key], f"{name_of(method)}.{key}")
+        changed[key] = config.convert(value, types[key], f"{name_of(method)}.{key}")
     method.accept(dataclasses.replace(method.settings, **changed))
 
 
 def name_of(method: Method) -> str:
-    """The registry's name of a method."""
+    """The method's name in the registry."""
     return next(name for name, kind in METHODS.items() if type(method) is kind)
 
 
 def _path(file: str | Path | None) -> Path:
-    """The file that is named, or the weights that ship; which they are goes into the log."""
+    """``file`` as a path, or that of the shipped weights, which is logged."""
     name = file or "nedr"
-    if name not in METHODS or (file and Path(name).is_file()):  # a folder of that name is no file of weights
+    if name not in METHODS or (file and Path(name).is_file()):  # a folder named like a method is not a file of weights
         return home(file)
     path = shipped(name)
     if path is None:
         raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")
-    logging.getLogger(__name__).info("weights that ship: %s", path)
+    logging.getLogger(__name__).info("shipped weights: %s", path)
     return path
 
 
-def _ours(told: dict, weights: dict, path: Path) -> Method:
-    """The method for ``weights`` of which the file itself has ``told`` the name and the settings."""
-    checkpoint.require(told, ("model", "settings"), path)
-    settings = config.load(told["model"], settings_types(), saved=told["settings"])
+def _from_own_file(metadata: dict, weights: dict, path: Path) -> Method:
+    """The method for ``weights``; ``metadata`` of the file records its name and settings."""
+    checkpoint.require(metadata, ("model", "settings"), path)
+    settings = config.load(metadata["model"], settings_types(), saved=metadata["settings"])
     with trust.made_for(weights, path):
         method = build(settings)
     held = {key.split(".")[0] for key in weights}
     for name in [name for name, _ in method.named_children() if name not in held]:
-        delattr(method, name)  # an inference file holds what dehazing needs
+        delattr(method, name)  # an inference file holds only the networks that dehaze
     checkpoint.load_strict(method, weights, str(path))
     return method
 
 
-def _official(state: dict, path: Path, ema: bool) -> Method:
+def _from_official_file(state: dict, path: Path, ema: bool) -> Method:
     kinds = METHODS.values()
     weights = foreign.find(state, lambda each: any(kind.recognises(each) for kind in kinds), ema)
     for name, kind in METHODS.items() if weights else ():
@@ -191,5 +192,5 @@ def _official(state: dict, path: Path, ema: bool) -> Method:
             return method
     known = ", ".join(name for name, kind in METHODS.items() if kind.stages)
     names = list(foreign.sets(state).get("", {}))
-    told = f"its {len(names)} tensors are {', '.join([*names[:3], '...'])}" if names else "it holds no weights"
-    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}: {told}")
+    content = f"its {len(names)} tensors are {', '.join([*names[:3], '...'])}" if names else "it holds no weights"
+    raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}: {content}")

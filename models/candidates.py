@@ -1,4 +1,4 @@
-"""Methods made ready for test.py: with their weights, the settings that may change after training, and their cost."""
+"""Methods prepared for test.py: with their weights, the settings that may change after training, and their cost."""
 
 import dataclasses
 import itertools
@@ -20,44 +20,45 @@ from utils.errors import UserError, nearest, quoted
 from utils.evaluation.runner import Candidate, Pictures
 from utils.files import home
 
-WEIGHTS = ("weights.safetensors", "last.pt")  # of an experiment's folder, the first that is there
+WEIGHTS = ("weights.safetensors", "last.pt")  # in an experiment's folder; the first that exists is used
 
 
 class Tested(NamedTuple):
-    """A method ready to be tested, where its weights come from (None: it has none), and what was asked of it.
+    """A method ready to be tested, the file of its weights (None: it has none), and the user's settings.
 
-    ``name`` is the method's, and the weights' folder with it where several are of one method; ``asked`` are the
-    test-time settings that the user gave, and presets of benchmarks do not go over them. ``chosen_on``: the images
-    that the weights were chosen on, as of `utils.evaluation.selection`, if they were and say so.
+    ``name`` is the method's, preceded by the weights' folder if several files hold one method; ``overrides`` are the
+    test-time settings that the user gave, which take precedence over presets of benchmarks. ``chosen_on``: the images
+    by whose scores the weights were selected (`utils.evaluation.selection`), if the file records them.
     """
 
     name: str
     method: Method
     weights: Path | None
-    asked: dict[str, Any]
+    overrides: dict[str, Any]
     chosen_on: dict[str, Any] | None = None
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder: Windows takes no colon."""
+        """The name as a folder's name: Windows allows no colon."""
         return self.name.replace(":", "-")
 
     def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
-        """The method as it treats this set: with the set's preset, unless other settings were asked for."""
+        """The method configured for this set of images: with the set's preset and the user's overrides."""
         method, test = self.method.to(device), settings.test
-        models.change(method, method.preset(**pictures.preset) | self.asked)
+        models.change(method, method.preset(**pictures.preset) | self.overrides)
         if test.show == "transmission" or test.strength != 1:
-            method.check_haze(method.estimate(torch.zeros(1, 3, 32, 32, device=device)), _first(test))
+            method.require_haze(method.estimate(torch.zeros(1, 3, 32, 32, device=device)), _haze_setting(test))
 
-        def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
+        def apply(function: Callable, hazy: Tensor, *options: Any) -> Any:
             with autocast(device, settings.precision):
-                return verb(hazy, method.tile(hazy, test.tile), *options)
+                return function(hazy, method.tile(hazy, test.tile), *options)
 
-        frames, number = clips.plan(self, settings, device, pictures.name) if test.temporal else None, itertools.count()
+        frames = clips.plan(self, settings, device, pictures.name) if test.temporal else None
+        number = itertools.count()
 
         def dehaze(hazy: Tensor) -> Tensor:
             if frames is not None:
-                return frames.then(hazy, frames.first(hazy, next(number)))
+                return frames.in_order(hazy, frames.parallel(hazy, next(number)))
             if test.show == "transmission":
                 return apply(method.estimate, hazy)["transmission"]
             return apply(method.dehaze, hazy, test.self_ensemble, test.strength)
@@ -73,11 +74,11 @@ class Tested(NamedTuple):
         )
 
     def guess(self, pictures: Pictures) -> str | None:
-        """What of the method is guessed for this set, that neither the weights nor the set nor the user tell."""
-        return self.method.guess(pictures.preset.keys() | self.asked.keys())
+        """A warning about a guessed setting, which neither the weights, the set nor the user determine, or None."""
+        return self.method.guess(pictures.preset.keys() | self.overrides.keys())
 
     def facts(self) -> dict[str, Any]:
-        """What the figures of the method depend on: its weights and settings."""
+        """The weights and settings on which the method's scores depend."""
         return {
             "model": models.name_of(self.method),
             "weights": self.weights and self.weights.name,
@@ -87,7 +88,7 @@ class Tested(NamedTuple):
         }
 
     def cost(self, device: torch.device) -> dict[str, int]:
-        """Size and cost, which a report gives beside the figures; takes a forward pass."""
+        """Size and cost, for the report; runs a forward pass."""
         return {
             "parameters": cost.parameters(self.method, self.method.inference),
             "macs_256": cost.macs(self.method.dehaze, device),
@@ -95,20 +96,20 @@ class Tested(NamedTuple):
 
 
 def prepare(
-    named: Sequence[str],
+    requested: Sequence[str],
     folder: Path | None,
     test: config.Test,
     files: Sequence[Path],
     overrides: Sequence[Override],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Tested]:
-    """The methods ``named``, in that order: those without weights, and those that are loaded from ``test.weights``.
+    """The ``requested`` methods, in that order: those without weights, and those loaded from ``test.weights``.
 
-    Without weights named, they are looked for in ``folder``, and without that the ones that ship with the project are
-    taken (``say`` hears of it); with no name at all the weights tell the methods. ``files`` and ``overrides`` may
-    change test-time settings, and nothing else of a trained method. Raises `UserError`.
+    If that names no weights, they are those in ``folder``, and without a folder the shipped ones (reported by
+    ``say``); if no method is requested, the weights determine them. ``files`` and ``overrides`` may change only the
+    test-time settings of a trained method. Raises `UserError`.
     """
-    names = list(dict.fromkeys(named))
+    names = list(dict.fromkeys(requested))
     for name in names:
         if name not in models.METHODS:
             raise UserError(f"unknown model '{quoted(name)}'{nearest(name, models.METHODS)}")
@@ -116,51 +117,51 @@ def prepare(
     paths = _weights(folder, test, trained, say) if trained or not names else []
     loaded = [_load(path, test.ema, files, overrides) for path in paths]
     if names:
-        _check_all_there(loaded, trained)
-    found = loaded if not names else []
+        _check_complete(loaded, trained)
+    prepared = loaded if not names else []
     for name in names:
         of_name = [each for each in loaded if models.name_of(each.method) == name]
-        found += of_name if name in trained else [_build(name, files, overrides)]
-    config.check_used([models.name_of(each.method) for each in found], models.settings_types(), overrides)
-    return _told_apart(found)
+        prepared += of_name if name in trained else [_build(name, files, overrides)]
+    config.check_used([models.name_of(each.method) for each in prepared], models.settings_types(), overrides)
+    return _with_unique_names(prepared)
 
 
-def _first(test: config.Test) -> str:
-    """The setting that wants a transmission, as the user gives it."""
+def _haze_setting(test: config.Test) -> str:
+    """The setting that needs a transmission, as the user wrote it."""
     return "test.show=transmission" if test.show == "transmission" else f"test.strength={test.strength:g}"
 
 
-def _check_all_there(loaded: Sequence[Tested], trained: Sequence[str]) -> None:
-    """Refuse weights of a method that was not named, and a method without weights. Raises `UserError`."""
+def _check_complete(loaded: Sequence[Tested], trained: Sequence[str]) -> None:
+    """Raise `UserError` for weights of a method that was not requested and for a method without weights."""
     for each in loaded:
         if each.name not in trained:
             other = f"not {' or '.join(trained)}; give --model {each.name} or other weights"
             raise UserError(f"{each.weights} holds a {each.name} model, {other}")
-    lacking = [name for name in trained if name not in [each.name for each in loaded]]
-    if lacking:
-        there = ", ".join(str(each.weights) for each in loaded)
+    missing = [name for name in trained if name not in [each.name for each in loaded]]
+    if missing:
+        given = ", ".join(str(each.weights) for each in loaded)
         raise UserError(
-            f"no weights of {' and '.join(lacking)} in {there}; name a file of each with --weights FILE ..."
+            f"no weights of {' and '.join(missing)} in {given}; name a file of each with --weights FILE ..."
         )
 
 
-def _told_apart(found: list[Tested]) -> list[Tested]:
-    """With the names of their folders where several are of one method; refuses what is still the same."""
-    names = Counter(each.name for each in found)
-    found = [
+def _with_unique_names(tested: list[Tested]) -> list[Tested]:
+    """Prefix names with the weights' folder if several share a method. Raises `UserError` if duplicates remain."""
+    names = Counter(each.name for each in tested)
+    tested = [
         each if names[each.name] == 1 else each._replace(name=f"{each.weights.absolute().parent.name}:{each.name}")
-        for each in found
+        for each in tested
     ]
-    for name, count in Counter(each.name for each in found).items():
+    for name, count in Counter(each.name for each in tested).items():
         if count > 1:
             raise UserError(f"--weights: {count} files would be called {name}; test files of one folder one by one")
-    return found
+    return tested
 
 
 def _build(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> Tested:
     types = models.settings_types()
     settings = config.load(name, types, files, overrides, used=types)
-    return Tested(name, models.build(settings).eval(), None, _asked(name, files, overrides))
+    return Tested(name, models.build(settings).eval(), None, _test_time(name, files, overrides))
 
 
 def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[Override]) -> Tested:
@@ -169,15 +170,15 @@ def _load(path: Path, ema: bool, files: Sequence[Path], overrides: Sequence[Over
     given = config.given(models.settings_types(), overrides=overrides).get(name, {})
     fixed = [key for key in given if key not in method.test_time]
     if fixed:
-        raise UserError(f"{name}.{fixed[0]} was settled by training; only {', '.join(method.test_time)} can change now")
-    wanted = _asked(name, files, overrides)
-    models.change(method, wanted)
-    metadata = checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}  # last.pt is no choice
-    return Tested(name, method, path, wanted, metadata.get("chosen_on"))
+        raise UserError(f"{name}.{fixed[0]} is fixed by training; only {', '.join(method.test_time)} can change now")
+    changes = _test_time(name, files, overrides)
+    models.change(method, changes)
+    metadata = checkpoint.read_metadata(path) if path.suffix == ".safetensors" else {}  # last.pt was not selected
+    return Tested(name, method, path, changes, metadata.get("chosen_on"))
 
 
-def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> dict[str, Any]:
-    """The test-time settings of ``name`` that ``files`` and ``overrides`` themselves give."""
+def _test_time(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> dict[str, Any]:
+    """The test-time settings of ``name`` that ``files`` and ``overrides`` set explicitly."""
     types = models.settings_types()
     given = config.given(types, files, overrides).get(name, {})
     values = config.load(name, types, files, overrides, used=types)
@@ -185,7 +186,7 @@ def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> d
 
 
 def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Callable[[str], None]) -> list[Path]:
-    """The files that ``test`` names, or the best weights of an experiment's folder, or those that ship."""
+    """The files named by ``test``, or the best weights in an experiment's folder, or the shipped ones."""
     if test.weights:
         paths = [home(name) for name in dict.fromkeys(test.weights)]
         for path in paths:
@@ -208,5 +209,5 @@ def _shipped(name: str, say: Callable[[str], None]) -> Path:
         raise UserError(
             f"no weights of {name} named, and none ship; give --checkpoints DIR, --weights FILE, or one of {others}"
         )
-    say(f"{name}: the weights that ship with this project (checkpoints/README.md)")
+    say(f"{name}: the weights shipped with this project (checkpoints/README.md)")
     return path

@@ -1,4 +1,4 @@
-"""test.py on clips: every frame dehazed, steady over time, with the sound and the times of the original."""
+"""test.py on clips: every frame dehazed without flicker, with the sound and the timestamps of the original."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import video
-from models.temporal import Steady
+from models.temporal import TemporalFilter
 from utils import output
 from utils.config import Settings
 from utils.device import autocast
@@ -33,26 +33,26 @@ STOPPED = 130
 
 
 def run(paths: Sequence[Path], tested: Sequence[Tested], settings: Settings, device: torch.device, out: Path) -> int:
-    """Dehaze all ``paths`` by each method; -> the exit status: 0, 2 where one could not be used whole, 130 stopped."""
+    """Dehaze all ``paths`` by each method. -> exit status: 0; 2 if a clip was unusable or broken; 130 if stopped."""
     status = 0
     for path in paths:
         for each in tested:
             folder = out / FOLDER / (each.folder if len(tested) > 1 else "")
             try:
-                found = _clip(path, each, settings, device, out if video.is_clip(out) else folder)
+                result = _dehaze_clip(path, each, settings, device, out if video.is_clip(out) else folder)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-                found = 2
-            if found == STOPPED:
-                return found
-            status = max(status, found)
+                result = 2
+            if result == STOPPED:
+                return result
+            status = max(status, result)
     return status
 
 
 def check(paths: Sequence[Path], test: object) -> None:
-    """Refuse what does not go with clips. Raises `UserError`."""
+    """Raise `UserError` for inputs and options that cannot be combined with clips."""
     if others := [path for path in paths if not video.is_clip(path)]:
-        raise UserError(f"{others[0]} is no clip, and {paths[0]} is; give clips and images in two commands")
+        raise UserError(f"{others[0]} is no clip, but {paths[0]} is; give clips and images in two commands")
     if test.clear or test.metrics:
         raise UserError("clips are dehazed, not scored; leave out --clear and --metrics, or score a folder of frames")
     if video.is_clip(test.output or "") and len(paths) > 1:
@@ -60,19 +60,19 @@ def check(paths: Sequence[Path], test: object) -> None:
     video.library()
 
 
-def _clip(path: Path, tested: Tested, settings: Settings, device: torch.device, out: Path) -> int:
+def _dehaze_clip(path: Path, tested: Tested, settings: Settings, device: torch.device, out: Path) -> int:
     reader = video.Reader(path)
     try:
         target = out if video.is_clip(out) else out / _name(path, reader, settings.test.suffix)
         if target.exists() and not settings.test.overwrite:
-            print(f"{target} is there already and left so (--overwrite makes it anew)")
+            print(f"{target} is there already and left as it is (--overwrite replaces it)")
             return 0
         if target.suffix.lower() not in video.WRITTEN:
-            raise UserError(f"--output {target}: clips are written as {', '.join(video.WRITTEN)}; give it such a name")
+            raise UserError(f"--output {target}: clips are written as {', '.join(video.WRITTEN)}; use such a suffix")
         for remark in reader.remarks:
             print(f"{path}: {remark}", file=sys.stderr)
-        made = plan(tested, settings, device, str(path), float(reader.rate))
-        return _convert(reader, target, made, settings, device)
+        frame_plan = plan(tested, settings, device, str(path), float(reader.rate))
+        return _convert(reader, target, frame_plan, settings, device)
     finally:
         reader.close()
 
@@ -83,43 +83,46 @@ def _name(path: Path, reader: video.Reader, suffix: str | None) -> str:
 
 
 class Plan(NamedTuple):
-    """How frames (1,3,H,W) are dehazed: ``first`` of each and its number, several at once, ``then`` in order."""
+    """How frames (1,3,H,W) are dehazed: a step that may run in parallel and one that runs in the frames' order."""
 
-    first: Callable[[Tensor, int], Any]
-    then: Callable[[Tensor, Any], Tensor]
+    parallel: Callable[[Tensor, int], Any]  # frame and its number -> intermediate result
+    in_order: Callable[[Tensor, Any], Tensor]  # frame and intermediate result -> output
 
 
 def plan(tested: Tested, settings: Settings, device: torch.device, name: str, rate: float = 25.0) -> Plan:
-    """Steady over time; a method that finds no transmission goes frame by frame, which is said.
+    """Averages over time; a method that estimates no transmission runs frame by frame, with a warning.
 
-    What comes out is t where test.show asks for it. ``name`` is told where memory does not suffice.
+    The output is t if test.show=transmission. ``name`` appears in the error for too little memory.
     """
     method, test = tested.method.to(device), settings.test
     memory = scoring.Remedies("set test.tile=512 or shrink the frames")
 
-    def apply(verb: Callable, hazy: Tensor, *options: Any) -> Any:
+    def apply(function: Callable, hazy: Tensor, *options: Any) -> Any:
         item = {"hazy": hazy[0], "name": name}
         with scoring.enough_memory(item, device, memory), autocast(device, settings.precision):
-            return verb(hazy, *options, method.tile(hazy, test.tile))
+            return function(hazy, *options, method.tile(hazy, test.tile))
 
-    found = method.estimate(torch.zeros(1, 3, 32, 32, device=device))
-    if "airlight" not in found:
+    outputs = method.estimate(torch.zeros(1, 3, 32, 32, device=device))
+    if "airlight" not in outputs:
         if test.show == "transmission" or test.strength != 1:
-            method.check_haze(found, f"test.show={test.show}, test.strength={test.strength:g}")
+            method.require_haze(outputs, f"test.show={test.show}, test.strength={test.strength:g}")
         print(f"{tested.name} finds no transmission, so it goes frame by frame and may flicker", file=sys.stderr)
         return Plan(lambda hazy, number: apply(method.dehaze, hazy), lambda hazy, clear: clear)
-    steady = Steady(method, test.smoothing, rate, test.strength, test.every)
+    average = TemporalFilter(method, test.smoothing, rate, test.strength, test.every)
     shown = "transmission" if test.show == "transmission" else "clear"
-    return Plan(partial(apply, steady.find), lambda hazy, haze: apply(steady.follow, hazy, haze)[shown])
+    return Plan(partial(apply, average.estimate_haze), lambda hazy, haze: apply(average.dehaze_next, hazy, haze)[shown])
 
 
-def _convert(reader: video.Reader, target: Path, each: Plan, settings: Settings, device: torch.device) -> int:
-    """Frame by frame, until the clip ends, breaks or is stopped; what is done until then is a whole file."""
+def _convert(reader: video.Reader, target: Path, frame_plan: Plan, settings: Settings, device: torch.device) -> int:
+    """Dehaze frame by frame until the clip ends, breaks or is stopped; the file written so far is playable."""
     height, width = reader.size
     double = settings.test.show == "side_by_side"
-    crf = round(51 - 0.36 * settings.test.quality)  # 95: 17, hardly to be told from the original; 50: 33
+    crf = round(51 - 0.36 * settings.test.quality)  # 95: 17, visually lossless; 50: 33
     writer = video.Writer(target, reader, crf, (height, width * (1 + double)))
-    stopped, count, started, trouble = [], 0, time.perf_counter(), list[str]()
+    stopped: list[int] = []
+    errors: list[str] = []
+    count = 0
+    started = time.perf_counter()
 
     def stop(number: int) -> None:
         if stopped:
@@ -127,29 +130,29 @@ def _convert(reader: video.Reader, target: Path, each: Plan, settings: Settings,
         stopped.append(number)
 
     bar = tqdm(total=reader.total, desc=target.name, unit="frame", leave=False, disable=None)
-    with signals.handled(stop), bar, closing(_found(reader, writer, each.first, device)) as arriving:
+    with signals.handled(stop), bar, closing(_processed(reader, writer, frame_plan.parallel, device)) as frames:
         try:
-            for frame, hazy, found in arriving:
+            for frame, hazy, intermediate in frames:
                 if stopped:
                     break
-                made = each.then(hazy, found)[0].float()
-                writer.write(output.shown(hazy[0], made, settings.test), frame.pts, frame.duration)
+                result = frame_plan.in_order(hazy, intermediate)[0].float()
+                writer.write(output.shown(hazy[0], result, settings.test), frame.pts, frame.duration)
                 count += 1
                 bar.update()
         except video.UnwrittenError:
             raise
         except UserError as error:
-            trouble.append(str(error))
+            errors.append(str(error))
     writer.close()
-    return _report(reader, target, count, time.perf_counter() - started, stopped, trouble)
+    return _report(reader, target, count, time.perf_counter() - started, stopped, errors)
 
 
-def _found(
-    reader: video.Reader, writer: video.Writer, first: Callable, device: torch.device
+def _processed(
+    reader: video.Reader, writer: video.Writer, function: Callable, device: torch.device
 ) -> Iterator[tuple[video.Frame, Tensor, Any]]:
-    """The frames in order, each with what ``first`` gives for it; sound is passed on to ``writer`` on the way.
+    """The frames in order, each with its result of ``function``; sound is passed on to ``writer`` meanwhile.
 
-    On a CPU so many frames at once as PyTorch has threads, each on one: threads that share a frame wait for each other.
+    On a CPU one frame per PyTorch thread, each with one thread: threads that share a frame wait for each other.
     """
     threads = torch.get_num_threads()
     workers = threads if device.type == "cpu" else 1
@@ -163,7 +166,7 @@ def _found(
                 writer.pass_on(each)
                 continue
             hazy = each.pixels.to(device)
-            waiting.append((each, hazy, pool.submit(first, hazy, number)))
+            waiting.append((each, hazy, pool.submit(function, hazy, number)))
             number += 1
             if len(waiting) > workers:
                 frame, hazy, future = waiting.popleft()
@@ -176,11 +179,11 @@ def _found(
 
 
 def _report(
-    reader: video.Reader, target: Path, count: int, seconds: float, stopped: list[int], trouble: list[str]
+    reader: video.Reader, target: Path, count: int, seconds: float, stopped: list[int], errors: list[str]
 ) -> int:
-    of = f" of {reader.total}" if stopped and reader.total else ""
+    total = f" of {reader.total}" if stopped and reader.total else ""
     pace = f"{count / max(seconds, 1e-9):.1f} frames/s"
-    print(f"{count}{of} frames done in {seconds:.1f} s ({pace}){', stopped' if stopped else ''}; see {target}")
-    for told in [*trouble, *(f"{reader.path}: {what}" for what in reader.broken)]:
-        print(f"error: {told}", file=sys.stderr)
-    return STOPPED if stopped else 2 if trouble or reader.broken else 0
+    print(f"{count}{total} frames done in {seconds:.1f} s ({pace}){', stopped' if stopped else ''}; see {target}")
+    for message in [*errors, *(f"{reader.path}: {problem}" for problem in reader.broken)]:
+        print(f"error: {message}", file=sys.stderr)
+    return STOPPED if stopped else 2 if errors or reader.broken else 0

@@ -1,4 +1,4 @@
-"""The dark channel prior (He, Sun, Tang, TPAMI 2011): the floor that every method must beat."""
+"""The dark channel prior (He, Sun, Tang, TPAMI 2011), the baseline without training."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class DCP(Method):
     Settings = DCPSettings
     test_time = ("guided_filter",)
 
-    def find(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+    def predict(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         A = physics.dark_channel_airlight(hazy)
 
         def transmission(piece: Tensor, _: tiling.Window) -> Tensor:

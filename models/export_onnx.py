@@ -1,11 +1,11 @@
-"""NeDR as ONNX files, which run without PyTorch (benchmarks/examples/onnx_dehaze.py).
+"""Export of NeDR to ONNX files, which run without PyTorch (benchmarks/examples/onnx_dehaze.py).
 
     python -m models.export_onnx [--weights FILE] [--output DIR] [--fp16] [--int8]
 
 writes ``network.onnx``: small (1,3,h,w), sides multiples of 32 and at least 128 -> transmission (1,1,h,w) and airlight
 (1,3,1,1); and ``picture.onnx``: hazy (1,3,H,W) of any size whose sides are above the working size -> clear (1,3,H,W)
 and transmission (1,1,H,W), with the resizing and the formula in the graph. Both take images in [0,1].
-An extra: `pip install -r requirements-extras.txt`.
+Needs `pip install -r requirements-extras.txt`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ NETWORK, PICTURE = "network.onnx", "picture.onnx"
 
 
 class Transmission(nn.Module):
-    """small (1,3,h,w) -> t as the method finds it at its working size, and the pooled maps (1,P)."""
+    """small (1,3,h,w) -> t as the method estimates it at its working size, and the pooled maps (1,P)."""
 
     def __init__(self, method: NeDR):
         super().__init__()
@@ -53,13 +53,13 @@ class Airlight(nn.Module):
         self.removal, self.kind = method.removal, method.settings.airlight
 
     def forward(self, small: Tensor, pooled: Tensor, t: Tensor) -> Tensor:
-        return self.removal.estimate_airlight(small, pooled * 1, t * 1, self.kind)  # else it is left out
+        return self.removal.estimate_airlight(small, pooled * 1, t * 1, self.kind)  # * 1 keeps unused inputs
 
 
 class Resizing(nn.Module):
-    """hazy (1,3,H,W) -> small, of the size that `working_size.seen_size` says.
+    """hazy (1,3,H,W) -> small, of the size given by `working_size.network_size`.
 
-    As two matrix products: onnxruntime's own antialiasing is another one, by 2e-3.
+    Computed as two matrix products: onnxruntime's own antialiasing differs by 2e-3.
     """
 
     def __init__(self, size: int):
@@ -68,13 +68,13 @@ class Resizing(nn.Module):
 
     def forward(self, hazy: Tensor) -> Tensor:
         sides = torch._shape_as_tensor(hazy)[2:].double()
-        wanted = (sides * (self.size / sides.min()) / STRIDE).round()
-        wanted = torch.minimum(wanted, (sides / STRIDE).floor()) * STRIDE
-        rows, columns = _taps(sides[0], wanted[0]), _taps(sides[1], wanted[1])
+        reduced = (sides * (self.size / sides.min()) / STRIDE).round()
+        reduced = torch.minimum(reduced, (sides / STRIDE).floor()) * STRIDE
+        rows, columns = _resize_weights(sides[0], reduced[0]), _resize_weights(sides[1], reduced[1])
         return (rows @ hazy @ columns.T).clamp(0, 1)
 
 
-class Rest(nn.Module):
+class Restoration(nn.Module):
     """hazy (1,3,H,W), small, t and A -> the clear image and t at full size."""
 
     def __init__(self, method: NeDR):
@@ -92,18 +92,19 @@ def export(method: NeDR, folder: Path) -> tuple[Path, Path]:
     size = _working_size(method)
     folder.mkdir(parents=True, exist_ok=True)
     small = torch.rand(1, 3, size, size + STRIDE)
-    hazy, pooled = torch.rand(1, 3, 2 * size, 2 * size + 40), small.new_zeros(1, method.removal.pyramid.pooled)
+    hazy = torch.rand(1, 3, 2 * size, 2 * size + 40)
+    pooled = small.new_zeros(1, method.removal.pyramid.pooled)
     low, high = {2: "h", 3: "w"}, {2: "H", 3: "W"}
-    # In parts, since the exporter takes sizes for fixed behind what resizes.
+    # Traced in parts, since the exporter treats sizes after a resizing as fixed.
     t_part = _trace(onnx, Transmission(method), {"small": (small, low)}, ["t", "pooled"])
-    given = {"small": (small, low), "pooled": (pooled, {}), "t": (small[:, :1], low)}
-    A_part = _trace(onnx, Airlight(method), given, ["A"])
-    given = {"hazy": (hazy, high), "small": (small, low), "t": (small[:, :1], low), "A": (small[:, :, :1, :1], {})}
-    rest = _trace(onnx, Rest(method), given, ["clear", "transmission"])
-    first = _trace(onnx, Resizing(size), {"hazy": (hazy, high)}, ["small"])
+    inputs = {"small": (small, low), "pooled": (pooled, {}), "t": (small[:, :1], low)}
+    A_part = _trace(onnx, Airlight(method), inputs, ["A"])
+    inputs = {"hazy": (hazy, high), "small": (small, low), "t": (small[:, :1], low), "A": (small[:, :, :1, :1], {})}
+    restoration = _trace(onnx, Restoration(method), inputs, ["clear", "transmission"])
+    resizing = _trace(onnx, Resizing(size), {"hazy": (hazy, high)}, ["small"])
     network = _chain(onnx, [t_part, A_part], ["small"], {"t": [1, 1, "h", "w"], "A": [1, 3, 1, 1]})
-    made = {"clear": [1, 3, "H", "W"], "transmission": [1, 1, "H", "W"]}
-    picture = _chain(onnx, [first, t_part, A_part, rest], ["hazy"], made)
+    outputs = {"clear": [1, 3, "H", "W"], "transmission": [1, 1, "H", "W"]}
+    picture = _chain(onnx, [resizing, t_part, A_part, restoration], ["hazy"], outputs)
     paths = folder / NETWORK, folder / PICTURE
     for model, path in zip((network, picture), paths, strict=True):
         onnx.save(model, str(path))
@@ -111,11 +112,11 @@ def export(method: NeDR, folder: Path) -> tuple[Path, Path]:
 
 
 def library() -> Any:
-    """onnx. Raises `UserError` where it is not installed."""
+    """The module onnx. Raises `UserError` if it is not installed."""
     try:
         import onnx
     except ImportError as error:
-        raise UserError("the export needs onnx, which is not here; pip install -r requirements-extras.txt") from error
+        raise UserError("the export needs onnx, not installed; pip install -r requirements-extras.txt") from error
     return onnx
 
 
@@ -126,26 +127,27 @@ def _working_size(method: Any) -> int:
     if s.working_size < method.minimum or s.working_size % STRIDE or s.query != 1 or s.guided_filter:
         raise UserError(
             f"{s.block}: the export needs a working size, a multiple of {STRIDE} from {method.minimum} on, query 1 and "
-            f"no guided_filter; give such weights, or nedr.working_size=192 in their training"
+            f"no guided_filter; name such weights, or train with nedr.working_size=192"
         )
     return s.working_size
 
 
-def _trace(onnx: Any, module: nn.Module, given: dict[str, tuple[Tensor, dict]], made: list[str]) -> Any:
-    """A graph whose sides may change: what depends on them must be computed in the graph (`_in_graph`)."""
-    inputs, axes = tuple(each for each, _ in given.values()), {name: axes for name, (_, axes) in given.items()}
-    names = {"input_names": list(given), "output_names": made}
+def _trace(onnx: Any, module: nn.Module, inputs: dict[str, tuple[Tensor, dict]], outputs: list[str]) -> Any:
+    """The module's graph for images of any size: values that depend on it are computed in the graph (`_in_graph`)."""
+    examples = tuple(example for example, _ in inputs.values())
+    axes = {name: axes for name, (_, axes) in inputs.items()}
+    names = {"input_names": list(inputs), "output_names": outputs}
     buffer = io.BytesIO()
     with torch.no_grad(), _in_graph(module), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that are fixed: those that do not depend on the sides
-        how = {"dynamic_axes": axes, "opset_version": OPSET, "dynamo": False}
-        torch.onnx.export(module.eval(), inputs, buffer, **how, **names)
+        warnings.simplefilter("ignore")  # about constants; only values independent of the size are constants here
+        options = {"dynamic_axes": axes, "opset_version": OPSET, "dynamo": False}
+        torch.onnx.export(module.eval(), examples, buffer, **options, **names)
     return onnx.load_from_string(buffer.getvalue())
 
 
 @contextlib.contextmanager
 def _in_graph(module: nn.Module) -> Iterator[None]:
-    """Inside, what takes Python's numbers from a map's size takes them from the size that the graph sees."""
+    """Context in which functions that read a map's size as Python numbers read it from the graph instead."""
     drem = getattr(getattr(module, "removal", None), "drem", None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(airlight, "_quantile", _quantile))
@@ -153,14 +155,14 @@ def _in_graph(module: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(physics, "dark_channel_airlight", _dark_channel_airlight))
         stack.enter_context(mock.patch.object(kan, "_Activations", _Activations))
         stack.enter_context(mock.patch.object(physics, "_line_mean", _line_mean))
-        stack.enter_context(mock.patch.object(torch, "ones_like", lambda x: x * 0 + 1))  # else of one fixed size
+        stack.enter_context(mock.patch.object(torch, "ones_like", lambda x: x * 0 + 1))  # else of a fixed size
         if drem is not None and hasattr(drem, "is_identity") and drem.is_identity():
             stack.enter_context(mock.patch.object(module.removal, "drem", nn.Identity()))
         yield
 
 
 class _Activations:
-    """As `kan._Activations`, which writes into parts of a map: that is lost in tracing."""
+    """`kan._Activations` without writing into parts of a map, which tracing does not record."""
 
     @staticmethod
     def apply(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,20 +176,20 @@ class _Activations:
 def _line_mean(x: Tensor, radius: int, dim: int) -> Tensor:
     size = torch._shape_as_tensor(x)[dim]
     zero = x.narrow(dim, 0, 1).double() * 0
-    upto = torch.cat([zero, x.double().cumsum(dim)], dim)
-    place = torch.arange(size)
-    first, last = (place - radius).clamp(min=0), torch.minimum(place + radius + 1, size)
-    sums = upto.index_select(dim, last) - upto.index_select(dim, first)
+    cumulative = torch.cat([zero, x.double().cumsum(dim)], dim)
+    index = torch.arange(size)
+    first, last = (index - radius).clamp(min=0), torch.minimum(index + radius + 1, size)
+    sums = cumulative.index_select(dim, last) - cumulative.index_select(dim, first)
     count = (last - first).double()
     return (sums / (count.unsqueeze(1) if dim == 2 else count)).to(x.dtype)
 
 
 def _quantile(ordered: Tensor, share: float) -> Tensor:
-    place = share * (torch._shape_as_tensor(ordered)[1:] - 1).double()
-    low = place.floor().long()
-    part = (place - low).to(ordered.dtype)
-    high = low + (part > 0).long()
-    return ordered.index_select(1, low).lerp(ordered.index_select(1, high), part)
+    position = share * (torch._shape_as_tensor(ordered)[1:] - 1).double()
+    low = position.floor().long()
+    fraction = (position - low).to(ordered.dtype)
+    high = low + (fraction > 0).long()
+    return ordered.index_select(1, low).lerp(ordered.index_select(1, high), fraction)
 
 
 def _dark_channel_airlight(image: Tensor, cap: float = physics.AIRLIGHT_CAP) -> Tensor:
@@ -199,66 +201,68 @@ def _dark_channel_airlight(image: Tensor, cap: float = physics.AIRLIGHT_CAP) -> 
 
 
 def _halved(x: Tensor) -> Tensor:
-    """Half the size, antialiased: with even sides these are four taps, without those beyond the border."""
+    """Half the size, antialiased: with even sides four taps an axis, normalised at the border."""
     channels = int(x.shape[1])
     kernel = torch.tensor([[[[a * b / 64 for b in (1, 3, 3, 1)] for a in (1, 3, 3, 1)]]] * channels)  # a constant
-    how = {"stride": 2, "padding": 1, "groups": channels}
-    return F.conv2d(x, kernel, **how) / F.conv2d(torch.ones_like(x), kernel, **how)
+    options = {"stride": 2, "padding": 1, "groups": channels}
+    return F.conv2d(x, kernel, **options) / F.conv2d(torch.ones_like(x), kernel, **options)
 
 
 def _chain(onnx: Any, parts: list, inputs: list[str], outputs: dict[str, list]) -> Any:
-    """One graph of ``parts``, which take from each other what has the name that they ask for; opset and types alike."""
+    """One graph of ``parts``, whose inputs and outputs of equal names are connected; all of one opset and dtype."""
     nodes, weights = [], []
     for number, part in enumerate(parts):
         graph = onnx.ModelProto.FromString(part.SerializeToString()).graph
-        outside = {each.name for each in (*graph.input, *graph.output)}
+        public = {each.name for each in (*graph.input, *graph.output)}
 
-        def own(name: str, number: int = number, outside: set[str] = outside) -> str:
-            return name if not name or name in outside else f"p{number}/{name}"
+        def unique(name: str, number: int = number, public: set[str] = public) -> str:
+            return name if not name or name in public else f"p{number}/{name}"
 
         for weight in graph.initializer:
-            weight.name = own(weight.name)
+            weight.name = unique(weight.name)
         for node in graph.node:
             node.name = f"p{number}/{node.name or node.output[0]}"
-            node.input[:], node.output[:] = map(own, node.input), map(own, node.output)
-        nodes, weights = [*nodes, *graph.node], [*weights, *graph.initializer]
-    kind = onnx.TensorProto.FLOAT
+            node.input[:] = map(unique, node.input)
+            node.output[:] = map(unique, node.output)
+        nodes += graph.node
+        weights += graph.initializer
+    dtype = onnx.TensorProto.FLOAT
     sides = {"hazy": ["H", "W"], "small": ["h", "w"]}
-    taken = [onnx.helper.make_tensor_value_info(name, kind, [1, 3, *sides[name]]) for name in inputs]
-    made = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()]
-    graph = onnx.helper.make_graph(nodes, "nedr", taken, made, weights)
+    input_infos = [onnx.helper.make_tensor_value_info(name, dtype, [1, 3, *sides[name]]) for name in inputs]
+    output_infos = [onnx.helper.make_tensor_value_info(name, dtype, shape) for name, shape in outputs.items()]
+    graph = onnx.helper.make_graph(nodes, "nedr", input_infos, output_infos, weights)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(model)
     return model
 
 
-def _taps(size: Tensor, wanted: Tensor) -> Tensor:
-    """(wanted, size): the weights of antialiased bilinear interpolation along one side."""
-    ratio = size / wanted
-    centres = (torch.arange(wanted.long()) + 0.5) * ratio
+def _resize_weights(size: Tensor, reduced: Tensor) -> Tensor:
+    """(reduced, size): the weights of antialiased bilinear interpolation along one side."""
+    ratio = size / reduced
+    centres = (torch.arange(reduced.long()) + 0.5) * ratio
     weights = (1 - ((torch.arange(size.long()) + 0.5) - centres.unsqueeze(1)).abs() / ratio).clamp(min=0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", metavar="FILE", help="of nedr or d4; by default those that ship")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("onnx"), help="where to (onnx)")
-    parser.add_argument("--fp16", action="store_true", help="also with weights in half precision: half the size")
-    parser.add_argument("--int8", action="store_true", help="also with weights in 8 bit: a quarter of it")
+    parser.add_argument("--weights", metavar="FILE", help="of nedr or d4; by default the shipped ones")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("onnx"), help="folder to write to (onnx)")
+    parser.add_argument("--fp16", action="store_true", help="also write half-precision weights: half the size")
+    parser.add_argument("--int8", action="store_true", help="also write 8-bit weights: a quarter of the size")
     args = parser.parse_args(argv)
     method = models.load(args.weights)
     for path in export(method, args.output):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
         for kind in filter(lambda kind: getattr(args, kind), ("fp16", "int8")):
-            small = smaller(path, kind)
-            print(f"{small}: {small.stat().st_size / 1e6:.1f} MB")
+            compressed = compress(path, kind)
+            print(f"{compressed}: {compressed.stat().st_size / 1e6:.1f} MB")
 
 
-def smaller(path: Path, kind: str) -> Path:
-    """Write a graph beside ``path`` whose large weights are ``fp16`` or ``int8``; it computes in float32 with them.
+def compress(path: Path, kind: str) -> Path:
+    """Write a graph beside ``path`` whose large weights are stored as ``fp16`` or ``int8``; it computes in float32.
 
-    int8: each row of a weight, which is an output channel in nearly all of them, with its own scale.
+    int8: one scale per row of a weight, which in nearly all of them is an output channel.
     """
     onnx = library()
     model = onnx.load(str(path))
@@ -269,9 +273,9 @@ def smaller(path: Path, kind: str) -> Path:
             weights.append(weight)
         elif kind == "int8" and values.ndim > 1:
             scale = np.abs(values).reshape(len(values), -1).max(1).clip(1e-12) / 127
-            steps = (values / scale.reshape(-1, *[1] * (values.ndim - 1))).round().astype(np.int8)
+            integers = (values / scale.reshape(-1, *[1] * (values.ndim - 1))).round().astype(np.int8)
             names = [f"{weight.name}/{part}" for part in ("int8", "scale")]
-            weights += map(onnx.numpy_helper.from_array, (steps, scale.astype(np.float32)), names)
+            weights += map(onnx.numpy_helper.from_array, (integers, scale.astype(np.float32)), names)
             nodes.append(onnx.helper.make_node("DequantizeLinear", names, [weight.name], axis=0))
         else:
             weights.append(onnx.numpy_helper.from_array(values.astype(np.float16), f"{weight.name}/half"))

@@ -1,7 +1,7 @@
-"""Layers that give nn.Conv2d's numbers faster, and their weights the same names: what PyTorch leaves lying on a CPU.
+"""Faster replacements of PyTorch's layers, mainly on CPUs, with the same results and names of weights.
 
-All work in any memory format and are at their best in channels_last, in which the networks run (`channels_last`): there
-the convolutions of oneDNN and cuDNN need no reordering. docs/performance.md has what each of these is worth.
+All work in any memory format and are fastest in channels_last, in which the networks run (`channels_last`): there the
+convolutions of oneDNN and cuDNN need no reordering. docs/performance.md lists the gain of each.
 """
 
 import functools
@@ -15,23 +15,23 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.batchnorm import track
 
-WIDE = 2**18  # values of a map from which on its margins are folded by hand
+WIDE = 2**18  # number of values from which `_Reflect` is used for a map
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same numbers, (N,C,H,W), with the channels of a pixel next to each other in memory."""
+    """``x`` (N,C,H,W) with the channels of a pixel next to each other in memory."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def single(x: Tensor) -> Tensor:
-    """``x`` in at least single precision: what is half becomes float32, float64 stays."""
+    """``x`` in at least single precision: half precision becomes float32, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def reflect(x: Tensor, pad: int) -> Tensor:
-    """Reflection padding by ``pad`` on all sides, in the type of ``x``: (N,C,H,W) -> (N,C,H+2pad,W+2pad).
+    """Reflection padding by ``pad`` on all sides, in the dtype of ``x``: (N,C,H,W) -> (N,C,H+2pad,W+2pad).
 
-    Autocast would go by way of float32, which is twice the memory traffic and not one bit better: nothing is computed.
+    Autocast would convert to float32: twice the memory traffic for a mere copy.
     """
     with torch.autocast(x.device.type, enabled=False):
         wide = x.device.type == "cpu" and x.numel() >= WIDE
@@ -41,9 +41,9 @@ def reflect(x: Tensor, pad: int) -> Tensor:
 
 
 class _Reflect(torch.autograd.Function):
-    """PyTorch's padding, and its gradient in a third to a seventh of PyTorch's time, which goes pixel by pixel.
+    """PyTorch's padding with a gradient 3 to 7 times as fast as PyTorch's, which works pixel by pixel.
 
-    On a GPU PyTorch's adds up in any order; this one does not.
+    On a GPU PyTorch's gradient sums in an undefined order; this one is deterministic.
     """
 
     @staticmethod
@@ -53,20 +53,21 @@ class _Reflect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        p, (height, width) = ctx.pad, (size - 2 * ctx.pad for size in grad.shape[2:])
+        p = ctx.pad
+        height, width = (size - 2 * p for size in grad.shape[2:])
         inside = grad[:, :, p : p + height, p : p + width]
-        folded = inside.clone(memory_format=torch.channels_last)  # ``grad`` is not ours to change
-        for to_rows, rows in _folds(height, p):  # a margin is added to the pixels that it mirrors
-            folded[:, :, to_rows] += grad[:, :, rows, p : p + width].flip(2)
-            for to_columns, columns in _folds(width, p):
-                folded[:, :, to_rows, to_columns] += grad[:, :, rows, columns].flip(2, 3)
-        for to_columns, columns in _folds(width, p):
-            folded[:, :, :, to_columns] += grad[:, :, p : p + height, columns].flip(3)
-        return folded, None
+        total = inside.clone(memory_format=torch.channels_last)  # a copy: ``grad`` must not be changed in place
+        for to_rows, rows in _margins(height, p):  # add each margin to the pixels that it mirrors
+            total[:, :, to_rows] += grad[:, :, rows, p : p + width].flip(2)
+            for to_columns, columns in _margins(width, p):
+                total[:, :, to_rows, to_columns] += grad[:, :, rows, columns].flip(2, 3)
+        for to_columns, columns in _margins(width, p):
+            total[:, :, :, to_columns] += grad[:, :, p : p + height, columns].flip(3)
+        return total, None
 
 
-def _folds(size: int, pad: int) -> list[tuple[slice, slice]]:
-    """The two margins of an axis of ``size`` pixels: which pixels each mirrors, and where it lies in the padded map."""
+def _margins(size: int, pad: int) -> list[tuple[slice, slice]]:
+    """The two margins of an axis of ``size`` pixels: the pixels that each mirrors, and its slice of the padded map."""
     return [
         (slice(1, pad + 1), slice(0, pad)),
         (slice(size - pad - 1, size - 1), slice(pad + size, size + 2 * pad)),
@@ -74,20 +75,20 @@ def _folds(size: int, pad: int) -> list[tuple[slice, slice]]:
 
 
 def recomputed(f: Callable) -> Callable:
-    """``f``, which keeps no inner maps for the backward pass but is computed again there; without batch norm in it."""
+    """``f`` with gradient checkpointing: its activations are recomputed in the backward pass. No batch norm in it."""
     return functools.partial(checkpoint, f, use_reentrant=False) if torch.is_grad_enabled() else f
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution, (N,C,H,W) -> (N,out,H,W), as the matrix product that it is; ``weight`` (out,C) or (out,C,1,1).
+    """A 1x1 convolution as a matrix product: (N,C,H,W), ``weight`` (out,C) or (out,C,1,1) -> (N,out,H,W).
 
-    In channels_last there is nothing to reorder.
+    In channels_last nothing has to be reordered.
     """
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class Pointwise(nn.Conv2d):
-    """A 1x1 convolution by `pointwise`: oneDNN's takes up to three times as long for small maps of many channels."""
+    """A 1x1 convolution by `pointwise`: oneDNN's is up to three times as slow for small maps with many channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return pointwise(x, self.weight, self.bias)
@@ -107,11 +108,11 @@ class ReflectConv(nn.Conv2d):
 
 
 class SameDepthwise(nn.Conv2d):
-    """A depthwise convolution with TensorFlow's "same" padding by zeros, as EfficientNet has them."""
+    """A depthwise convolution with TensorFlow's "same" zero padding, as in EfficientNet."""
 
     def forward(self, x: Tensor) -> Tensor:
         size, stride = self.kernel_size[0], self.stride[0]
-        if stride == 1:  # the same on all sides, which costs the convolution nothing
+        if stride == 1:  # padding equal on all sides, which the convolution does at no cost
             return depthwise(x, self.weight, self.bias, padding=size // 2)
         return depthwise(pad_same(x, self.kernel_size, self.stride), self.weight, self.bias, stride)
 
@@ -119,7 +120,7 @@ class SameDepthwise(nn.Conv2d):
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     """Depthwise convolution: (N,C,H,W), weight (C,1,k,k) -> (N,C,(H+2padding-k)/stride+1,(W+2padding-k)/stride+1).
 
-    Two of its gradients have no good kernel in oneDNN, and are found otherwise on a CPU: see `_Depthwise`.
+    Two of its gradients have slow kernels in oneDNN; on a CPU `_Depthwise` computes them differently.
     """
     if x.device.type != "cpu" or not (torch.is_grad_enabled() and weight.requires_grad):
         return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
@@ -130,7 +131,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        y = F.conv2d(x, weight, None, stride, padding, groups=len(weight))  # in the type that autocast says
+        y = F.conv2d(x, weight, None, stride, padding, groups=len(weight))  # in autocast's dtype
         ctx.save_for_backward(x.to(y.dtype), weight)
         ctx.stride, ctx.padding, ctx.dtype = stride, padding, x.dtype
         return y
@@ -140,31 +141,32 @@ class _Depthwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         stride, padding = ctx.stride, ctx.padding
         large = weight.shape[-1] > 3
-        wanted = (ctx.needs_input_grad[0], not large, False)
-        shape = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight), wanted)
-        kind = grad.dtype if stride == 1 else single(grad[:0]).dtype  # with strides oneDNN's bf16 is 50 times as slow
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad.to(kind), x.to(kind), weight.to(kind), *shape)
+        output_mask = (ctx.needs_input_grad[0], not large, False)
+        options = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight), output_mask)
+        dtype = grad.dtype if stride == 1 else single(grad[:0]).dtype  # with strides oneDNN's bf16 is 50 times as slow
+        tensors = (grad.to(dtype), x.to(dtype), weight.to(dtype))
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(*tensors, *options)
         if large:
-            of_weight = _of_weight(x, grad, weight.shape[-1], stride, padding)
-        return None if of_x is None else of_x.to(ctx.dtype), of_weight.to(weight.dtype), None, None
+            grad_weight = _weight_gradient(x, grad, weight.shape[-1], stride, padding)
+        return None if grad_x is None else grad_x.to(ctx.dtype), grad_weight.to(weight.dtype), None, None
 
 
-def _of_weight(x: Tensor, grad: Tensor, size: int, stride: int, padding: int) -> Tensor:
-    """The weight's gradient (C,1,size,size) as what it is: each channel of x convolved with its own gradient.
+def _weight_gradient(x: Tensor, grad: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """The weight's gradient (C,1,size,size): each channel of x convolved with its own output gradient.
 
-    In training NeDR 10 to 40 times as fast as oneDNN's kernel for it.
+    In NeDR's training 10 to 40 times as fast as oneDNN's kernel for it.
     """
-    pictures = zip(x, grad, strict=True)
-    found = (F.conv2d(a[None], g.unsqueeze(1), None, 1, padding, stride, len(g)) for a, g in pictures)
-    return sum(single(each) for each in found)[0, :, None, :size, :size]
+    samples = zip(x, grad, strict=True)
+    gradients = (F.conv2d(a[None], g.unsqueeze(1), None, 1, padding, stride, len(g)) for a, g in samples)
+    return sum(single(each) for each in gradients)[0, :, None, :size, :size]
 
 
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d, then ``act``.
 
-    In training on a CPU: PyTorch sums batch statistics of channels_last maps in plain float32, which is up to 50 times
-    less exact than its own rule for other formats (the encoder's 60 layers make of that an error of 1e-3); here they
-    are summed pairwise. And its ReLU6 in place keeps a copy of what it overwrites, though the result says as much.
+    In training on a CPU: PyTorch sums batch statistics of channels_last maps naively in float32, which is up to 50
+    times less accurate than for other formats (an error of 1e-3 after the encoder's 60 layers); here they are summed
+    pairwise. And PyTorch's in-place ReLU6 keeps a copy of its input, though the output suffices for the gradient.
     """
 
     def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, act: nn.Module | None = None):
@@ -181,8 +183,8 @@ class BatchNorm(nn.BatchNorm2d):
         return y if bounded else self.act(y)
 
 
-def still(*networks: nn.Module) -> None:
-    """Batch norm in ``networks`` normalises by the statistics that it has, and keeps them, until the next `train()`."""
+def freeze_batch_norm(*networks: nn.Module) -> None:
+    """Batch norm in ``networks`` uses its running statistics, unchanged, until the next `train()`."""
     for network in networks:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -198,7 +200,7 @@ class _Normalise(torch.autograd.Function):
             mean = x.mean((0, 2, 3))
             var = (x - mean[:, None, None]).square_().mean((0, 2, 3))
             y, scale = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), (var + eps).rsqrt()
-        else:  # whose own steps are coarser than any sum
+        else:  # half precision is coarser than the error of the sums
             y, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
             mean, scale = mean.float(), scale.float()
             var = scale.pow(-2) - eps
@@ -218,8 +220,8 @@ class _Normalise(torch.autograd.Function):
         return *grads, None, None
 
 
-def quicken(network: nn.Module) -> nn.Module:
-    """Give a timm network the layers of this module where they are the better ones, in place. Returns it."""
+def use_fast_layers(network: nn.Module) -> nn.Module:
+    """Replace layers of a timm network by the faster ones of this module, in place. Returns the network."""
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:

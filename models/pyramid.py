@@ -1,4 +1,4 @@
-"""Encoder (timm; as released EfficientNet-lite3) and fusion decoder, shared by the removal and the depth network.
+"""Encoder (timm; EfficientNet-lite3 as released) and fusion decoder, used by the removal and the depth network.
 
 The decoder is MiDaS-small's (Ranftl et al., 1907.01341), as in D4 (Yang et al., CVPR 2022) and NeDR (2511.13110).
 """
@@ -33,7 +33,7 @@ class Fusion(nn.Module):
 
     The published order is up-sampling, then the 1x1 projection; both are linear and the interpolation weights
     sum to one, so projecting first gives the same numbers at a quarter of the cost.
-    ``tile``: the side, in pixels of x, of the tiles in which it is refined.
+    ``tile``: the side of the tiles in which x is refined, in pixels of x.
     """
 
     def __init__(self, channels: int, out_channels: int, skip: bool):
@@ -49,15 +49,15 @@ class Fusion(nn.Module):
             return pointwise(self.refine(piece), self.project.weight, self.project.bias)
 
         x = tiling.apply(refine, x, tile=tile, halo=tiling.reach(self))
-        # Of the whole: with aligned corners the positions between which it interpolates depend on the whole size.
+        # Not in tiles: with aligned corners the sampling positions depend on the whole size.
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 class Pyramid(nn.Module):
     """Encoder, mixers and decoder: (N,3,H,W) in [0,1] -> features (N,F,H/2,W/2) and pooled maps (N,``pooled``).
 
-    H and W are multiples of 32, at least 64. ``mixer`` makes the module that works on each encoder map at F, 2F,
-    4F and 8F channels (NeDR's KAN-CID; None for none). The pooled maps carry gradients; detach where not wanted.
+    H and W are multiples of 32, at least 64. ``mixer`` creates the module applied to each encoder map, of F, 2F, 4F
+    and 8F channels (NeDR's KAN-CID; None for none). The pooled maps carry gradients; detach them if not wanted.
     The encoder, 4 % of NeDR's operations, stays in float32 under autocast.
     ``tile`` computes the same, map by map, in tiles of that many pixels of the image a side, in eval mode.
     ``backbone`` is timm's name of the encoder.
@@ -70,7 +70,8 @@ class Pyramid(nn.Module):
         backbone: str = encoder.RELEASED,
     ):
         super().__init__()
-        widths, self.recompute = [features * 2**k for k in range(4)], False
+        self.recompute = False
+        widths = [features * 2**k for k in range(4)]
         self.encoder = encoder.create(backbone)
         channels = encoder.channels(self.encoder)
         self.pooled = sum(channels)
@@ -81,10 +82,11 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, image: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(image.device.type, enabled=False):  # in bf16 its 24 blocks alone cost 35 dB of the output
+        with torch.autocast(image.device.type, enabled=False):  # in bf16 its 24 blocks alone cost the output 35 dB
             maps = encoder.maps(self.encoder, channels_last(single(image)), tile)
         pooled = torch.cat([single(m.mean((2, 3))) for m in maps], 1)
-        half, eighth = tiling.part(tile, 2), tiling.part(tile, 8)  # the mixers' spline bases are eight times as large
+        half = tiling.part(tile, 2)
+        eighth = tiling.part(tile, 8)  # the mixers' spline bases take eight times the memory
         mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]
         skips = [tiling.through(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
         x = None
@@ -95,7 +97,7 @@ class Pyramid(nn.Module):
 
 
 class Head(nn.Module):
-    """From features at half size to one map at full size: (N,F,H/2,W/2) -> (N,1,H,W), before any squashing."""
+    """From features at half size to one map at full size: (N,F,H/2,W/2) -> (N,1,H,W), unbounded."""
 
     def __init__(self, features: int = 32):
         super().__init__()
@@ -109,14 +111,14 @@ class Head(nn.Module):
 
 
 def squash(x: Tensor, low: float, high: float) -> Tensor:
-    """Map any real number into [low, high] by tanh, as D4 and NeDR do for transmission, depth and density."""
+    """Map real numbers into [low, high] by tanh, as D4 and NeDR do for transmission, depth and density."""
     return low + (high - low) * (single(x).tanh() + 1) / 2
 
 
 def initialise(network: nn.Module) -> None:
-    """The released start of training: convolutions with PyTorch's weights and zero biases, batch norm N(1, 0.02).
+    """The released initialisation: convolutions with PyTorch's weights and zero biases, batch norm N(1, 0.02).
 
-    Applied before the encoder gets its own weights.
+    Applied before the encoder gets its pretrained weights.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.bias is not None:

@@ -212,14 +212,14 @@ def test_a_clip_that_breaks_off_keeps_what_it_has(run, tmp_path):
 
 def test_stopped_it_leaves_a_file_that_plays(run, tmp_path, monkeypatch):
     write(tmp_path / "a.mp4", pan(20, 1, 64, 96), sound=True)
-    own, count = temporal.Steady.follow, itertools.count()
+    own, count = temporal.TemporalFilter.dehaze_next, itertools.count()
 
-    def follow(self, *args):
+    def dehaze_next(self, *args):
         if next(count) == 6:
             os.kill(os.getpid(), signal.SIGINT)
         return own(self, *args)
 
-    monkeypatch.setattr(temporal.Steady, "follow", follow)
+    monkeypatch.setattr(temporal.TemporalFilter, "dehaze_next", dehaze_next)
     status, out, _ = run("--hazy", "a.mp4")
     assert status == 130
     assert "of 20 frames done" in out
@@ -233,7 +233,7 @@ def test_names_and_what_is_there(run, tmp_path):
     assert run("--hazy", "a.mp4", "--suffix", "_clear", "--show", "side_by_side")[0] == 0
     assert read(tmp_path / "out/videos/a_clear.mp4")[1][0].shape == (64, 192, 3)
     status, out, _ = run("--hazy", "a.mp4", "--suffix", "_clear")
-    assert (status, "is there already and left so" in out) == (0, True)
+    assert (status, "is there already and left as it is" in out) == (0, True)
     assert run("--hazy", "a.mp4", "--output", "b.mkv")[0] == 0
     assert len(read(tmp_path / "b.mkv")[1]) == 2
     assert "clips are dehazed, not scored" in run("--hazy", "a.mp4", "--clear", "a.mp4")[2]
@@ -251,7 +251,7 @@ def test_without_pyav(run, tmp_path, monkeypatch):
 
 def flicker(frames, step: int, **options) -> tuple[float, float]:
     """Mean change of the airlight and of a still scene's pixels from frame to frame, of 255."""
-    steady, last, changes = temporal.Steady(models.load(), **options), None, []
+    steady, last, changes = temporal.TemporalFilter(models.load(), **options), None, []
     for frame in frames:
         found = steady(frame)
         if last is not None:
@@ -278,11 +278,11 @@ def test_movement_is_found_and_cuts_are_seen():
     assert (down, right) == pytest.approx((0, -5), abs=0.3)
     coffee = images.read(paths.resolve("sample:test/hazy") / "coffee_2.png")[None]
     other = [coffee[..., 10 + k : 210 + k, 60:340] for k in range(5)]
-    steady = temporal.Steady(models.load(), 0.5, every=2)
+    steady = temporal.TemporalFilter(models.load(), 0.5, every=2)
     for frame in [*pan(5, 3), *other]:
         found = steady(frame)
     assert steady.cuts == 1
-    began = temporal.Steady(models.load(), 0.5, every=2)
+    began = temporal.TemporalFilter(models.load(), 0.5, every=2)
     for frame in [F.pad(other[0], (0, 0, 0, 0)), *other[1:]]:
         alone = began(frame)
     assert (found["airlight"] - alone["airlight"]).abs().max() < 0.02  # nothing of the scene before is in it
@@ -293,7 +293,7 @@ def test_a_folder_of_frames(run, tmp_path):
         images.write(tmp_path / f"frames/{k}.png", frame[0])
     argv = ("--hazy", "frames", "test.temporal=true", "dcp.guided_filter=false")
     assert run(*argv)[0] == 0
-    steady = temporal.Steady(
+    steady = temporal.TemporalFilter(
         models.build(config.load("dcp", models.settings_types(), overrides=["dcp.guided_filter=false"])), 0.5, every=2
     )
     for path in paths.find("frames"):

@@ -59,8 +59,8 @@ def whole(tmp_path_factory) -> Path:
     kanet = models.build(config.load("kanet", models.settings_types(), overrides=["kanet.width=8"]))
     weights = kanet.network.state_dict()
     released = {theirs: weights[own] for own, theirs in official.names(weights).items()}
-    dead = {key: torch.zeros(shape) for key, shape in official._dead(8).items()}
-    torch.save({"model": {f"module.{key}": value for key, value in (released | dead).items()}}, folder / "official.pth")
+    released |= {key: torch.zeros(shape) for key, shape in official._unused(8).items()}
+    torch.save({"model": {f"module.{key}": value for key, value in released.items()}}, folder / "official.pth")
     return folder
 
 

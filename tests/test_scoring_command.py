@@ -465,7 +465,7 @@ def test_ciede2000_beside_psnr_and_ssim(run, pairs, tmp_path):
 
 def test_a_guessed_airlight_is_said_with_the_remedy(run, pairs, benchmarks, official_file, experiment, seen, tmp_path):
     """Official files do not tell it; a benchmark does, and weights that have learned it need nothing."""
-    said, argv = "nothing tells how nedr is to find the airlight", ["--weights", official_file, "test.panels=false"]
+    said, argv = "nedr.airlight is not given", ["--weights", official_file, "test.panels=false"]
     done = run(*argv, *pairs, "--output", "a")
     assert done.err.count(said) == 1
     remedy = ["nedr.airlight=dark_channel", "nedr.guided_filter=true"]
@@ -693,7 +693,7 @@ def test_weights_that_ship_are_taken_where_none_are_named(run, tmp_path, experim
     for number, named in enumerate([[], ["--model", "nedr"]]):
         done = run(*named, "--hazy", "photos", "--output", f"out{number}")
         assert done.status == 0
-        assert "nedr: the weights that ship with this project" in done.err
+        assert "nedr: the weights shipped with this project" in done.err
         assert (tmp_path / f"out{number}" / "pictures" / "a.png").is_file()
     named = trained.inference_state()
     for ours in (models.load(), models.load("nedr")):

@@ -1,4 +1,4 @@
-"""AKNet, a supervised network with large kernels and frequency gates, of OKNet's family."""
+"""AKNet, a supervised network with large kernels and frequency gates, derived from OKNet."""
 
 from models.aknet.method import AKNet
 

@@ -1,4 +1,4 @@
-"""AKNet: supervised training on pairs, by L1 at three scales in space and in frequency (as in the released code)."""
+"""AKNet: supervised training on pairs, with L1 at three scales in space and in frequency (as in the released code)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class AKNetSettings:
 class AKNet(Method):
     """AKNet, one network trained on pairs of images.
 
-    Its frequency gate acts by the size of the image (`models.aknet.network.FGM`): trained on crops, at full size it
-    is another operator. Published so, and tested on whole images; in tiles the numbers differ.
+    Its frequency gate depends on the size of the image (`models.aknet.network.FGM`): trained on crops, it is a
+    different operator at full size. It is published so and tested on whole images; in tiles the results differ.
     """
 
     about = About(
@@ -70,7 +70,7 @@ class AKNet(Method):
 
     @classmethod
     def from_official(cls, state: dict, settings: AKNetSettings) -> "AKNet | None":
-        """A released AKNet file; ``settings`` gives the border rule, which such files do not say."""
+        """A released AKNet file; ``settings`` supplies the border rule, which such files do not record."""
         if not cls.recognises(state):
             return None
         settings.width = official.WIDTH
@@ -82,16 +82,16 @@ class AKNet(Method):
     def to_official(self) -> dict[str, Any]:
         if self.settings.width != official.WIDTH:
             raise UserError(
-                f"aknet.width={self.settings.width}: the released network is {official.WIDTH} wide, no other"
+                f"aknet.width={self.settings.width}: the released network is {official.WIDTH} wide; train with that"
             )
-        return {"model": official.restore(self.network.state_dict())}
+        return {"model": official.export(self.network.state_dict())}
 
     def optimisers(self, stage: str, settings: config.Settings) -> dict[str, Optimizer]:
         s = self.settings
         return {"network": Adam(self.network.parameters(), lr=s.learning_rate, betas=s.betas, eps=1e-8, fused=True)}
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
-        """L1 at three scales, and L1 of the spectra at the same."""
+        """L1 of the images and of their spectra, both at three scales."""
         weight = self.settings.frequency_weight
         restored = self.network(batch["hazy"], self.settings.border)
         pairs = list(zip(restored, scaled(batch["clear"], SCALES), strict=True))

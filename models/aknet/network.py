@@ -1,14 +1,15 @@
-"""The network of AKNet, as its released code computes it; of the family of OKNet (Cui et al., AAAI 2024).
+"""The network of AKNet, as in its released code; derived from OKNet (Cui et al., AAAI 2024).
 
-Where the same numbers can be had with less work they are: frequency gates without transforms, large kernels by FFT,
-fusion without unfolding (`models.aknet.fusion`). They differ from the released code's by rounding alone.
+Some operations are computed faster: channel gates without transforms, large kernels by FFT, fusion without unfolding
+(`models.aknet.fusion`). Results differ from the released code's by rounding alone.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.aknet.fusion import Fusion, full
+from models.aknet.fusion import Fusion
+from models.layers import single
 
 KERNEL = 63  # side of the bottleneck's large kernels
 BLOCKS = 4  # residual blocks of each encoder and decoder stage
@@ -46,8 +47,8 @@ class Shallow(nn.Sequential):
 class FGM(nn.Module):
     """Frequency gate: alpha |F^-1(p F(q))| + beta x, where p and q are 1x1 convolutions of x (N,C,h,w).
 
-    As published, p is a map over pixels, and pixel (i,j) multiplies frequency (i,j) of the un-shifted spectrum: what
-    the gate does depends on the size of the image.
+    As published, p is a map over pixels, and pixel (i,j) multiplies frequency (i,j) of the un-shifted spectrum: the
+    gate's effect depends on the size of the image.
     """
 
     def __init__(self, channels: int):
@@ -57,15 +58,15 @@ class FGM(nn.Module):
         self.beta = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and x.device.type == "cpu" and not self.alpha.any():  # a GPU would be waited for
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and not self.alpha.any():  # a GPU would synchronise
             return self.beta * x
-        return self.alpha * filtered(full(self.signal(x)), full(self.gate(x))) + self.beta * x
+        return self.alpha * filtered(single(self.signal(x)), single(self.gate(x))) + self.beta * x
 
 
 def filtered(signal: Tensor, gate: Tensor) -> Tensor:
     """|F^-1(gate F(signal))| for real maps (...,h,w), by half spectra.
 
-    Of the gate's even part, gate(k) + gate(-k), the transform is real, of the odd part it is imaginary.
+    The gate's even part, gate(k) + gate(-k), gives a real result, its odd part an imaginary one.
     """
     size = signal.shape[-2:]
     half = size[1] // 2
@@ -74,30 +75,30 @@ def filtered(signal: Tensor, gate: Tensor) -> Tensor:
     gate = gate[..., : half + 1]
     real = torch.fft.irfft2((gate + mirrored) / 2 * spectrum, s=size)
     imaginary = torch.fft.irfft2((gate - mirrored) / 2j * spectrum, s=size)
-    return torch.complex(real, imaginary).abs()  # not hypot, whose gradient at 0 is not a number
+    return torch.complex(real, imaginary).abs()  # not hypot, whose gradient at 0 is NaN
 
 
 def large_kernel(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise convolution, zero outside, by FFT: (N,C,h,w), weight (C,1,k,l), k and l odd, -> (N,C,h,w)."""
     (height, width), (top, left) = x.shape[-2:], (side // 2 for side in weight.shape[-2:])
-    size = [fast_size(max(side + far, 2 * far + 1)) for side, far in ((height, top), (width, left))]
-    padded = F.pad(full(x), (left, size[1] - width - left, top, size[0] - height - top))
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(full(weight).squeeze(1), s=size).conj()
+    size = [fast_size(max(side + radius, 2 * radius + 1)) for side, radius in ((height, top), (width, left))]
+    padded = F.pad(single(x), (left, size[1] - width - left, top, size[0] - height - top))
+    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(single(weight).squeeze(1), s=size).conj()
     return torch.fft.irfft2(spectrum, s=size)[..., :height, :width] + bias.view(-1, 1, 1)
 
 
 def fast_size(size: int) -> int:
-    """The next even number without prime factors above 5, of which Fourier transforms are fast."""
+    """The next even number without prime factors above 5: a fast size for Fourier transforms."""
     size += size % 2
-    rest = size
+    cofactor = size
     for prime in (2, 3, 5):
-        while rest % prime == 0:
-            rest //= prime
-    return size if rest == 1 else fast_size(size + 2)
+        while cofactor % prime == 0:
+            cofactor //= prime
+    return size if cofactor == 1 else fast_size(size + 2)
 
 
 class Bottleneck(nn.Module):
-    """Large kernels in space beside two channel gates and `FGM` in frequency: (N,C,h,w) -> same shape."""
+    """Large kernels in space plus two channel gates and `FGM` in frequency: (N,C,h,w) -> same shape."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -116,24 +117,25 @@ class Bottleneck(nn.Module):
 
     def _gated(self, o: Tensor) -> Tensor:
         """Both channel gates. A constant times a spectrum is a constant times the map: |F^-1(a F(o))| = |a| |o|."""
-        size = o.abs()
+        magnitude = o.abs()
         a = self.frequency_gate(o.mean((2, 3), keepdim=True)).abs()
-        return self.spatial_gate(a * size.mean((2, 3), keepdim=True)) * a * size
+        return self.spatial_gate(a * magnitude.mean((2, 3), keepdim=True)) * a * magnitude
 
     def _kernels(self) -> tuple[Tensor, Tensor]:
         """The four depthwise convolutions as one: weights (C,1,63,63) and biases (C,)."""
-        far = KERNEL // 2
-        wide, tall = F.pad(self.wide.weight, (0, 0, far, far)), F.pad(self.tall.weight, (far, far))
+        radius = KERNEL // 2
+        wide = F.pad(self.wide.weight, (0, 0, radius, radius))
+        tall = F.pad(self.tall.weight, (radius, radius))
         weight = torch.cat([self.square.weight, wide, tall])
         bias = torch.cat([self.square.bias, self.wide.bias, self.tall.bias])
-        return weight + F.pad(self.point.weight, (far, far, far, far)), bias + self.point.bias
+        return weight + F.pad(self.point.weight, (radius,) * 4), bias + self.point.bias
 
 
 class AKNetNetwork(nn.Module):
     """Hazy images (N,3,H,W) in [0,1] -> clear ones at a quarter, half and full size, unclamped.
 
-    H and W multiples of 4, at least 8. ``width`` (a multiple of 4; 32 as published) is that at full size; it doubles
-    with every halving. ``border`` is that of `Fusion`.
+    H and W are multiples of 4, at least 8. ``width`` (a multiple of 4; 32 as published) is the number of channels at
+    full size; it doubles with every halving. ``border`` as in `Fusion`.
     """
 
     def __init__(self, width: int = 32):
@@ -155,13 +157,13 @@ class AKNetNetwork(nn.Module):
         middle = self.encoder[1](self._descend(fine, half, 0))
         coarse = self.encoder[2](self._descend(middle, quarter, 1))
         coarse = self.decoder[2](self.bottleneck(coarse))
-        middle = self.fusion[1](middle, coarse, border)  # line by line, so that the encoder's map is let go
+        middle = self.fusion[1](middle, coarse, border)  # reassigned, so that the encoder's map is freed
         middle = self.decoder[1](middle)
         fine = self.fusion[0](fine, middle, border)
         fine = self.decoder[0](fine)
         return self.head[2](coarse) + quarter, self.head[1](middle) + half, self.head[0](fine) + hazy
 
-    def _descend(self, features: Tensor, picture: Tensor, level: int) -> Tensor:
-        """Features at half their size, joined by those of the image at that size."""
+    def _descend(self, features: Tensor, image: Tensor, level: int) -> Tensor:
+        """Features at half their size, merged with those of the image at that size."""
         features = F.gelu(self.down[level](features))
-        return self.attach[level](torch.cat([features, self.shallow[level](picture)], 1))
+        return self.attach[level](torch.cat([features, self.shallow[level](image)], 1))

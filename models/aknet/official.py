@@ -1,4 +1,4 @@
-"""The released state dicts of AKNet and this project's, renamed one into the other."""
+"""Conversion between the released state dicts of AKNet and this project's."""
 
 import itertools
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def _modules() -> dict[str, str]:
 MODULES = _modules()
 
 # Constructed, saved, and never used by the released forward pass.
-DEAD = {
+UNUSED = {
     f"feat_extract.3.{CONV}.weight": (4 * WIDTH, 2 * WIDTH, 4, 4),
     f"feat_extract.3.{CONV}.bias": (2 * WIDTH,),
     f"feat_extract.4.{CONV}.weight": (2 * WIDTH, WIDTH, 4, 4),
@@ -64,31 +64,32 @@ DEAD = {
     "bottelneck.fgm.conv.weight": (8 * WIDTH, 4 * WIDTH, 3, 3),
     "bottelneck.fgm.conv.bias": (8 * WIDTH,),
 }
-HALF = 0.01  # what a value of up to 1 may be off in a file of half precision; other windows are further away
+TOLERANCE = 0.01  # for values up to 1 from a file in half precision; other windows differ by more
 # Constants that the released modules register.
 WINDOWS = {f"ff{k}.hamming_{kind}pass": side for k in (1, 2) for kind, side in (("low", LOW), ("high", HIGH))}
 
 
 def recognise(state: Mapping) -> bool:
-    """Does ``state`` look like the released AKNet's? No other method's code spells the bottleneck so."""
+    """Does ``state`` look like the released AKNet's? No other method has this misspelt name."""
     return any(str(key).startswith("bottelneck.") for key in state)
 
 
 def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Released weights -> the network's own, and the dead keys left out. Unknown keys keep their names."""
+    """Released weights -> the network's, and the unused keys left out. Unknown keys keep their names."""
     for key, side in WINDOWS.items():
-        held, window = state.get(key, hamming(side)).float().flatten(), hamming(side).flatten()
-        if held.shape != window.shape or not torch.allclose(held, window, atol=HALF):
+        window = hamming(side).flatten()
+        stored = state.get(key, hamming(side)).float().flatten()
+        if stored.shape != window.shape or not torch.allclose(stored, window, atol=TOLERANCE):
             raise UserError(f"the official file's '{key}' is not the Hamming window of {side}x{side}")
-    live = {_renamed(key, MODULES): value for key, value in state.items() if key not in DEAD and key not in WINDOWS}
-    return live, [key for key in state if key in DEAD]
+    used = {_renamed(key, MODULES): value for key, value in state.items() if key not in UNUSED and key not in WINDOWS}
+    return used, [key for key in state if key in UNUSED]
 
 
-def restore(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def export(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The network's weights -> a state dict that the released code loads, with zeros for what it never uses."""
-    back = {ours: released for released, ours in MODULES.items()}
-    state = {_renamed(key, back): value.detach().cpu().clone() for key, value in weights.items()}
-    state |= {key: torch.zeros(shape) for key, shape in DEAD.items()}
+    released_names = {ours: released for released, ours in MODULES.items()}
+    state = {_renamed(key, released_names): value.detach().cpu().clone() for key, value in weights.items()}
+    state |= {key: torch.zeros(shape) for key, shape in UNUSED.items()}
     return state | {key: hamming(side)[None, None] for key, side in WINDOWS.items()}
 
 

@@ -1,10 +1,10 @@
 """KA-Net (Feng et al., "Advancing Real-World Image Dehazing: Perspective, Modules, and Training", TPAMI 2024).
 
-Where this comes from: the network is that of the released code, to the last number. The training was never released.
-The paper's abstract names what is in it: haze made with several degradations at once, samples weighted so that their
+Provenance: the network is that of the released code, number for number. The training code was never released. The
+paper's abstract names its parts: haze synthesised with several degradations at once, samples weighted so that their
 features become independent, a Gaussian perceptual contrastive loss. Everything beyond these names - formulas, weights,
-rates, and so what `losses` computes - is a reconstruction, after the same first author's other published code (CGID,
-TCSVT 2024; C4RSD, TIP 2025) and StableNet (CVPR 2021). Figures trained by it are not the paper's.
+learning rates, and so `losses` - is a reconstruction, after the same first author's other published code (CGID,
+TCSVT 2024; C4RSD, TIP 2025) and StableNet (CVPR 2021). Models trained with it do not reproduce the paper's figures.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class KANetSettings:
 
 
 class KANet(Method):
-    """KA-Net, one network trained on pairs whose hazy half is made from clear images with several degradations.
+    """KA-Net, one network trained on pairs whose hazy images are synthesised from clear ones with several degradations.
 
     Images are padded by reflection to a multiple of 64, where the network's maps need no cropping, and cropped back;
     the released test script instead cuts off up to 15 pixels a side. An inference file needs ``network`` alone.
@@ -70,7 +70,7 @@ class KANet(Method):
         super().__init__(settings)
         self.network = KANetwork(settings.width)
         self.sample_weights = sample_weights.make(settings.sample_weights, 8 * settings.width)
-        self.ruler: list[GaussianContrastive] = []  # in a list: a loss is no part of the method's weights
+        self.contrastive_loss: list[GaussianContrastive] = []  # in a list, so that its weights are not the method's
         self.accept(settings)
 
     @classmethod
@@ -87,7 +87,7 @@ class KANet(Method):
 
     @classmethod
     def from_official(cls, state: dict, settings: KANetSettings) -> "KANet | None":
-        """A released KA-Net file. Its random features are not in it: they are those of our fixed seed."""
+        """A released KA-Net file. It does not hold the random features: they are those of our fixed seed."""
         if not cls.recognises(state):
             return None
         settings.width = official.width(state)
@@ -104,10 +104,10 @@ class KANet(Method):
         self.network.removal.remove.random.resampled = settings.random_features == "resampled"
 
     def start(self) -> None:
-        """The released initialisation; no pre-training is known of."""
+        """The released initialisation; no pre-training is documented."""
         initialise(self.network)
         if self.settings.contrastive_weight:
-            self._contrastive()  # what cannot be had is refused now
+            self._get_contrastive_loss()  # fails now, not in the first step, if its weights are unavailable
 
     def optimisers(self, stage: str, settings: config.Settings) -> dict[str, Optimizer]:
         s = self.settings
@@ -116,25 +116,25 @@ class KANet(Method):
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
         """Each sample's L1, weighted so that the deepest features become independent, and the contrastive loss.
 
-        The prediction is neither scaled nor clamped, as in the same author's released training code: what the tanh
-        sends below 0 is pulled up by the L1.
+        The prediction is neither scaled nor clamped, as in the same author's released training code: the L1 corrects
+        outputs of the tanh below 0.
         """
-        weight, hazy, clear = self.settings.contrastive_weight, batch["hazy"], batch["clear"]
+        hazy, clear = batch["hazy"], batch["clear"]
         predicted, z = self.network(hazy)
-        shares = self.sample_weights(z.detach())
-        terms = {"reconstruction": (shares * (predicted - clear).abs().mean((1, 2, 3))).sum()}
+        weights = self.sample_weights(z.detach())
+        terms = {"reconstruction": (weights * (predicted - clear).abs().mean((1, 2, 3))).sum()}
         total = terms["reconstruction"]
-        if weight:
-            terms["contrastive"] = self._contrastive().to(hazy.device)(predicted, clear, hazy)
-            total = total + weight * terms["contrastive"]
+        if self.settings.contrastive_weight:
+            terms["contrastive"] = self._get_contrastive_loss().to(hazy.device)(predicted, clear, hazy)
+            total = total + self.settings.contrastive_weight * terms["contrastive"]
         yield Loss("network", total, terms)
 
     def restore(self, hazy: Tensor) -> Tensor:
         return self.network(hazy)[0].clamp(0, 1)
 
-    def _contrastive(self) -> GaussianContrastive:
-        """The contrastive loss, made when it is first needed: a resumed run does not `start`."""
-        if not self.ruler:
+    def _get_contrastive_loss(self) -> GaussianContrastive:
+        """The contrastive loss, created on first use: a resumed run does not call `start`."""
+        if not self.contrastive_loss:
             c = self.settings.contrastive
-            self.ruler = [GaussianContrastive(c.weights, c.sigma, key="kanet.contrastive")]
-        return self.ruler[0]
+            self.contrastive_loss = [GaussianContrastive(c.weights, c.sigma, key="kanet.contrastive")]
+        return self.contrastive_loss[0]

@@ -1,7 +1,7 @@
-"""KA-Net's network: TransWeather's encoder, decoder and tail around a block that removes what degrades the image.
+"""KA-Net's network: TransWeather's encoder, decoder and tail around a block that removes degradations.
 
-Feng et al., TPAMI 46(12), 2024, by the released code; encoder, decoder and tail after TransWeather (Valanarasu et al.,
-CVPR 2022). Maps within the transformer blocks are (N,h,w,C), elsewhere (N,C,h,w).
+Feng et al., TPAMI 46(12), 2024, as in the released code; encoder, decoder and tail after TransWeather (Valanarasu et
+al., CVPR 2022). Maps within the transformer blocks are (N,h,w,C), elsewhere (N,C,h,w).
 """
 
 from itertools import pairwise
@@ -29,7 +29,7 @@ class Embed(nn.Module):
         self.norm = nn.LayerNorm(b)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(_last(self.conv(x)))
+        return self.norm(_channels_last(self.conv(x)))
 
 
 class Attention(nn.Module):
@@ -41,22 +41,22 @@ class Attention(nn.Module):
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(channels, 2 * channels)
         self.project = nn.Linear(channels, channels)
-        # What does not fill a last cell is not seen.
+        # Rows and columns beyond the last complete cell are ignored.
         self.reduce = nn.Conv2d(channels, channels, reduction, reduction) if reduction > 1 else None
         self.norm = nn.LayerNorm(channels) if reduction > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        coarse = x if self.reduce is None else self.norm(_last(self.reduce(_first(x))))
+        coarse = x if self.reduce is None else self.norm(_channels_last(self.reduce(_channels_first(x))))
         key, value = self.key_value(coarse).flatten(1, 2).chunk(2, -1)
-        found = attend(self.query(x).flatten(1, 2), key, value, self.heads)
-        return self.project(found).view_as(x)
+        attended = attend(self.query(x).flatten(1, 2), key, value, self.heads)
+        return self.project(attended).view_as(x)
 
 
 class QueryAttention(nn.Module):
-    """Attention of learned queries, each for a run of places in raster order. (N,h,w,C) -> same shape.
+    """Attention of learned queries, each for a run of positions in raster order. (N,h,w,C) -> same shape.
 
-    The released code stretches its 48 queries to one a place (by nearest neighbours) and lets each of these look; here
-    each of the 48 looks once, and what it found is stretched. That is the same, and linear in the number of places.
+    The released code repeats its 48 queries to one a position (by nearest neighbours) and attends with all of them;
+    here the 48 attend once and their results are repeated: the same output, at a cost linear in the positions.
     """
 
     def __init__(self, channels: int, heads: int):
@@ -70,8 +70,8 @@ class QueryAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         key, value = self.key_value(x).flatten(1, 2).chunk(2, -1)
         query = self.query(self.queries).expand(len(x), -1, -1)
-        found = self.project(attend(query, key, value, self.heads))
-        return F.interpolate(found.mT, size=key.shape[1], mode="nearest").mT.reshape(x.shape)
+        attended = self.project(attend(query, key, value, self.heads))
+        return F.interpolate(attended.mT, size=key.shape[1], mode="nearest").mT.reshape(x.shape)
 
 
 class MLP(nn.Module):
@@ -84,7 +84,7 @@ class MLP(nn.Module):
         self.contract = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(_last(self.depthwise(_first(self.expand(x))))))
+        return self.contract(F.gelu(_channels_last(self.depthwise(_channels_first(self.expand(x))))))
 
 
 class Block(nn.Module):
@@ -114,20 +114,20 @@ class Stage(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _first(self.norm(self.blocks(x)))
+        return _channels_first(self.norm(self.blocks(x)))
 
 
 class Encoder(nn.Module):
     """(N,3,H,W) in [-1,1] -> maps of w, 2w, 5w and 8w channels at 1/4, 1/8, 1/16 and 1/32 (sizes rounded up).
 
-    A side path ("intra-patch") takes each stage's embedding, before its blocks, to the next stage's size, through a
-    block of its own, and is added to the next embedding.
+    A side path ("intra-patch") embeds each stage's input to its blocks at the next stage's size, applies a block of
+    its own, and is added to the next stage's embedding.
     """
 
     def __init__(self, width: int):
         super().__init__()
         dims = widths(width)
-        rates = _rates(8)
+        rates = _drop_rates(8)
         self.embed = nn.ModuleList([Embed(3, dims[0], 7, 4), *map(Embed, dims[:3], dims[1:])])
         self.stages = nn.ModuleList(
             Stage(dims[k], (1, 2, 4, 4)[k], (4, 2, 2, 1)[k], rates[2 * k : 2 * k + 2]) for k in range(4)
@@ -142,7 +142,7 @@ class Encoder(nn.Module):
         for k, stage in enumerate(self.stages):
             x = self.embed[k](maps[-1]) + side
             if k < len(self.side_stages):
-                side = _last(self.side_stages[k](self.side_embed[k](_first(x))))
+                side = _channels_last(self.side_stages[k](self.side_embed[k](_channels_first(x))))
             maps.append(stage(x))
         return maps[1:]
 
@@ -153,11 +153,12 @@ class Decoder(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.embed = Embed(channels, channels)
-        self.blocks = nn.Sequential(*(Block(channels, QueryAttention(channels, 8), 4, drop) for drop in _rates(16)[:3]))
+        rates = _drop_rates(16)[:3]
+        self.blocks = nn.Sequential(*(Block(channels, QueryAttention(channels, 8), 4, rate) for rate in rates))
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _first(self.norm(self.blocks(self.embed(x))))
+        return _channels_first(self.norm(self.blocks(self.embed(x))))
 
 
 class ResidualUnit(nn.Module):
@@ -173,7 +174,7 @@ class ResidualUnit(nn.Module):
 
 
 class Tail(nn.Module):
-    """From the decoder's map to the picture's size, doubling six times, with the encoder's maps added on the way.
+    """From the decoder's map to the image's size, in six doublings, with the encoder's maps added as skips.
 
     The decoder's map (N,8w,h,w) and the encoder's four -> (N,w/8,H,W).
     """
@@ -196,8 +197,8 @@ class Tail(nn.Module):
 class KANetwork(nn.Module):
     """Hazy images (N,3,H,W) in [0,1] -> clear ones (N,3,H,W) in (-1,1), and z (N,8w), the mean deepest features.
 
-    H and W are multiples of 16, at least 48. The clear images are meant to lie in [0,1], as their targets do, though
-    the final tanh reaches further down: the released code brings only its input to [-1,1]. z serves training alone.
+    H and W are multiples of 16, at least 48. The clear images should lie in [0,1], as their targets do, though the
+    final tanh can go below 0: the released code scales only its input to [-1,1]. z is used in training only.
     ``width``, w, is 64 as published and must be a multiple of 8.
     """
 
@@ -217,19 +218,19 @@ class KANetwork(nn.Module):
 
 
 def widths(width: int) -> tuple[int, int, int, int]:
-    """Channels of the encoder's maps."""
+    """The numbers of channels of the encoder's maps."""
     return width, 2 * width, 5 * width, 8 * width
 
 
 def check_width(width: int) -> None:
-    """Raise `UserError` for a width with which the narrowest layers or the heads would not come out even."""
+    """Raise `UserError` for a width by which the narrowest layers or the attention heads are not divisible."""
     if width < 8 or width % 8:
         raise UserError(f"kanet.width={width}: must be a multiple of 8 (64 as published)")
 
 
 @torch.no_grad()
 def initialise(network: KANetwork) -> None:
-    """The released start of the transformers; the other parts start as PyTorch has it."""
+    """The released initialisation of the transformers; the other parts keep PyTorch's."""
     for module in (*network.encoder.modules(), *network.decoder.modules()):
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -241,25 +242,25 @@ def initialise(network: KANetwork) -> None:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Softmax attention in heads: queries (N,Q,C), keys and values (N,K,C) -> (N,Q,C)."""
+    """Multi-head softmax attention: queries (N,Q,C), keys and values (N,K,C) -> (N,Q,C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _crop(x: Tensor, like: Tensor) -> Tensor:
-    """The upper left part of a map: sizes were rounded up on the way down."""
+    """The upper left part of a map, in the size of ``like``: the encoder rounds sizes up."""
     return x[..., : like.shape[2], : like.shape[3]]
 
 
-def _rates(blocks: int) -> list[float]:
+def _drop_rates(blocks: int) -> list[float]:
     return [DROP_PATH * k / (blocks - 1) for k in range(blocks)]
 
 
-def _first(x: Tensor) -> Tensor:
+def _channels_first(x: Tensor) -> Tensor:
     """(N,h,w,C) -> (N,C,h,w)."""
     return x.permute(0, 3, 1, 2)
 
 
-def _last(x: Tensor) -> Tensor:
+def _channels_last(x: Tensor) -> Tensor:
     """(N,C,h,w) -> (N,h,w,C)."""
     return x.permute(0, 2, 3, 1)

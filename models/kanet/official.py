@@ -1,4 +1,4 @@
-"""Official KA-Net files: one table of names for both directions; what the released code never uses is left out."""
+"""Official KA-Net files: one table of names for both directions; tensors unused by the released code are left out."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,12 +10,12 @@ from models.kanet.network import WIDTH, KANetwork, widths
 from utils.checkpoint import load_strict
 from utils.errors import UserError
 
-FIRST = "Tencoder.patch_embed1.proj.weight"  # tells these files, and their network's width
-DRAWN = "removal.remove.random."  # not in official files
+FIRST = "Tencoder.patch_embed1.proj.weight"  # identifies these files and gives their network's width
+RANDOM = "removal.remove.random."  # not in official files
 
-# Our names -> official ones; every rule is tried, in this order.
+# Our names -> official ones; all rules are applied, in this order.
 RULES = [
-    (r"^encoder\.(embed|side_embed|stages|side_stages)\.(\d)\.", lambda m: _place(m[1], int(m[2]) + 1)),
+    (r"^encoder\.(embed|side_embed|stages|side_stages)\.(\d)\.", lambda m: _encoder_name(m[1], int(m[2]) + 1)),
     (r"^decoder\.embed\.", "Tdecoder.patch_embed1."),
     (r"^decoder\.blocks\.", "Tdecoder.block1."),
     (r"^decoder\.norm\.", "Tdecoder.norm1."),
@@ -59,65 +59,63 @@ def recognise(state: Mapping) -> bool:
 
 
 def width(state: Mapping) -> int:
-    """The width of the network whose official state dict this is. Raises `UserError` if that cannot be seen."""
+    """The width of the network of this official state dict. Raises `UserError` if it cannot be determined."""
     first = state.get(FIRST)
     if not isinstance(first, Tensor) or first.dim() != 4:
-        raise UserError(f"the official KA-Net file has no convolution '{FIRST}'; it is cut short or foreign")
+        raise UserError(f"the official KA-Net file has no convolution '{FIRST}'; it is incomplete or foreign")
     return first.shape[0]
 
 
 def load(network: KANetwork, state: Mapping[str, Tensor]) -> list[str]:
-    """Give ``network`` the weights of an official state dict; returns the names of the tensors left out.
+    """Load the weights of an official state dict into ``network``; returns the names of the tensors left out.
 
-    The random features stay those of ``network``. Raises `UserError` for missing, unknown and ill-shaped tensors.
+    ``network`` keeps its random features. Raises `UserError` for missing, unknown and wrongly shaped tensors.
     """
-    ours = {theirs: own for own, theirs in names(network.state_dict()).items()}
-    dead = _dead(width(state))
-    weights = {ours.get(key, key): value for key, value in state.items() if key not in dead}
-    weights |= {key: value for key, value in network.state_dict().items() if key.startswith(DRAWN)}
+    our_names = {theirs: ours for ours, theirs in names(network.state_dict()).items()}
+    unused = _unused(width(state))
+    weights = {our_names.get(key, key): value for key, value in state.items() if key not in unused}
+    weights |= {key: value for key, value in network.state_dict().items() if key.startswith(RANDOM)}
     load_strict(network, weights, "the official KA-Net file")
-    return [key for key in state if key in dead]
+    return [key for key in state if key in unused]
 
 
 def export(network: KANetwork) -> dict[str, dict[str, Tensor]]:
-    """What the released code loads: all its tensors under ``model``, named as by DataParallel; dead ones are zeros.
+    """A file for the released code: all its tensors under ``model``, named as by DataParallel; unused ones are zeros.
 
     The random features are left out: the released code draws its own. Raises `UserError` for another width.
     """
     weights = network.state_dict()
-    own = len(weights["encoder.embed.0.conv.weight"])
-    if own != WIDTH:
-        raise UserError(f"kanet.width={own}: the released network is {WIDTH} wide and can hold no other")
-    released = {theirs: weights[own].detach().cpu().clone() for own, theirs in names(weights).items()}
-    released |= {key: torch.zeros(shape) for key, shape in _dead(WIDTH).items()}
+    current = len(weights["encoder.embed.0.conv.weight"])
+    if current != WIDTH:
+        raise UserError(f"kanet.width={current}: the released network is {WIDTH} wide; train with that to export")
+    released = {theirs: weights[ours].detach().cpu().clone() for ours, theirs in names(weights).items()}
+    released |= {key: torch.zeros(shape) for key, shape in _unused(WIDTH).items()}
     return {"model": {f"module.{key}": value for key, value in released.items()}}
 
 
 def names(keys: Iterable[str]) -> dict[str, str]:
-    """Official names by ours, without what official files do not hold."""
-    found = {}
+    """Our names -> official ones, without the tensors that official files do not hold."""
+    official = {}
     for key in keys:
-        if key.startswith(DRAWN):
+        if key.startswith(RANDOM):
             continue
-        found[key] = key
-        for pattern, to in RULES:
-            found[key] = re.sub(pattern, to, found[key])
-    return found
+        official[key] = key
+        for pattern, replacement in RULES:
+            official[key] = re.sub(pattern, replacement, official[key])
+    return official
 
 
-def _place(part: str, number: int) -> str:
-    return (
-        "Tencoder."
-        + {
-            "embed": f"patch_embed{number}.",
-            "side_embed": f"mini_patch_embed{number}.",
-            "stages": f"block{number}.",
-            "side_stages": f"patch_block{number}.",
-        }[part]
-    )
+def _encoder_name(part: str, number: int) -> str:
+    official = {
+        "embed": "patch_embed",
+        "side_embed": "mini_patch_embed",
+        "stages": "block",
+        "side_stages": "patch_block",
+    }
+    return f"Tencoder.{official[part]}{number}."
 
 
-def _dead(width: int) -> dict[str, tuple[int, ...]]:
+def _unused(width: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that the released code constructs and saves and never uses."""
     first, *_, last = widths(width)
     embed, output = "Tencoder.mini_patch_embed4", "convtail.conv_output.conv2d"

@@ -1,7 +1,7 @@
-"""KA-Net's localization-and-removal block, on the features at 1/32 of the picture's size.
+"""KA-Net's localization-and-removal block, on the features at 1/32 of the image's size.
 
-The blocks and their names are the released code's (Feng et al., TPAMI 2024). That the gates localize what is degraded,
-and that the random features serve to remove it, is how the abstract's words are understood here.
+The blocks and their names are the released code's (Feng et al., TPAMI 2024). That the gates localize degradations and
+the random features help to remove them is our reading of the abstract.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SEED = 1234  # of the random features: the same in every network, and in none of the released files
+SEED = 1234  # of the random features: equal in all networks; the released files do not hold them
 DILATIONS = (1, 3, 5)
 
 
@@ -25,14 +25,15 @@ def conv_norm(a: int, b: int, kernel: int, dilation: int = 1) -> nn.Sequential:
 class RandomFourierFeatures(nn.Module):
     """sqrt(2 / b) cos(W p + beta) at every pixel: (N,a,h,w) -> (N,b,h,w), in float32 (Rahimi and Recht, NIPS 2007).
 
-    W ~ N(0,1) and beta ~ U(0,2 pi) are drawn once, by a seed of their own, and saved with the weights. With
-    ``resampled`` set they are drawn anew in every forward pass, at test time too, W first, from PyTorch's global CPU
-    generator: so does the released code, whose files therefore do not hold them.
+    W ~ N(0,1) and beta ~ U(0,2 pi) are drawn once, with a fixed seed, and saved with the weights. With ``resampled``
+    set they are drawn anew in every forward pass, at test time too, W first, from PyTorch's global CPU generator, as
+    in the released code, whose files therefore do not hold them.
     """
 
     def __init__(self, a: int, b: int):
         super().__init__()
-        self.shape, self.resampled = (b, a), False
+        self.shape = (b, a)
+        self.resampled = False
         weight, bias = self._draw(torch.Generator().manual_seed(SEED))
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
@@ -48,7 +49,7 @@ class RandomFourierFeatures(nn.Module):
 
 
 class SSB(nn.Module):
-    """A gate for every channel and place and one for every place, side by side, merged. Same shape."""
+    """A gate per channel and position and a gate per position, in parallel, then merged. Same shape."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -63,12 +64,12 @@ class SSB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = (self.squeeze(x.mean((2, 3)))[..., None, None] * self.local(x)).sigmoid()
-        places = self.place(torch.cat([x.mean(1, keepdim=True), self.score(x)], 1)).sigmoid()
-        return self.merge(torch.cat([x * channels, x * places], 1))
+        positions = self.place(torch.cat([x.mean(1, keepdim=True), self.score(x)], 1)).sigmoid()
+        return self.merge(torch.cat([x * channels, x * positions], 1))
 
 
 class DRB(nn.Module):
-    """Two dilated convolutions, densely joined, gated by SSB, plus the input. Same shape."""
+    """Two dilated convolutions, densely connected, gated by SSB, plus the input. Same shape."""
 
     def __init__(self, channels: int, dilation: int):
         super().__init__()
@@ -83,7 +84,7 @@ class DRB(nn.Module):
 
 
 class AGB(nn.Module):
-    """Branches (N,C,h,w), weighed by their means over channels and places, added up and merged. Same shape."""
+    """Branches (N,C,h,w), weighted by their means over channels and positions, summed and merged. Same shape."""
 
     def __init__(self, channels: int, branches: int):
         super().__init__()
@@ -97,7 +98,7 @@ class AGB(nn.Module):
 
 
 class MRFEB(nn.Module):
-    """Three fields of view, the narrowest on the random features, plus the input. (N,C,h,w) -> same shape."""
+    """Three receptive fields, the smallest on the random features, plus the input. (N,C,h,w) -> same shape."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -10,9 +10,9 @@ from models.layers import channels_last, single
 
 
 class SpectralConv(nn.Module):
-    """A 4x4 convolution without bias, padding 1, and what its weight must be divided by to have spectral norm 1.
+    """A 4x4 convolution without bias, padding 1, and the divisor that gives its weight a spectral norm of 1.
 
-    Names and numbers are those of torch.nn.utils.spectral_norm with one turn of the power iteration at each pass.
+    Names and numbers are those of torch.nn.utils.spectral_norm with one power iteration at each pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -23,12 +23,13 @@ class SpectralConv(nn.Module):
         self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0))
         self.register_buffer("weight_v", F.normalize(torch.randn(in_channels * 16), dim=0))
 
-    @torch.compiler.disable  # which would compute u again from its buffer, when that has turned already
+    @torch.compiler.disable  # compiled, it would recompute u from its buffer after that was updated
     def sigma(self) -> Tensor:
-        """The estimate of the weight's spectral norm, a scalar with a gradient; in training it turns once."""
+        """The estimate of the weight's spectral norm, a scalar with a gradient; training runs one power iteration."""
         with torch.autocast(self.weight_orig.device.type, enabled=False):
-            weight, u = self.weight_orig.permute(0, 2, 3, 1).flatten(1), self.weight_u.clone()
-            v = self.weight_v.view(-1, 4, 4).permute(1, 2, 0).flatten()  # as the weight lies in memory
+            weight = self.weight_orig.permute(0, 2, 3, 1).flatten(1)
+            u = self.weight_u.clone()
+            v = self.weight_v.view(-1, 4, 4).permute(1, 2, 0).flatten()  # in the weight's order in memory
             if self.training:
                 with torch.no_grad():
                     v = F.normalize(weight.T @ u, dim=0)
@@ -45,12 +46,12 @@ class SpectralConv(nn.Module):
 class Discriminator(nn.Module):
     """Is a patch real? (N,3,H,W) in [0,1] -> logits (N,1,H/8-2,W/8-2); H and W at least 24.
 
-    Several batches of one shape are judged in one pass, with the numbers of one pass after the other: each turns the
-    power iteration once, in the order given. There is no bias, and LeakyReLU(s x) = s LeakyReLU(x) for s > 0; so the
-    pass can take the spectral norms of the first batch, and the others' are divided out of their logits: what differs
-    is one number. (All divided at the end, large weights would overflow in half precision on their way.)
+    Several batches of one shape are processed in one pass, with the results of one pass per batch: each runs the power
+    iteration once, in the given order. There is no bias, and LeakyReLU(s x) = s LeakyReLU(x) for s > 0, so the pass
+    uses the spectral norms of the first batch, and the logits of each other batch are corrected by one factor.
+    (If all norms were divided out at the end, large weights would overflow in half precision.)
 
-    The released network ends in a sigmoid; here that belongs to the adversarial loss.
+    The released network ends in a sigmoid; here the sigmoid is part of the adversarial loss.
     """
 
     def __init__(self):
@@ -67,5 +68,5 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(conv(x, sigma), 0.2, inplace=True)
         raw = single(self.convs[-1](x, sigmas[0][-1])).chunk(len(images))
         first = math.prod(sigmas[0])
-        logits = tuple(part * (first / math.prod(own)) for part, own in zip(raw, sigmas, strict=True))
+        logits = tuple(part * (first / math.prod(norms)) for part, norms in zip(raw, sigmas, strict=True))
         return logits if len(images) > 1 else logits[0]

@@ -19,7 +19,7 @@ TRANSMISSION_RANGE = (0.05, 0.95)
 
 
 class Removal(NamedTuple):
-    """What the removal network finds in hazy images (N,3,H,W)."""
+    """The removal network's outputs for hazy images (N,3,H,W)."""
 
     clear: Tensor  # J (N,3,H,W) in [0,1]
     density: Tensor  # beta (N,1,1,1)
@@ -33,10 +33,10 @@ class Removal(NamedTuple):
 
 
 class Haze(NamedTuple):
-    """The haze that the removal network finds in the images that it sees (N,3,H,W)."""
+    """The haze that the removal network estimates in its input images (N,3,H,W)."""
 
     density: Tensor  # beta (N,1,1,1)
-    transmission: Tensor  # t (N,1,H,W), or as much finer as it was asked for
+    transmission: Tensor  # t (N,1,query H,query W)
     airlight: Tensor  # A (N,3,1,1)
 
 
@@ -45,7 +45,7 @@ class RemovalNet(nn.Module):
 
     H and W are multiples of 32, at least 64, with KAN-CID at least 128 (it reflects by 3 at 1/32).
     ``kan_cid``, ``idrm`` and ``drem`` switch the published modules; with all three off this is D4's network.
-    ``airlight_head`` adds the head that the paper draws, see `airlight.create`.
+    ``airlight_head`` adds a head for the airlight, see `airlight.create`.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class RemovalNet(nn.Module):
         transmission_range: tuple[float, float] = TRANSMISSION_RANGE,
     ):
         super().__init__()
-        self.density_range, self.transmission_range, self.recompute = density_range, transmission_range, False
+        self.density_range = density_range
+        self.transmission_range = transmission_range
+        self.recompute = False
         self.pyramid = Pyramid(features, KANCID if kan_cid else None, backbone)
         self.idrm = IDRM(features, idrm_hidden, features, positional) if idrm else None
         self.drem = DREM(features, drem_growth) if drem else nn.Identity()
@@ -76,19 +78,19 @@ class RemovalNet(nn.Module):
     def forward(self, hazy: Tensor, airlight: str = "max", guided: bool = False, tile: int | None = None) -> Removal:
         """``airlight``: max | dark_channel | learned; ``guided`` refines t by the guided filter before its use.
 
-        ``tile`` computes the same in tiles of that many pixels a side, in eval mode: every map but the widest layers'
-        is held whole, so density, airlight and positions are the whole picture's.
+        ``tile`` computes the same in tiles of that many pixels a side, in eval mode: only the maps of the widest
+        layers are split, so density, airlight and positions are those of the whole image.
         """
-        beta, t, A = self.find(hazy, airlight, tile)
+        beta, t, A = self.estimate_haze(hazy, airlight, tile)
         if guided:
             t = physics.guided_filter(hazy, t, tile=tile)
         clear = tiling.apply(lambda piece, window: physics.restore(piece, window.cut(t), A), hazy, tile=tile)
         return Removal(clear, beta, t, A)
 
-    def find(self, hazy: Tensor, airlight: str = "max", tile: int | None = None, query: int = 1) -> Haze:
-        """The haze alone, as of `forward`. ``query``: t is found at so many times the size, by asking IDRM there."""
+    def estimate_haze(self, hazy: Tensor, airlight: str = "max", tile: int | None = None, query: int = 1) -> Haze:
+        """The haze alone, as in `forward`. ``query``: IDRM is evaluated for t at this multiple of the image's size."""
         x, pooled = self.pyramid(hazy, tile)
-        with torch.autocast(hazy.device.type, enabled=False):  # a few numbers, on which every pixel depends
+        with torch.autocast(hazy.device.type, enabled=False):  # every pixel depends on these few numbers
             beta = squash(self.density(pooled.detach()), *self.density_range)[..., None, None]
         if query > 1 and self.idrm is not None:
             t = self._transmission(x, size=tuple(query * side for side in x.shape[2:]))
@@ -102,7 +104,7 @@ class RemovalNet(nn.Module):
     def _transmission(
         self, features: Tensor, window: tiling.Window | None = None, size: tuple[int, int] | None = None
     ) -> Tensor:
-        """t of a piece of the image, from features at half its size; ``size`` as of `IDRM`."""
+        """t of a piece of the image, from features at half its size; ``size`` as in `IDRM`."""
         if self.idrm is not None:
             features = self.idrm(features, size, window)
         return squash(self.head(self.drem(features)), 0, 1).clamp(*self.transmission_range)
@@ -135,7 +137,7 @@ class DepthNet(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution with reflection padding, batch norm where asked, LeakyReLU 0.2 where asked."""
+    """3x3 convolution with reflection padding, optional batch norm, optional LeakyReLU 0.2."""
 
     def __init__(self, a: int, b: int, stride: int = 1, norm: bool = True, active: bool = True):
         super().__init__()
@@ -148,7 +150,7 @@ class ConvBlock(nn.Module):
 
 
 class ProductionNet(nn.Module):
-    """Haze production (`net_c2h`): the scattering model, then a residual refiner of what it gives.
+    """Haze production (`net_c2h`): the scattering model, then a residual network that refines its output.
 
     clear (N,3,H,W) in [0,1], depth (N,1,H,W), density (N,1,1,1) -> hazy (N,3,H,W) in [0,1]; H, W multiples of 4.
     ``airlight`` (N,3,1,1): by default the per-channel maximum of the clear image.
@@ -179,9 +181,9 @@ class ProductionNet(nn.Module):
 
     def forward(self, clear: Tensor, depth: Tensor, density: Tensor, airlight: Tensor | None = None) -> Tensor:
         A = physics.max_airlight(clear) if airlight is None else airlight
-        simple = channels_last(physics.scatter(clear, physics.transmission(depth, density), A))
-        residual = single(self._refine(simple)).tanh()
-        return ((2 * simple - 1 + residual).clamp(-1, 1) + 1) / 2
+        scattered = channels_last(physics.scatter(clear, physics.transmission(depth, density), A))
+        residual = single(self._refine(scattered)).tanh()
+        return ((2 * scattered - 1 + residual).clamp(-1, 1) + 1) / 2
 
     def _refine(self, x: Tensor) -> Tensor:
         enc0, enc1, enc2, enc3 = self.encode
@@ -192,10 +194,10 @@ class ProductionNet(nn.Module):
         for block in self.residual:
             y = y + block(y)
         dec1, dec2, dec3, dec4 = self.decode
-        y = dec1(_double(torch.cat([y, x3], 1)))
-        y = dec2(_double(torch.cat([y, x2], 1)))
+        y = dec1(_upsample(torch.cat([y, x3], 1)))
+        y = dec2(_upsample(torch.cat([y, x2], 1)))
         return dec4(dec3(torch.cat([y, x1], 1)))
 
 
-def _double(x: Tensor) -> Tensor:
+def _upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)

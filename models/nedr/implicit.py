@@ -38,13 +38,13 @@ class IDRM(nn.Module):
     """Implicit degradation representation: an MLP of local features, position and cell size, at every pixel.
 
     (N,C,H,W) -> (N,out,h,w); ``size`` = (h,w) queries the field at another resolution (default: that of the features).
-    ``window`` says which piece of a larger map the features are, where they are one; their pixels keep their places.
-    The first layer sees, in this order, the 3x3 neighbourhood of the features (9 C, as torch's unfold), the pixel
-    centre in [-1,1] and its encoding (2 + 16), and the cell size in feature pixels times two (2).
-    The neighbourhood's share of that layer is a 3x3 convolution, computed as one.
+    ``window``: the piece of a larger map that the features are, if they are one; positions are those in the whole map.
+    The inputs of the first layer are, in this order, the 3x3 neighbourhood of the features (9 C, as torch's unfold),
+    the pixel centre in [-1,1] and its encoding (2 + 16), and the cell size in feature pixels times two (2).
+    The neighbourhood's part of that layer is computed as a 3x3 convolution.
 
-    ``positional=False`` is the released network, in which query and feature coordinates are the same points: their
-    difference, which is what it encodes, is zero everywhere and its cell is the constant (2,2).
+    ``positional=False`` is the released network, in which query and feature coordinates are the same points: it
+    encodes their difference, which is zero everywhere, and its cell is the constant (2,2).
     """
 
     def __init__(self, channels: int = 32, hidden: int = 256, out_channels: int = 32, positional: bool = True):
@@ -55,13 +55,13 @@ class IDRM(nn.Module):
 
     def forward(self, features: Tensor, size: tuple[int, int] | None = None, window: Window | None = None) -> Tensor:
         height, width = size or features.shape[-2:]
-        x = self._first(features, height, width, window).permute(0, 2, 3, 1).relu()  # a matrix of pixels from here on
+        x = self._first_layer(features, height, width, window).permute(0, 2, 3, 1).relu()  # (N,h,w,C) from here on
         for layer in self.layers[1:-1]:
             x = layer(x).relu_()
         return self.layers[-1](x).permute(0, 3, 1, 2)
 
-    def _first(self, features: Tensor, height: int, width: int, window: Window | None) -> Tensor:
-        """The first layer, split by what it sees; bilinear between features, so the field is continuous."""
+    def _first_layer(self, features: Tensor, height: int, width: int, window: Window | None) -> Tensor:
+        """The first layer, split by its inputs; bilinear between features, so that the output is continuous."""
         local, position, cell = self.layers[0].weight.split([9 * self.channels, 2 + 4 * OCTAVES, 2], 1)
         rows, columns = self._cell(features, height, width)
         bias = self.layers[0].bias + rows * cell[:, 0] + columns * cell[:, 1]

@@ -16,11 +16,11 @@ ORDER = 3  # cubic splines
 INTERVALS = 5  # of the grid on [-1, 1]
 STEP = 2 / INTERVALS
 BASES = INTERVALS + ORDER
-CENTRES = tuple(-1 + STEP * (b - 1) for b in range(BASES))  # basis b lives on CENTRES[b] +- 2 STEP
+CENTRES = tuple(-1 + STEP * (b - 1) for b in range(BASES))  # the support of basis b is CENTRES[b] +- 2 STEP
 
 
 def knots() -> Tensor:
-    """The extended uniform grid (12,), from -2.2 to 2.2: what official files hold in ``grid`` for every input."""
+    """The extended uniform grid (12,), from -2.2 to 2.2; official files hold it in ``grid`` for every input."""
     return torch.arange(-ORDER, INTERVALS + ORDER + 1, dtype=torch.float32) * STEP - 1
 
 
@@ -39,8 +39,8 @@ def bspline_bases(x: Tensor) -> Tensor:
 class _Activations(torch.autograd.Function):
     """SiLU and six times the bases of pixels (...,C): (...,9,C) in ``dtype``.
 
-    The same as ``[silu(x), 6 bspline_bases(x)]``, one basis after the other in the processor's cache, and for the
-    backward pass x alone is kept.
+    The same as ``[silu(x), 6 bspline_bases(x)]``, computed one basis at a time in the processor's cache; only x is
+    kept for the backward pass.
     """
 
     @staticmethod
@@ -57,13 +57,13 @@ class _Activations(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        kind, x = x.dtype, single(x)
+        dtype, x = x.dtype, single(x)
         total = torch.ops.aten.silu_backward(single(grad[..., 0, :]), x)
         for b, centre in enumerate(CENTRES, 1):
             u, outer, inner = _sides(x, centre)
             slope = torch.sub(inner.square_(), outer.square_(), alpha=0.25).mul_(u.sign_())
             total.addcmul_(slope, single(grad[..., b, :]), value=12 / STEP)
-        return total.to(kind), None
+        return total.to(dtype), None
 
 
 def _sides(x: Tensor, centre: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,22 +90,22 @@ class KANLinear(nn.Module):
             points = knots()[ORDER:-ORDER]
             bases = bspline_bases(points[:, None]).reshape(len(points), BASES)
             noise = (torch.rand(len(points), in_channels * out_channels) - 0.5) * 0.1 / INTERVALS
-            fit = torch.linalg.lstsq(bases, noise, driver="gelsd").solution  # under-determined: minimum norm
+            fit = torch.linalg.lstsq(bases, noise, driver="gelsd").solution  # underdetermined: minimum norm
             self.spline_weight.copy_(fit.T.reshape(out_channels, in_channels, BASES))
 
     def forward(self, x: Tensor) -> Tensor:
         spline = (self.spline_weight * (self.spline_scaler / 6).unsqueeze(-1)).transpose(1, 2)
         weight = torch.cat([self.base_weight.unsqueeze(1), spline], 1).flatten(1)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        active = _Activations.apply(x.permute(0, 2, 3, 1), dtype)
-        return F.linear(active.flatten(3), weight).permute(0, 3, 1, 2)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        activations = _Activations.apply(x.permute(0, 2, 3, 1), dtype)
+        return F.linear(activations.flatten(3), weight).permute(0, 3, 1, 2)
 
 
 class KANCID(nn.Module):
     """KAN-CID: channel-independent 7x7 depthwise convolution, then channel-dependent KAN layers at every pixel.
 
-    (N,C,H,W) -> (N,C,H,W), H and W at least 4 (reflection by 3). No residual around it.
+    (N,C,H,W) -> (N,C,H,W), H and W at least 4 (reflection by 3). No residual connection.
     """
 
     def __init__(self, channels: int):

@@ -1,4 +1,4 @@
-"""Official state dicts of NeDR and D4, read and written: one table of names, and what of them is dead."""
+"""Official state dicts of NeDR and D4, read and written: one table of names, and the list of unused tensors."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 NETWORKS = {
     "net_h2c": "removal",
-    "drem": "removal",  # this project's own entry: the released code builds DREM anew in every pass and never saves it
+    "drem": "removal",  # an entry of this project: the released code creates DREM in every pass and never saves it
     "net_c2h": "production",
     "net_depth": "depth",
     "discriminator_h2c": "discriminator_clear",
@@ -62,23 +62,23 @@ PRODUCTION = {
     "dec_conv_last.1": "decode.2.conv",
     "dec_conv_last_2.1": "decode.3.conv",
 }
-JUDGE = {f"conv{k + 1}.0": f"convs.{k}" for k in range(5)}
+DISCRIMINATOR = {f"conv{k + 1}.0": f"convs.{k}" for k in range(5)}
 TABLES = {
     "net_h2c": REMOVAL,
     "drem": DREM,
     "net_c2h": PRODUCTION,
     "net_depth": PYRAMID,
-    "discriminator_h2c": JUDGE,
-    "discriminator_c2h": JUDGE,
+    "discriminator_h2c": DISCRIMINATOR,
+    "discriminator_c2h": DISCRIMINATOR,
 }
 
 
-HALF = 0.01  # what a value of up to 2.2 may be off in a file of half precision; other grids are further away
+TOLERANCE = 0.01  # for values up to 2.2 from a file in half precision; other grids differ by more
 
 
 @dataclass
 class Official:
-    """What an official file holds, in this project's names."""
+    """The contents of an official file, in this project's names."""
 
     networks: dict[str, dict[str, Tensor]]
     features: int
@@ -89,28 +89,31 @@ class Official:
 
 def recognise(state: Mapping) -> str | None:
     """``nedr`` or ``d4``, the method whose official file ``state`` looks like (all networks, or the removal one)."""
-    keys, named = _flatten(state), any(str(key).split(".")[0] == "net_h2c" for key in state)
-    if not named and not any(key.startswith("net_h2c.scratch.layer1_rn.") for key in keys):
+    keys = _flatten(state)
+    has_networks = any(str(key).split(".")[0] == "net_h2c" for key in state)
+    if not has_networks and not any(key.startswith("net_h2c.scratch.layer1_rn.") for key in keys):
         return None
     return "nedr" if any(key.startswith(("net_h2c.cid_", "net_h2c.nrn.", "drem.")) for key in keys) else "d4"
 
 
 def translate(state: Mapping) -> Official:
-    """Rename an official state dict. Raises `UserError` for what is neither known nor known to be dead."""
+    """Rename an official state dict. Raises `UserError` for unknown tensors."""
     official = _split(state)
     removal = official.get("net_h2c", {})
     first = removal.get("scratch.layer1_rn.1.weight")
     if first is None or first.dim() != 4:
         raise UserError(
-            "the official file's net_h2c has no convolution 'scratch.layer1_rn.1'; it is cut short or foreign"
+            "the official file's net_h2c has no convolution 'scratch.layer1_rn.1'; it is incomplete or foreign"
         )
     features = first.shape[0]
     networks: dict[str, dict[str, Tensor]] = {}
     skipped: list[str] = []
     for name, weights in official.items():
-        ours, names, dead = networks.setdefault(NETWORKS[name], {}), _names(name, features), _dead(name, features)
+        ours = networks.setdefault(NETWORKS[name], {})
+        names = _names(name, features)
+        unused = _unused(name, features)
         for key, value in weights.items():
-            if key in dead:
+            if key in unused:
                 skipped.append(f"{name}.{key}")
             elif key.endswith(".grid"):
                 _check_grid(f"{name}.{key}", value)
@@ -129,10 +132,10 @@ def translate(state: Mapping) -> Official:
 
 
 def export(networks: Mapping[str, Mapping[str, Tensor]], features: int) -> dict[str, dict[str, Tensor]]:
-    """The reverse of `translate`: state dicts by official names, with all that the released networks construct.
+    """The reverse of `translate`: state dicts by official names, with all tensors of the released networks.
 
-    ``networks`` are state dicts by the names here; what the released networks lack is left out, their dead weight is
-    zero. At another width than the released one (``features`` 32) the dead ``mcc`` is scaled with it, which is a guess.
+    ``networks`` are state dicts by this project's names; tensors that the released networks lack are left out, unused
+    ones are zeros. At other widths than the released ``features`` 32 the shapes of the unused ``mcc`` are guessed.
     """
     official = {}
     for name, network in NETWORKS.items():
@@ -144,7 +147,7 @@ def export(networks: Mapping[str, Mapping[str, Tensor]], features: int) -> dict[
         for key in [key for key in weights if key.startswith("final_conv_beta_") and key.endswith("weight")]:
             weights[key] = weights[key][..., None, None]
         modular = any(key.startswith("cid_") for key in weights)
-        for key, shape in _dead(name, features).items():
+        for key, shape in _unused(name, features).items():
             if modular or not key.startswith(("cid_", "mcc.")):
                 weights[key] = torch.zeros(shape)
         for key, width in _grids(features).items() if modular else ():
@@ -167,7 +170,7 @@ def _split(state: Mapping) -> dict[str, dict[str, Tensor]]:
 
 
 def _flatten(state: Mapping) -> dict[str, Any]:
-    """``network.key`` -> what stands there; scalars beside the networks are left out, and drem stands by itself."""
+    """``network.key`` -> its value, with drem as a network of its own; scalars beside the networks are left out."""
     flat: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
@@ -180,7 +183,7 @@ def _flatten(state: Mapping) -> dict[str, Any]:
 
 
 def _names(name: str, features: int) -> dict[str, str]:
-    """The modules of an official network and their names here; those of KAN-CID are named by width."""
+    """Official names of a network's modules -> their names here; the official KAN-CIDs are named by width."""
     mixers = {}
     for k, width in enumerate(_widths(features) if name == "net_h2c" else ()):
         mixers[f"cid_{width}.channel_independent.dconv"] = f"pyramid.mixers.{k}.spatial"
@@ -189,7 +192,7 @@ def _names(name: str, features: int) -> dict[str, str]:
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str | None:
-    """``key`` with the name of its module replaced; None where ``names`` has none for it."""
+    """``key`` with the name of its module replaced; None if ``names`` does not hold the module."""
     module = next((module for module in names if key.startswith(f"{module}.")), None)
     return module and names[module] + key.removeprefix(module)
 
@@ -203,8 +206,8 @@ def _grids(features: int) -> dict[str, int]:
     return {f"cid_{w}.channel_dependent.{fc}.grid": w for w in _widths(features) for fc in ("fc1", "fc2")}
 
 
-def _dead(name: str, features: int) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of what the released code constructs and saves, and its forward pass never uses."""
+def _unused(name: str, features: int) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of the tensors that the released code creates and saves and its forward pass never uses."""
     if name == "drem":
         return dict(_layers({f"RDB_{k}.0.conv1": (64, 3, 5, 5) for k in (1, 2)}))
     if name not in ("net_h2c", "net_depth"):
@@ -218,16 +221,16 @@ def _dead(name: str, features: int) -> dict[str, tuple[int, ...]]:
 
 
 def _layers(weights: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Layers of these weights, each with its bias."""
+    """Keys and shapes of layers with these weights, each followed by its bias."""
     for layer, shape in weights.items():
         yield f"{layer}.weight", shape
         yield f"{layer}.bias", shape[:1]
 
 
 def _colour_block(f: int) -> dict[str, tuple[int, ...]]:
-    """The released NeDR's ``mcc``: constructed for ``f`` channels, saved, never called."""
+    """The released NeDR's ``mcc``: created for ``f`` channels, saved, never called."""
     squeezed = max(1, f // 16)
-    alone = {
+    unbiased = {
         "pwconv": (3 * f, f, 1, 1),
         "dwconv": (3 * f, 1, 3, 3),
         "project_out": (f, f, 1, 1),
@@ -250,11 +253,11 @@ def _colour_block(f: int) -> dict[str, tuple[int, ...]]:
         "ycbcr_to_rgb_model.conv1": (64, f, 3, 3),
         "ycbcr_to_rgb_model.conv2": (f, 64, 3, 3),
     }
-    shapes = {"temperature": (8, 1, 1)} | {f"{layer}.weight": shape for layer, shape in alone.items()}
+    shapes = {"temperature": (8, 1, 1)} | {f"{layer}.weight": shape for layer, shape in unbiased.items()}
     return {f"mcc.{key}": shape for key, shape in (shapes | dict(_layers(biased))).items()}
 
 
 def _check_grid(key: str, grid: Tensor) -> None:
-    uniform = grid.dim() == 2 and grid.shape[1] == len(knots()) and torch.allclose(grid.float(), knots(), atol=HALF)
-    if not uniform:
+    fits = grid.dim() == 2 and grid.shape[1] == len(knots())
+    if not (fits and torch.allclose(grid.float(), knots(), atol=TOLERANCE)):
         raise UserError(f"the official file's '{key}' is not the uniform grid on [-1,1] with 5 intervals")

@@ -10,8 +10,8 @@ from models.layers import pointwise
 class ResidualDenseBlock(nn.Module):
     """Three densely connected 5x5 convolutions of ``growth`` channels, fused by 1x1, plus the input. Same shape.
 
-    A convolution of concatenated maps is the sum of convolutions of each. So each map is convolved once, for all layers
-    that see it, as soon as it is there: nothing is concatenated, and a third of the memory is needed to train.
+    A convolution of concatenated maps is the sum of the convolutions of each. So each map is convolved once, for all
+    later layers, as soon as it is computed: nothing is concatenated, and training needs a third of the memory.
     """
 
     def __init__(self, channels: int, growth: int):
@@ -24,19 +24,20 @@ class ResidualDenseBlock(nn.Module):
         by_map = [layer.weight.split(widths[: k + 1], 1) for k, layer in enumerate(self.layers)]
         fuse = self.fuse.weight.split(widths, 1)
         total, dense = x + pointwise(x, fuse[0], self.fuse.bias), x
-        pending: list[Tensor] = []  # what the layers to come have gathered of the maps so far
+        pending: list[Tensor] = []  # sums so far of the later layers
         bias = torch.cat([layer.bias for layer in self.layers])
         for k in range(3):
             weight = torch.cat([by_map[n][k] for n in range(k, 3)])
-            found = F.conv2d(dense, weight, bias, padding=2).split(widths[k + 1 :], 1)
-            pending = [a + b for a, b in zip(pending, found, strict=True)] if pending else list(found)
-            bias, dense = None, pending.pop(0).relu()
+            parts = F.conv2d(dense, weight, bias, padding=2).split(widths[k + 1 :], 1)
+            pending = [a + b for a, b in zip(pending, parts, strict=True)] if pending else list(parts)
+            bias = None
+            dense = pending.pop(0).relu()
             total = total + pointwise(dense, fuse[k + 1])
         return total
 
 
 class DREM(nn.Module):
-    """Dense residual enhancement: x minus what two residual dense blocks find. (N,C,H,W) -> same shape."""
+    """Dense residual enhancement: x minus the output of two residual dense blocks. (N,C,H,W) -> same shape."""
 
     def __init__(self, channels: int = 32, growth: int = 64):
         super().__init__()
@@ -47,7 +48,7 @@ class DREM(nn.Module):
         self.lower = nn.Conv2d(growth, channels, 5, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and x.device.type == "cpu" and self.is_identity():  # a GPU would be waited for
+        if not torch.is_grad_enabled() and x.device.type == "cpu" and self.is_identity():  # a GPU would synchronise
             return x
         first = self.lift(x)
         second = self.block1(first).relu_()
@@ -55,10 +56,10 @@ class DREM(nn.Module):
         return x - self.lower(self.merge(first + second + third).relu_())
 
     def is_identity(self) -> bool:
-        """Is the last convolution zero, so that all others are computed for nothing?"""
+        """Is the last convolution zero, so that the others have no effect?"""
         return not (self.lower.weight.any() or self.lower.bias.any())
 
     def make_identity(self) -> None:
-        """Zero the last convolution, so that the module returns its input: the stand-in for absent weights."""
+        """Zero the last convolution, so that the module returns its input: used for missing weights."""
         nn.init.zeros_(self.lower.weight)
         nn.init.zeros_(self.lower.bias)

@@ -1,4 +1,4 @@
-"""Settings of NeDR and D4: their types and ranges, and what cannot work together."""
+"""Settings of NeDR and D4: their types and ranges, and checks of their combinations."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -69,7 +69,7 @@ class NeDRSettings:
 
     @property
     def cycles(self) -> bool:
-        """Has anything a weight for which images must be made hazy, or hazy again?"""
+        """Does any loss with a weight need synthetic or rehazed images?"""
         weights = (self.gan_weight, self.cycle_weight, self.density_weight, self.perceptual_weight, self.depth_weight)
         return any(weights) or (self.airlight == "learned" and self.airlight_weight > 0)
 
@@ -85,21 +85,21 @@ class NeDRSettings:
             )
         if 0 < self.working_size < STRIDE:
             raise UserError(
-                f"{self.block}.working_size={self.working_size}: so few pixels show nothing; set 0 (full size), or "
-                f"{STRIDE} or more (160 to 256 serve well)"
+                f"{self.block}.working_size={self.working_size}: too few pixels; set 0 (full size), or {STRIDE} or "
+                f"more (160 to 256 work well)"
             )
         if not self.scales:
             raise UserError(f"{self.block}.scales=[]: name at least one, as [1.0]")
         terms = (self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)
         if not any((*terms, self.dark_channel_energy_weight)):
             raise UserError(
-                f"{self.block}.cycle_weight=0: the generators need gan, cycle, density, identity or "
-                f"dark_channel_energy to have a weight"
+                f"{self.block}.cycle_weight=0: the generators need a loss; give gan, cycle, density, identity or "
+                f"dark_channel_energy a weight"
             )
         if self.dark_channel_energy.size % 2 == 0:
             raise UserError(
-                f"{self.block}.dark_channel_energy.size={self.dark_channel_energy.size}: a window has a pixel in its "
-                f"middle; set an odd number, as 15"
+                f"{self.block}.dark_channel_energy.size={self.dark_channel_energy.size}: a window needs a central "
+                f"pixel; set an odd number, such as 15"
             )
         if self.variant == "released" and self.airlight == "learned":
             raise UserError(
@@ -108,5 +108,5 @@ class NeDRSettings:
 
 
 def minimum_side(settings: NeDRSettings) -> int:
-    """KAN-CID reflects by 3 at 1/32, so it needs 4 pixels there; the residual units need 2."""
+    """The smallest side of an image: KAN-CID pads by 3 at 1/32, so it needs 4 pixels there; residual units need 2."""
     return 4 * STRIDE if settings.kan_cid else 2 * STRIDE

@@ -1,13 +1,13 @@
-"""The working size: at what size a network sees an image of which it needs the whole view, not every pixel."""
+"""The working size: the reduced size at which a network processes an image if it needs the view, not every pixel."""
 
 from models.pyramid import STRIDE
 
 
-def seen_size(height: int, width: int, working_size: int) -> tuple[int, int] | None:
-    """(h,w) at which an image of (height,width) is seen if its short side is to have ``working_size`` pixels.
+def network_size(height: int, width: int, working_size: int) -> tuple[int, int] | None:
+    """(h,w) of the reduced image for one of (height,width) if its short side is to have ``working_size`` pixels.
 
-    Sides are rounded to multiples of 32 and never larger than the picture's; a side under 32 stays as it is (the caller
-    pads it). None: as it is, since ``working_size`` is 0 or nothing would become smaller.
+    Sides are rounded to multiples of 32 and never larger than the image's; a side under 32 is kept (the caller pads
+    it). None: the image is not reduced, since ``working_size`` is 0 or not smaller than its short side.
     """
     scale = working_size / min(height, width)
     if not 0 < scale < 1:

@@ -41,14 +41,14 @@ def done(pictures, tmp_path_factory) -> SimpleNamespace:
     """D4 and NeDR trained and scored by the command: its folder, what it printed, the batches, the signals after."""
     folder, out, batches, before = tmp_path_factory.mktemp("run"), io.StringIO(), [], signal.getsignal(signal.SIGINT)
     shutil.copy(TINY, folder)
-    game = models.nedr.NeDR._game
+    adversarial = models.nedr.NeDR._adversarial
 
     def recorded(method, batch):
         batches.append(batch)
-        return game(method, batch)
+        return adversarial(method, batch)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(models.nedr.NeDR, "_game", recorded)
+        patch.setattr(models.nedr.NeDR, "_adversarial", recorded)
         status = ablation.main(["--checkpoints", str(folder), *pictures, "--cases", "nedr", "d4"])
     assert status == 0
     assert signal.getsignal(signal.SIGINT) is before

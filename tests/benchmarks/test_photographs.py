@@ -31,7 +31,7 @@ def test_a_file_may_have_the_sign_for_settings_in_its_name(tmp_path, monkeypatch
         (["dcp", "--sizes", "40"], "--sizes 40: write width x height"),
         (["dcp", "--sizes", "0x40"], "write width x height"),
         (["nowhere.pt"], "no checkpoint nowhere.pt"),
-        (["nedr@nedr.drem=false"], "nedr.drem was settled by training"),
+        (["nedr@nedr.drem=false"], "nedr.drem is fixed by training"),
         (["dcp@dcp.guided_filtre=true"], "did you mean 'guided_filter'"),
     ],
 )

@@ -296,7 +296,7 @@ class Discriminator(nn.Module):
         return self.conv5(self.conv4(self.conv3(self.conv2(self.conv1(x))))).sigmoid()
 
 
-class Game(nn.Module):
+class ReferenceTraining(nn.Module):
     """Adversarial training: all five networks by their official names, their three optimisers, and one step of them."""
 
     def __init__(self, drem: dict[str, Tensor] | None = None):
@@ -304,9 +304,9 @@ class Game(nn.Module):
         self.net_h2c, self.net_c2h, self.net_depth = RemovalNet(drem), ProductionNet(), DepthNet()
         self.discriminator_h2c, self.discriminator_c2h = Discriminator(), Discriminator()
         generators = [*self.net_h2c.parameters(), *self.net_c2h.parameters()]
-        judges = [*self.discriminator_h2c.parameters(), *self.discriminator_c2h.parameters()]
+        discriminators = [*self.discriminator_h2c.parameters(), *self.discriminator_c2h.parameters()]
         self.gen = torch.optim.Adam(generators, 1e-4, (0.9, 0.999))
-        self.dis = torch.optim.Adam(judges, 1e-5, (0.9, 0.999))
+        self.dis = torch.optim.Adam(discriminators, 1e-5, (0.9, 0.999))
         self.depth = torch.optim.Adam(self.net_depth.parameters(), 1e-4, (0.9, 0.999))
 
     def step(self, hazy: Tensor, clear: Tensor, beta: Tensor) -> dict[str, Tensor]:
@@ -315,15 +315,15 @@ class Game(nn.Module):
             optimiser.zero_grad()
         J, d, beta_h = self.net_h2c(hazy)
         rehazed = self.net_c2h(J, self.net_depth(J), beta_h)
-        made = self.net_c2h(clear, self.net_depth(clear), beta)
-        J2, _, beta2 = self.net_h2c(made)
+        synthetic = self.net_c2h(clear, self.net_depth(clear), beta)
+        J2, _, beta2 = self.net_h2c(synthetic)
 
-        judges = (self.discriminator_h2c, clear, J), (self.discriminator_c2h, hazy, made)
-        dis = sum((lsgan(judge(real), 1) + lsgan(judge(fake.detach()), 0)) / 2 for judge, real, fake in judges)
+        pairs = (self.discriminator_h2c, clear, J), (self.discriminator_c2h, hazy, synthetic)
+        dis = sum((lsgan(net(real), 1) + lsgan(net(fake.detach()), 0)) / 2 for net, real, fake in pairs)
         dis.backward()
         self.dis.step()
 
-        terms = {"gan": (lsgan(self.discriminator_h2c(J), 1) + lsgan(self.discriminator_c2h(made), 1)) / 2}
+        terms = {"gan": (lsgan(self.discriminator_h2c(J), 1) + lsgan(self.discriminator_c2h(synthetic), 1)) / 2}
         terms |= {"cycle_clear": F.l1_loss(J2, clear), "cycle_hazy": F.l1_loss(rehazed, hazy)}
         terms |= {"density": F.mse_loss(beta2, beta)}
         gen = 0.2 * terms["gan"] + terms["cycle_clear"] + terms["cycle_hazy"] + terms["density"]

@@ -47,7 +47,7 @@ def test_statistics_have_the_size_that_the_head_expects():
 @pytest.mark.parametrize("picture", [torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.rand(1, 3, 64, 64)])
 @pytest.mark.parametrize("t", [0.001, 0.05, 1.0])
 def test_statistics_of_flat_pictures_are_numbers(picture, t):
-    found = airlight.of_densest_haze(picture, torch.full((1, 1, 64, 64), t))
+    found = airlight.haze_statistics(picture, torch.full((1, 1, 64, 64), t))
     assert found.isfinite().all()
     assert found.abs().max() < 100
 
@@ -70,7 +70,7 @@ def test_the_head_learns_in_the_warm_start():
     assert loss.terms.keys() == {"transmission", "clear", "density", "airlight", "restored"}
     weighed = loss.terms["transmission"] + loss.terms["clear"] + loss.terms["density"] + loss.terms["airlight"]
     torch.testing.assert_close(loss.value, weighed + 0.3 * loss.terms["restored"])
-    found = method.removal.find(batch["hazy"], "learned")
+    found = method.removal.estimate_haze(batch["hazy"], "learned")
     by_hand = ((batch["hazy"] - found.airlight) / found.transmission + found.airlight - clear).abs().mean()
     torch.testing.assert_close(loss.terms["restored"], by_hand, rtol=0.05, atol=0)
     loss.value.backward()

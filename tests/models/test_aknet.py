@@ -173,7 +173,7 @@ def test_a_weight_of_zero_switches_off():
 
 def test_pictures_for_the_log():
     data = batch()
-    shown = narrow().eval().pictures(data)
+    shown = narrow().eval().sample_images(data)
     assert list(shown) == ["hazy", "dehazed", "clear"]
     assert 0 <= shown["dehazed"].min() <= shown["dehazed"].max() <= 1
     assert not shown["dehazed"].requires_grad

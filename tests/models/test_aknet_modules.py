@@ -43,7 +43,7 @@ def random_network(width: int = 8) -> AKNetNetwork:
 @pytest.mark.parametrize("size", [(8, 8), (36, 44)])
 def test_network_and_gradients(size, border):
     network, x = random_network(), torch.rand(2, 3, *size, dtype=torch.float64)
-    released = official.restore(network.state_dict())
+    released = official.export(network.state_dict())
     for value in released.values():
         value.requires_grad_()
     outputs = network(x, border), naive.network(released, x, border)
@@ -51,8 +51,8 @@ def test_network_and_gradients(size, border):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     for found in outputs:
         sum(y.square().sum() for y in found).backward()
-    gradients = {key: value.grad for key, value in released.items() if key not in official.DEAD}
-    ours = official.restore({name: p.grad for name, p in network.named_parameters()})
+    gradients = {key: value.grad for key, value in released.items() if key not in official.UNUSED}
+    ours = official.export({name: p.grad for name, p in network.named_parameters()})
     for key in gradients.keys() - official.WINDOWS.keys():
         atol = 1e-9 + 1e-6 * gradients[key].abs().max().item()  # some cancel: what a normalisation takes away again
         torch.testing.assert_close(ours[key], gradients[key], rtol=1e-5, atol=atol)

@@ -51,7 +51,7 @@ def batch():
     [
         ("tf_eficientnet_lite0", "no such network; did you mean 'tf_efficientnet_lite0'"),
         ("vit_tiny_patch16_224", "strides 16, 16, 16; needed are 4, 8, 16 and 32"),
-        ("swin_tiny_patch4_window7_224", r"needed are 4, 8, 16 and 32, as \(N,C,H,W\), of images of any size"),
+        ("swin_tiny_patch4_window7_224", r"needed are 4, 8, 16 and 32, as \(N,C,H,W\), for images of any size"),
         ("", "no such network"),
     ],
 )

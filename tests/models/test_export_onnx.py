@@ -51,7 +51,7 @@ def largest(found, expected) -> float:
 def test_network(method, graphs, size):
     small = hazy(*size)
     with torch.no_grad():
-        expected = method.removal.find(small, "learned")
+        expected = method.removal.estimate_haze(small, "learned")
     assert largest(run(graphs[0], small=small), [expected.transmission, expected.airlight]) < 1e-5
 
 
@@ -65,7 +65,7 @@ def test_whole_picture(method, graphs, size):
 @pytest.mark.parametrize(("kind", "share"), [("fp16", 0.55), ("int8", 0.35)])
 def test_smaller_weights_cost_less_than_a_tenth_of_a_decibel(graphs, kind, share):
     """On the mean of the sample set's test images, of the files that are written."""
-    small, decibels = export_onnx.smaller(graphs[1], kind), []
+    small, decibels = export_onnx.compress(graphs[1], kind), []
     assert small.stat().st_size < share * graphs[1].stat().st_size
     for path in paths.find(HAZY):
         clear = images.read(paths.resolve("sample:test/clear") / f"{path.stem.split('_')[0]}.png")

@@ -124,7 +124,7 @@ def test_what_the_sample_weights_remember_is_saved(kind):
 
 def test_pictures():
     method = models.build(settings(*PLAIN)).eval()
-    found = method.pictures(batch())
+    found = method.sample_images(batch())
     assert list(found) == ["hazy", "dehazed", "clear"]
     assert 0 <= found["dehazed"].min() <= found["dehazed"].max() <= 1
     assert torch.equal(found["dehazed"], method.dehaze(batch()["hazy"]))

@@ -145,7 +145,7 @@ def test_a_quickened_network_gives_the_same():
     import timm
 
     plain = timm.create_model("tf_efficientnet_lite3", features_only=True, out_indices=(1, 2), pretrained=False)
-    quick = layers.quicken(copy.deepcopy(plain))
+    quick = layers.use_fast_layers(copy.deepcopy(plain))
     assert quick.state_dict().keys() == plain.state_dict().keys()
     x = torch.rand(1, 3, 64, 96)
     for mode in (True, False):

@@ -188,18 +188,18 @@ def test_discriminator_scores_patches(size):
 
 
 def test_a_score_sees_seventy_pixels():
-    judge, x = Discriminator().eval(), torch.rand(1, 3, 128, 128, requires_grad=True)
-    judge(x)[0, 0, 7, 7].backward()
+    discriminator, x = Discriminator().eval(), torch.rand(1, 3, 128, 128, requires_grad=True)
+    discriminator(x)[0, 0, 7, 7].backward()
     rows = x.grad.abs().amax((0, 1, 3)).nonzero()
     assert rows.max() - rows.min() + 1 == 70
 
 
 def test_discriminator_convolutions_have_spectral_norm_one():
-    judge = Discriminator().train()
+    discriminator = Discriminator().train()
     for _ in range(10):  # the power method turns once a pass
-        judge(torch.rand(1, 3, 24, 24))
-    judge.eval()(torch.rand(1, 3, 24, 24))
-    for conv in judge.convs[:2]:
+        discriminator(torch.rand(1, 3, 24, 24))
+    discriminator.eval()(torch.rand(1, 3, 24, 24))
+    for conv in discriminator.convs[:2]:
         norm = torch.linalg.matrix_norm(conv.weight_orig.flatten(1), 2).item()
         assert conv.sigma().item() == pytest.approx(norm, rel=0.1)
 

@@ -164,7 +164,7 @@ def test_one_training_step(official_file, golden_train, monkeypatch, dtype, slac
     near = lambda key, tolerance: pytest.approx(golden_train[key], rel=slack * tolerance)  # noqa: E731
 
     assert list(terms) == ["discriminators", "depth", "generators"]
-    # The mean of the four LSGAN terms; each judge's term is the mean of its two.
+    # The mean of the four LSGAN terms; each discriminator's term is the mean of its two.
     assert terms["discriminators"]["total"] / 2 == near("d_dis", 1e-3)
     assert terms["generators"]["cycle_clear"] == near("g_cyc_clear", 1e-3)
     assert terms["generators"]["cycle_hazy"] == near("g_cyc_hazy", 1e-3)
@@ -286,7 +286,7 @@ REFUSED = {
     "density": ({"final_conv_beta_2__0__weight": torch.zeros(1)}, r"1 of another shape \(density\.1\.weight\)"),
     "shape": ({"nrn__imnet__layers__2__weight": torch.zeros(3, 3)}, r"1 of another shape \(idrm\.layers\.1\.weight\)"),
     "width": ({"scratch__layer1_rn__1__weight": torch.zeros(48, 32, 3, 3)}, "of another shape"),
-    "cut": ({"scratch__layer1_rn__1__weight": None}, "cut short or foreign"),
+    "cut": ({"scratch__layer1_rn__1__weight": None}, "incomplete or foreign"),
     "grid": ({"cid_32__channel_dependent__fc1__grid": torch.linspace(-3, 3, 12).expand(32, 12)}, "uniform grid"),
     "grid dims": ({"cid_32__channel_dependent__fc1__grid": torch.tensor(0.0)}, "uniform grid"),
     "list": ({"head2__weight": [1, 2]}, "not a tensor"),

@@ -76,7 +76,7 @@ def test_one_step_of_each_stage(form):
     assert moved(method, before) == {"removal", "depth"}
 
     before = parameters(method)
-    terms |= (game := step(method, values, "train", size))
+    terms |= (adversarial := step(method, values, "train", size))
     expected = {
         "discriminator_clear",
         "discriminator_hazy",
@@ -87,7 +87,7 @@ def test_one_step_of_each_stage(form):
         "pseudo_depth",
     }
     expected |= {"generators", "depth", "discriminators", "t_mean", "t_deviation"}
-    assert game.keys() == expected | ({"airlight"} if learned else set())
+    assert adversarial.keys() == expected | ({"airlight"} if learned else set())
     assert moved(method, before) == {"removal", "production", "depth", "discriminator_clear", "discriminator_hazy"}
 
     assert all(torch.tensor(value).isfinite() for value in terms.values())
@@ -116,8 +116,8 @@ def test_weights_of_zero_switch_off():
     off = [f"nedr.{name}_weight=0" for name in ("gan", "density", "depth", "airlight")]
     overrides = (*SMALLEST, *off)
     method = tiny(*overrides)
-    for judge in (method.discriminator_clear, method.discriminator_hazy):
-        judge.register_forward_hook(lambda *_: pytest.fail("a discriminator ran"))
+    for discriminator in (method.discriminator_clear, method.discriminator_hazy):
+        discriminator.register_forward_hook(lambda *_: pytest.fail("a discriminator ran"))
     before = parameters(method)
     terms = step(method, tiny_settings(*overrides), "train", 64)
     assert terms.keys() == {"cycle_clear", "cycle_hazy", "generators", "t_mean", "t_deviation"}
@@ -145,7 +145,7 @@ def test_the_energy_alone_costs_no_cycle():
 
 
 def test_no_weight_at_all_is_refused():
-    with pytest.raises(UserError, match=r"dark_channel_energy to have a weight"):
+    with pytest.raises(UserError, match=r"dark_channel_energy a weight"):
         tiny_settings(*ENERGY, "nedr.dark_channel_energy_weight=0")
     with pytest.raises(UserError, match=r"size=14: .*odd"):
         tiny_settings("nedr.dark_channel_energy.size=14")
@@ -167,7 +167,7 @@ def test_replayed_pictures_teach_as_in_the_warm_start():
     totals = {}
     for name, losses in {
         "warm_start": method.losses(data, "warm_start"),
-        "game": method.losses(hazy, "train"),
+        "adversarial": method.losses(hazy, "train"),
         "both": method.losses(hazy | replay, "train"),
     }.items():
         torch.manual_seed(2)  # of the random haze
@@ -175,7 +175,7 @@ def test_replayed_pictures_teach_as_in_the_warm_start():
         totals[name] = {loss.optimiser: loss.value.item() for loss in found}
         terms = found[-1].terms
     for optimiser in ("generators", "depth"):
-        both = totals["warm_start"][optimiser] + totals["game"][optimiser]
+        both = totals["warm_start"][optimiser] + totals["adversarial"][optimiser]
         assert totals["both"][optimiser] == pytest.approx(both, rel=1e-5)
     assert {"replay_transmission", "replay_clear", "replay_airlight", "cycle_clear"} <= terms.keys()
 
@@ -198,7 +198,7 @@ def test_frozen_statistics():
 def test_trivial_answers_are_named_when_they_last():
     method = tiny(*SMALLEST, started=False)
     said = {
-        step: [told.split(" ")[0:4] for told in method.remarks("train", step, figures)]
+        step: [told.split(" ")[0:4] for told in method.training_warnings("train", step, figures)]
         for step, figures in (
             (50, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
             (
@@ -217,10 +217,10 @@ def test_trivial_answers_are_named_when_they_last():
         350: [["t", "has", "been", "flat"]],
         550: [["the", "discriminator", "of", "clear"]],
     }
-    assert not list(method.remarks("warm_start", 900, {"t_deviation": 0.0}))
+    assert not list(method.training_warnings("warm_start", 900, {"t_deviation": 0.0}))
     told = [
-        *method.remarks("train", 600, {"discriminator_clear": 0}),
-        *method.remarks("train", 650, {"discriminator_clear": 0}),
+        *method.training_warnings("train", 600, {"discriminator_clear": 0}),
+        *method.training_warnings("train", 650, {"discriminator_clear": 0}),
     ]
     assert len(set(told)) == 1  # so that the log says it once
     assert "nedr.discriminator_rate" in told[0]
@@ -266,7 +266,7 @@ def test_learning_rates():
 
 def test_pictures_for_the_log():
     method = tiny(*SMALLEST).eval()
-    shown = method.pictures(batch(64))
+    shown = method.sample_images(batch(64))
     assert {"hazy", "dehazed", "rehazed", "clear", "synthetic", "transmission", "depth"} == shown.keys()
     for image in shown.values():
         assert image.shape[0] == 2

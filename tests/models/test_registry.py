@@ -92,7 +92,7 @@ def test_a_step_of_training(name, stage):
         assert not without
         assert all(p.grad.isfinite().all() for p in parameters)
         assert any(not torch.equal(a, b) for a, b in zip(earlier, parameters, strict=True))
-    for shown in method.eval().pictures(batch).values():
+    for shown in method.eval().sample_images(batch).values():
         assert shown.shape[0] == 2
         assert shown.shape[1] in (1, 3)
         assert shown.isfinite().all()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_tiles import smooth, vivid
 
 import models
-from models.nedr.working_size import seen_size
+from models.nedr.working_size import network_size
 from utils import physics
 from utils.errors import UserError
 
@@ -18,8 +18,8 @@ sides = st.integers(1, 9000)
 
 @settings(max_examples=200)
 @given(sides, sides, st.sampled_from([32, 64, 160, 224, 256]))
-def test_seen_size(height, width, size):
-    seen = seen_size(height, width, size)
+def test_network_size(height, width, size):
+    seen = network_size(height, width, size)
     if min(height, width) <= size:
         assert seen is None
         return
@@ -31,13 +31,13 @@ def test_seen_size(height, width, size):
 
 
 def test_of_full_size_by_default():
-    assert seen_size(460, 620, 0) is None
+    assert network_size(460, 620, 0) is None
     assert tiny_settings().method.working_size == 0
 
 
-def test_seen_size_of_known_pictures():
-    assert seen_size(460, 620, 160) == (160, 224)
-    assert seen_size(3000, 4000, 224) == (224, 288)
+def test_network_size_of_known_images():
+    assert network_size(460, 620, 160) == (160, 224)
+    assert network_size(3000, 4000, 224) == (224, 288)
 
 
 @pytest.mark.parametrize("airlight", ["max", "dark_channel", "learned"])
