@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import beside
+from utils.files import temporary_path
 
 EXTENSIONS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".wmv", ".flv", ".3gp"}
@@ -199,7 +199,7 @@ class Writer:
 
     def __init__(self, path: Path, reader: Reader, crf: int, size: tuple[int, int]):
         self.path, self.reader, self.av = path, reader, reader.av
-        self.part = beside(path)
+        self.part = temporary_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = WRITTEN[path.suffix.lower()]
         try:

@@ -16,7 +16,7 @@ from models.method import Method
 from models.nedr import D4, NeDR
 from utils import checkpoint, config, foreign, trust
 from utils.errors import UserError, nearest, quoted
-from utils.files import home
+from utils.files import expand_home
 from utils.training import progress
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -160,7 +160,7 @@ def _path(file: str | Path | None) -> Path:
     """The file that is named, or the weights that ship; which they are goes into the log."""
     name = file or "nedr"
     if name not in METHODS or (file and Path(name).is_file()):  # a folder of that name is no file of weights
-        return home(file)
+        return expand_home(file)
     path = shipped(name)
     if path is None:
         raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")
@@ -172,7 +172,7 @@ def _ours(told: dict, weights: dict, path: Path) -> Method:
     """The method for ``weights`` of which the file itself has ``told`` the name and the settings."""
     checkpoint.require(told, ("model", "settings"), path)
     settings = config.load(told["model"], settings_types(), saved=told["settings"])
-    with trust.made_for(weights, path):
+    with trust.limit_size(weights, path):
         method = build(settings)
     held = {key.split(".")[0] for key in weights}
     for name in [name for name, _ in method.named_children() if name not in held]:
@@ -185,11 +185,11 @@ def _official(state: dict, path: Path, ema: bool) -> Method:
     kinds = METHODS.values()
     weights = foreign.find(state, lambda each: any(kind.recognises(each) for kind in kinds), ema)
     for name, kind in METHODS.items() if weights else ():
-        with trust.made_for(weights, path):
+        with trust.limit_size(weights, path):
             method = kind.from_official(weights, config.load(name, settings_types()).method)
         if method is not None:
             return method
     known = ", ".join(name for name, kind in METHODS.items() if kind.stages)
-    names = list(foreign.sets(state).get("", {}))
+    names = list(foreign.weight_sets(state).get("", {}))
     told = f"its {len(names)} tensors are {', '.join([*names[:3], '...'])}" if names else "it holds no weights"
     raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}: {told}")

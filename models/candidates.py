@@ -17,8 +17,8 @@ from utils import checkpoint, config, files
 from utils.config import Override
 from utils.device import autocast
 from utils.errors import UserError, nearest, quoted
-from utils.evaluation.runner import Candidate, Pictures
-from utils.files import home
+from utils.evaluation.runner import Candidate, ImageSet
+from utils.files import expand_home
 
 WEIGHTS = ("weights.safetensors", "last.pt")  # of an experiment's folder, the first that is there
 
@@ -42,7 +42,7 @@ class Tested(NamedTuple):
         """The name as that of a folder: Windows takes no colon."""
         return self.name.replace(":", "-")
 
-    def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
+    def candidate(self, settings: config.Settings, device: torch.device, pictures: ImageSet, folder: str) -> Candidate:
         """The method as it treats this set: with the set's preset, unless other settings were asked for."""
         method, test = self.method.to(device), settings.test
         models.change(method, method.preset(**pictures.preset) | self.asked)
@@ -72,7 +72,7 @@ class Tested(NamedTuple):
             tile=None if method.exact_tiles or test.tile in ("auto", 0) else test.tile,
         )
 
-    def guess(self, pictures: Pictures) -> str | None:
+    def guess(self, pictures: ImageSet) -> str | None:
         """What of the method is guessed for this set, that neither the weights nor the set nor the user tell."""
         return self.method.guess(pictures.preset.keys() | self.asked.keys())
 
@@ -187,7 +187,7 @@ def _asked(name: str, files: Sequence[Path], overrides: Sequence[Override]) -> d
 def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Callable[[str], None]) -> list[Path]:
     """The files that ``test`` names, or the best weights of an experiment's folder, or those that ship."""
     if test.weights:
-        paths = [home(name) for name in dict.fromkeys(test.weights)]
+        paths = [expand_home(name) for name in dict.fromkeys(test.weights)]
         for path in paths:
             if not test.ema and path.suffix == ".safetensors":
                 raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")

@@ -329,7 +329,7 @@ def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path
     assert len(said) == 1  # though two rows lack it
     assert said[0].startswith("skipped: ")
     assert "1_2.png" in said[0]
-    assert last == "error: 1 image could not be used, as said above and in out/skipped.txt"
+    assert last == "error: 1 image could not be used; they are listed above and in out/skipped.txt"
     assert [f"skipped: {line}" for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()] == said
     assert row(tmp_path / "out")["images"] == 2
     assert len(row(tmp_path / "out")["skipped"]) == 1

@@ -18,7 +18,7 @@ from data.pictures import Folder, Paired, doubts
 from data.sets import pairing
 from data.sets.table import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
 from utils.errors import UserError, nearest, quoted
-from utils.evaluation.runner import Pictures
+from utils.evaluation.runner import ImageSet
 
 LEVELS = 5  # of folders below the data root that are looked through
 RUNS = 10  # of missing numbers that are named
@@ -60,14 +60,14 @@ class Found:
             return Folder([hazy for hazy, _ in self.pairs], self.folder)
         return Paired(self.pairs, self.folder, self.benchmark.border)
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> ImageSet:
         """The set as `utils.evaluation` scores it, with the released methods' settings for it."""
         about, items = self.benchmark, self.items()
         truth, preset = about.truth != "none", {"airlight": about.airlight, "guided_filter": about.guided_filter}
         remarks = [*self.remarks, *(doubts(items) if truth and about.degradation == "haze" else [])]
         if about.to_train_on(self.split):
             remarks.append("images to train on: figures on them say little about others")
-        return Pictures(self.name, items, truth, self.expected, remarks, preset, self.name.replace(":", "-"))
+        return ImageSet(self.name, items, truth, self.expected, remarks, preset, self.name.replace(":", "-"))
 
 
 def find(names: Sequence[str], root: str | Path) -> list[Found]:

@@ -210,5 +210,5 @@ def remedy(stage: str, model: str) -> str:
     rate = f"{model if stage == 'train' else stage}.learning_rate"
     return (
         f"last.pt is from before: lower {rate}, or set {stage}.clip=1, precision=float32 or a smaller weight of that "
-        f"loss, and go on with --resume"
+        f"loss, and continue with --resume"
     )
