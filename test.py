@@ -138,7 +138,7 @@ def check_read(given: list[str]) -> None:
         section, _, rest = key.partition(".")
         if section in TRAINING and key != "data.workers":
             counterpart = {"root": "data_root", "pairs": "benchmarks"}.get(rest, rest.removeprefix("validation_"))
-            remedy = f"write test.{counterpart}" if counterpart in known else "take it out"
+            remedy = f"write test.{counterpart}" if counterpart in known else "remove it"
             raise UserError(f"'{quoted(text)}': {section} is for training, and test.py does not use {key}; {remedy}")
 
 

@@ -729,7 +729,7 @@ MISTAKES = {  # name -> (arguments, what the one line must say)
     "another method": (["--model", "dcp", "--hazy", "photos", "d4.airlight=max"], "d4 is not in use here, dcp is"),
     "of weights": (["--checkpoints", "{experiment}", "--hazy", "photos", "d4.airlight=max"], "write nedr.airlight"),
     "data for training": (["--model", "dcp", "--hazy", "photos", "data.clear=clear"], "write test.clear"),
-    "a training": (["--model", "dcp", "--hazy", "photos", "train.batch=4"], "does not use train.batch; take it out"),
+    "a training": (["--model", "dcp", "--hazy", "photos", "train.batch=4"], "does not use train.batch; remove it"),
     "no such device": (["--model", "dcp", "--hazy", "photos", "device=cuda:99"], "device=cuda:99"),
     "fp16 on the CPU": (["--model", "dcp", "--hazy", "photos", "device=cpu", "precision=fp16"], "needs a GPU"),
     "nothing to do": (["--model", "dcp", "--hazy", "photos", "test.pictures=false"], "leave nothing to do"),
