@@ -137,7 +137,7 @@ class Run:
         """Continue from the checkpoint ``saved``, whose settings ``changed`` differ now; or start at step 0."""
         if saved is not None:
             self.load_state_dict(saved)
-        if changed.keys() & resuming.CHOICE:
+        if changed.keys() & resuming.VALIDATION_SETTINGS:
             self.progress.best = -math.inf  # the recorded score is of other images
         self.updater = self.make_updater(saved and saved["updater"])
         networks = [self.method] if self.ema.average is None else [self.method, self.ema.average]

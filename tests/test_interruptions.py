@@ -33,7 +33,7 @@ METHODS["kanet"] += ["warm_start.steps=0", "train.batch=2", "train.schedule=cons
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    before = {number: signal.getsignal(number) for number in train.signals.NUMBERS}
+    before = {number: signal.getsignal(number) for number in train.signals.SIGNALS}
     build = models.build
     shrunk = ("nedr", "d4")
     monkeypatch.setattr(models, "build", lambda s: kills.shallow(build(s)) if s.model in shrunk else build(s))

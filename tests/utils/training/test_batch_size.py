@@ -55,7 +55,7 @@ def guarded(method, *overrides, optimisers=None, ranks=None, stage=-1):
     settings = tiny_settings(*overrides)
     at, ranks = progress.stages(settings)[stage], ranks or distributed.Ranks()
     optimisers = optimisers or {"all": torch.optim.Adam(method.parameters())}
-    return batch_size.Guard(method, at, settings, CPU, ranks), Updater(optimisers, at, settings, CPU)
+    return batch_size.MemoryGuard(method, at, settings, CPU, ranks), Updater(optimisers, at, settings, CPU)
 
 
 def refused(guard, updater, batch):
