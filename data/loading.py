@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.errors import UserError
-from utils.training.signals import NUMBERS
+from utils.training.signals import SIGNALS
 
 
 def loader(
@@ -210,5 +210,5 @@ def _collate(items: list) -> dict | UserError:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)  # workers are the parallelism; more threads would fight over the cores
-    for number in NUMBERS:  # they reach the whole group; the trainer decides when to stop
+    for number in SIGNALS:  # they reach the whole group; the trainer decides when to stop
         signal.signal(number, signal.SIG_IGN)

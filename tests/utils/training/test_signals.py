@@ -28,7 +28,7 @@ def test_every_signal_asks_and_afterwards_all_is_as_before(number, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [number, signal.SIGTERM]  # a scheduler may say it twice
     assert [signal.getsignal(each) for each in signals.SIGNALS] == before
-    assert ("once more" in capfd.readouterr().err) == (number == signal.SIGINT)
+    assert ("second Ctrl-C" in capfd.readouterr().err) == (number == signal.SIGINT)
 
 
 def test_under_a_launcher_the_same_signal_comes_twice():
