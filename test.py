@@ -16,10 +16,10 @@ A method without weights, on the embedded samples:
     python test.py --model dcp --hazy sample:test/hazy --clear sample:test/clear
 Finished runs side by side:
     python test.py --compare checkpoints/a checkpoints/b
-An interrupted run, given the same command again, goes on where it stopped.
-torchrun --nproc_per_node N test.py ... shares the images out among N processes, on several machines too.
+The same command continues an interrupted run where it stopped.
+torchrun --nproc_per_node N test.py ... distributes the images over N processes, on several machines too.
 
-Exit status: 0, all was done; 2, an error that one line tells, or some images could not be used; 130, interrupted.
+Exit status: 0, all done; 2, an error (one line on stderr), or some images could not be used; 130, interrupted.
 """
 
 import argparse
@@ -42,11 +42,11 @@ from utils.config import Override
 from utils.errors import UserError, quoted
 from utils.evaluation import comparison, report, tables
 from utils.evaluation.results import HAZY
-from utils.evaluation.runner import Candidate, Evaluation, Pictures
-from utils.files import home
+from utils.evaluation.runner import Candidate, Evaluation, ImageSet
+from utils.files import expand_home
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
-FORM = ("format", "quality", "suffix", "strength", "show")  # of the images
+OUTPUT_OPTIONS = ("format", "quality", "suffix", "strength", "show")
 TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
 
 
@@ -63,25 +63,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
-    """All but what leaves at once. Each of several processes does its share, and the first one tells of all."""
+    """Score or dehaze as the options say; each of several processes does its share, and the first one reports."""
     memory.keep_memory()
     folder, files, overrides = layers(args)
     types = models.settings_types()
     settings = config.load((args.model or models.names())[0], types, files, overrides, used=types)
     check_read(args.settings)
-    place = ranks.pick(settings.device)
-    device.autocast(place, settings.precision)  # refuses here what it would refuse at every image
-    device.prepare(place, settings.precision)
-    output = home(settings.test.output or (folder or Path()) / "results")
+    torch_device = ranks.pick(settings.device)
+    device.autocast(torch_device, settings.precision)  # raises here rather than at every image
+    device.prepare(torch_device, settings.precision)
+    output = expand_home(settings.test.output or (folder or Path()) / "results")
     say = partial(tqdm.write, file=sys.stderr) if ranks.first else lambda line: None
-    for remark in device.remarks(place, settings.precision):
-        say(f"warning: {remark}")
-    run = Evaluation(settings, place, output, images.write, say, ranks)
-    if named := [paths.resolve(each) for each in settings.test.hazy if video.is_clip(each)]:
+    for warning in device.warnings(torch_device, settings.precision):
+        say(f"warning: {warning}")
+    run = Evaluation(settings, torch_device, output, images.write, say, ranks)
+    if clip_paths := [paths.resolve(each) for each in settings.test.hazy if video.is_clip(each)]:
         others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
-        clips.check([*named, *others], settings.test)
+        clips.check([*clip_paths, *others], settings.test)
         tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
-        return ranks.all_max(clips.run(named[ranks.rank :: ranks.world], tested, settings, place, output))[0]
+        return ranks.all_max(clips.run(clip_paths[ranks.rank :: ranks.world], tested, settings, torch_device, output))[
+            0
+        ]
     sets = find(settings.test, output)
     tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)
@@ -92,33 +94,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     several = partial(parser.add_argument, nargs="+", metavar="NAME")
-    several("--model", help="may be left out where the weights tell it; methods without weights may stand beside")
+    several("--model", help="may be left out where the weights name it; methods without weights can be added")
     parser.add_argument("--checkpoints", metavar="DIR", help="the experiment's folder: its config.yml and weights")
-    several("--weights", help="files in place of DIR's, of any methods, to be scored side by side; official ones too")
+    several("--weights", help="files instead of DIR's, of any methods, scored side by side; official ones too")
     several("--benchmarks", help="sets by name; O-HAZE:test is a split, SOTS and HSTS are groups")
-    parser.add_argument("--data-root", metavar="DIR", help="where the benchmarks are")
+    parser.add_argument("--data-root", metavar="DIR", help="the folder of the benchmarks")
     paths = partial(parser.add_argument, nargs="+", metavar="PATH")
     paths("--hazy", help="folders, .flists, images or sample:test/hazy, and then ...")
     paths("--clear", help="... the ground truth; without it images only, no figures")
-    several("--protocols", help="how PSNR and SSIM are taken: ours (default), d4, dehazeformer, ffa, ...")
+    several("--protocols", help="how PSNR and SSIM are computed: ours (default), d4, dehazeformer, ffa, ...")
     several("--metrics", help="beside PSNR and SSIM: ciede2000, lpips, fade, niqe, brisque, musiq")
-    parser.add_argument("--output", metavar="DIR", help="where to; by default results/ in the experiment's folder")
+    parser.add_argument("--output", metavar="DIR", help="the output folder; by default results/ in the experiment's")
     one = partial(parser.add_argument, metavar="VALUE")
-    one(
-        "--format",
-        help="png, jpg or webp; by default that of the input, and PNG where figures are taken",
-    )
+    one("--format", help="png, jpg or webp; by default that of the input, and PNG where metrics are computed")
     one("--quality", help="of JPEG and WebP, 1 to 100 (95)")
-    one("--suffix", help="put at the end of the pictures' names, as _dehazed")
-    one("--strength", help="how much of the haze is taken away: 0 none, 1 what is found (default), up to 4 more")
-    one("--show", help="what is in the images: dehazed, side_by_side (hazy, dehazed) or transmission")
-    parser.add_argument("--overwrite", action="store_true", help="make images anew that are there already")
-    several("--compare", metavar="RUN", help="put the results of finished runs side by side, and leave")
-    parser.add_argument("--list-models", action="store_true", help="print size and paper of every model and leave")
-    parser.add_argument("--list-benchmarks", action="store_true", help="print what is known of every set and leave")
+    one("--suffix", help="appended to the names of the images, such as _dehazed")
+    one("--strength", help="how much haze is removed: 0 none, 1 as estimated (default), up to 4 more")
+    one("--show", help="what the output shows: dehazed, side_by_side (hazy, dehazed) or transmission")
+    parser.add_argument("--overwrite", action="store_true", help="make images again that exist already")
+    several("--compare", metavar="RUN", help="print the results of finished runs side by side and exit")
+    parser.add_argument("--list-models", action="store_true", help="print size and paper of every model and exit")
+    parser.add_argument("--list-benchmarks", action="store_true", help="print the facts about every set and exit")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of configs.yml")
     args = parser.parse_intermixed_args(argv)
-    # These take settings for values too, if no file has such a name.
+    # Options with several values also receive the key=value that follow them: those are settings, unless files.
     for option in ("model", "weights", "benchmarks", "hazy", "clear", "protocols", "metrics", "compare"):
         values = getattr(args, option)
         if values:
@@ -127,96 +126,100 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for option in ("hazy", "clear"):
         for value in (getattr(args, option) or [])[1:]:
             if not value.startswith("sample:") and not os.path.lexists(os.path.expanduser(value)):
-                raise UserError(f"--{option} {quoted(value)}: neither a path that is there nor key=value; check it")
+                raise UserError(f"--{option} {quoted(value)}: neither an existing path nor key=value; check it")
     return args
 
 
 def check_read(given: list[str]) -> None:
-    """Refuse key=value of a section that test.py does not read: it would do nothing. Raises `UserError`."""
+    """Refuse key=value of a section that test.py does not read, since it would have no effect. Raises `UserError`."""
     known = {field.name for field in dataclasses.fields(config.Test)}
     for text in given:
         key = text.partition("=")[0].strip()
-        part, _, rest = key.partition(".")
-        if part in TRAINING and key != "data.workers":
-            own = {"root": "data_root", "pairs": "benchmarks"}.get(rest, rest.removeprefix("validation_"))
-            remedy = f"write test.{own}" if own in known else "take it out"
-            raise UserError(f"'{quoted(text)}': {part} is for training, and test.py does not use {key}; {remedy}")
+        section, _, rest = key.partition(".")
+        if section in TRAINING and key != "data.workers":
+            counterpart = {"root": "data_root", "pairs": "benchmarks"}.get(rest, rest.removeprefix("validation_"))
+            remedy = f"write test.{counterpart}" if counterpart in known else "remove it"
+            raise UserError(f"'{quoted(text)}': {section} is for training, and test.py does not use {key}; {remedy}")
 
 
 def layers(args: argparse.Namespace) -> tuple[Path | None, list[Path], list[Override]]:
-    """The experiment's folder, its settings file if it has one, and what the command line sets over it."""
+    """The experiment's folder, its settings file if it has one, and the overrides from the command line."""
     folder = paths.resolve(args.checkpoints) if args.checkpoints else None
     if folder and not folder.is_dir():
         raise UserError(f"{folder}: is a file; --checkpoints names an experiment's folder, --weights a file")
     files = [folder / "config.yml"] if folder and (folder / "config.yml").is_file() else []
     names = ("weights", "benchmarks", "data_root", "hazy", "clear", "protocols", "metrics", "output")
-    given = [(f"test.{name}", getattr(args, name)) for name in names if getattr(args, name)]
-    given += [f"test.{name}={getattr(args, name)}" for name in FORM if getattr(args, name) is not None]
-    given += ["test.overwrite=true"] if args.overwrite else []
-    others = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
-    return folder, files, [*others, *args.settings, *given]  # what config.yml names beside is of other images
+    options = [(f"test.{name}", getattr(args, name)) for name in names if getattr(args, name)]
+    options += [f"test.{name}={getattr(args, name)}" for name in OUTPUT_OPTIONS if getattr(args, name) is not None]
+    options += ["test.overwrite=true"] if args.overwrite else []
+    # --hazy and --benchmarks replace all images that config.yml names.
+    cleared = ["test.clear=", "test.benchmarks=[]"] if args.hazy else ["test.hazy="] if args.benchmarks else []
+    return folder, files, [*cleared, *args.settings, *options]
 
 
-def find(test: config.Test, output: Path) -> list[Pictures]:
-    """The sets to score, or the images to dehaze. Results never become inputs."""
+def find(test: config.Test, output: Path) -> list[ImageSet]:
+    """The sets to score, or the images to dehaze. Earlier results are refused as inputs."""
     if test.benchmarks and test.hazy:
-        raise UserError("benchmarks and hazy images are two things to score; give one of them")
+        raise UserError("both benchmarks and hazy images are given; give one of them")
     if test.benchmarks:
-        return [found.pictures() for found in locate.find(test.benchmarks, test.data_root)]
+        return [located.pictures() for located in locate.find(test.benchmarks, test.data_root)]
     if not test.hazy:
         raise UserError("nothing to dehaze; give --benchmarks NAME, or --hazy PATH, or set test.hazy in config.yml")
     if not test.clear and not test.pictures and not test.metrics:
         raise UserError("test.pictures=false and no ground truth leave nothing to do; give --clear PATH")
-    absent = None if test.clear else list[str]()  # pairs are all wanted, or lines would pair wrongly
-    named = paths.find(test.hazy, absent=absent)
-    hazy = list(dict.fromkeys(named))
+    absent = None if test.clear else list[str]()  # an absent image of a pair is an error: lines would pair wrongly
+    listed = paths.find(test.hazy, absent=absent)
+    hazy = list(dict.fromkeys(listed))
     results = [os.path.realpath(output / part) for part in RESULTS]
     if any(Path(os.path.realpath(path)).is_relative_to(folder) for path in hazy for folder in results):
         raise UserError(f"{output} holds earlier results, which are among the hazy images; give another --output")
-    remarks = [f"{tables.pictures(len(named) - len(hazy))} named twice, taken once"] if len(hazy) < len(named) else []
+    twice = len(listed) - len(hazy)
+    remarks = [f"{tables.image_count(twice)} named twice, taken once"] if twice else []
     remarks += dict.fromkeys([*paths.passed_over(test.hazy), *paths.passed_over(test.clear or [])])
     root = paths.folder_of(test.hazy)
     if not test.clear:
-        return [Pictures("pictures", Folder(hazy, root), truth=False, remarks=remarks, absent=absent)]
-    pairs, told = pairing.pairs(test.hazy, test.clear)
+        return [ImageSet("pictures", Folder(hazy, root), truth=False, remarks=remarks, absent=absent)]
+    pairs, pairing_remarks = pairing.pairs(test.hazy, test.clear)
     items = Paired(list(dict.fromkeys(pairs)), root)
-    return [Pictures("pictures", items, truth=True, remarks=[*remarks, *told, *doubts(items)])]
+    return [ImageSet("pictures", items, truth=True, remarks=[*remarks, *pairing_remarks, *doubts(items)])]
 
 
-def score(run: Evaluation, sets: list[Pictures], tested: list[candidates.Tested]) -> int:
-    """Every method on every set, beneath the hazy input; the report; the exit status."""
+def score(run: Evaluation, sets: list[ImageSet], tested: list[candidates.Tested]) -> int:
+    """Evaluate the hazy input and every method on every set, and write the report; returns the exit status."""
     facts = {each.name: each.facts() for each in tested}
     run.begin(sets, facts)
     if run.ranks.first:
         paths.mark_results(run.output, RESULTS)
-    for pictures in sets:
-        measured = run.measures(pictures)
-        for remark in pictures.remarks:
-            run.say(f"{pictures.name}: {remark}")
+    for image_set in sets:
+        measured = run.measures(image_set)
+        for remark in image_set.remarks:
+            run.say(f"{image_set.name}: {remark}")
         if measured:
-            run.row(pictures, Candidate(HAZY, lambda hazy: hazy))
+            run.evaluate(image_set, Candidate(HAZY, lambda hazy: hazy))
         for each in tested:
             folder = each.folder if len(tested) > 1 else ""
-            if guess := each.guess(pictures):
-                run.say(f"warning: {pictures.name}: {guess}")
-            run.row(pictures, each.candidate(run.settings, run.device, pictures, folder))
+            if warning := each.guess(image_set):
+                run.say(f"warning: {image_set.name}: {warning}")
+            run.evaluate(image_set, each.candidate(run.settings, run.device, image_set, folder))
 
     def methods() -> dict[str, dict]:
         return {each.name: facts[each.name] | each.cost(run.device) for each in tested}
 
-    found = run.finish(methods, device.describe(run.device))
+    results = run.finish(methods, device.describe(run.device))
     if not run.ranks.first:
         return 2 if run.unusable else 0
-    if found:
-        print(tables.text(run.rows, found))
+    if results:
+        print(tables.text(run.rows, results))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
-    left = f"; {tables.pictures(run.kept)} there already and left so (--overwrite makes them anew)" if run.kept else ""
-    print(f"{tables.pictures(done)} done{tables.pace(run.rows)}{left}; see {quoted(run.output)}")
+    existing = f"; {tables.image_count(run.existing)} existed already (--overwrite makes them again)"
+    print(
+        f"{tables.image_count(done)} done{tables.pace(run.rows)}{existing if run.existing else ''}; "
+        f"see {quoted(run.output)}"
+    )
     if run.unusable:
         listed = quoted(run.output / report.SKIPPED)
-        print(
-            f"error: {tables.pictures(run.unusable)} could not be used, as said above and in {listed}", file=sys.stderr
-        )
+        count = tables.image_count(run.unusable)
+        print(f"error: {count} could not be used; they are listed above and in {listed}", file=sys.stderr)
     return 2 if run.unusable else 0
 
 
@@ -225,7 +228,7 @@ def compare(runs: list[str], output: str | None) -> int:
     compared = comparison.compare(runs)
     print(compared.text())
     if output:
-        comparison.write(compared, home(output))
+        comparison.write(compared, expand_home(output))
         print(f"see {quoted(output)}")
     return 0
 

@@ -133,7 +133,7 @@ def _budget(settings: Mapping[str, Any]) -> str:
     for stage, kind in (("warm_start", "supervised"), ("train", "unpaired")):
         if steps := settings[f"{stage}.steps"]:
             batch = settings[f"{stage}.batch"] * settings.get(f"{stage}.accumulate", 1)
-            parts.append(f"{kind} steps: {steps:,} of {tables.pictures(batch)}")
+            parts.append(f"{kind} steps: {steps:,} of {tables.image_count(batch)}")
     weights = "the best on the validation images" if settings["data.validation_hazy"] else "the last"
     crop = f"{settings['data.crop_size']} pixels ({settings['data.crop']})"
     return f"every case: {', then '.join(parts)}; crops of {crop}; seed {settings['seed']}; weights: {weights}"

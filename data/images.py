@@ -21,7 +21,7 @@ from data import depth as depth_files
 from data import keepsakes
 from data.pixels import Pixels
 from utils import files, memory
-from utils.errors import UnfitError, UserError, quoted
+from utils.errors import ImageError, UserError, quoted
 from utils.rounding import to_8bit
 
 MAX_PIXELS = 500_000_000
@@ -232,13 +232,13 @@ def _single_channel(path: Path) -> np.ndarray:
 
 
 def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int = JPEG_QUALITY, **kept: bytes) -> None:
-    if path.suffix.lower() not in files.WRITTEN:
+    if path.suffix.lower() not in files.IMAGE_FORMATS:
         raise UserError(f"{path}: images are written as .png, .jpg, .webp or .tif; give it such a name")
-    format = files.WRITTEN[path.suffix.lower()]
+    format = files.IMAGE_FORMATS[path.suffix.lower()]
     options = {"PNG": {"compress_level": compress_level}, "TIFF": {"compression": "tiff_deflate"}}
     options = options.get(format, {"quality": quality})
     options |= {k: v for k, v in kept.items() if format != "JPEG" or k != "exif" or len(v) <= JPEG_EXIF}
-    part = files.beside(path)
+    part = files.temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(part, format=format, **options)
@@ -249,5 +249,5 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int 
         why = getattr(error, "strerror", None) or error
         small = max(image.size) < 16384 or format not in ("WEBP", "JPEG")
         remedy = "check permissions and space" if small else f"{format} does not allow images this large; write PNG"
-        kind = UserError if getattr(error, "errno", None) in DISK_ERRORS else UnfitError
+        kind = UserError if getattr(error, "errno", None) in DISK_ERRORS else ImageError
         raise kind(f"{path}: cannot be written ({why}); {remedy}") from error

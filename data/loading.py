@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils.errors import UserError
-from utils.training.signals import NUMBERS
+from utils.training.signals import SIGNALS
 
 
 def loader(
@@ -214,5 +214,5 @@ def _collate(items: list) -> dict | UserError:
 
 def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the workers already use the cores
-    for number in NUMBERS:  # sent to the whole process group; the trainer decides when to stop
+    for number in SIGNALS:  # sent to the whole process group; the trainer decides when to stop
         signal.signal(number, signal.SIG_IGN)

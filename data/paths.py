@@ -11,7 +11,7 @@ from typing import NamedTuple
 from data import depth as depth_files
 from data import sample, video
 from utils.errors import UserError, quoted
-from utils.files import home
+from utils.files import expand_home
 
 HEIF = frozenset({".heic", ".heif", ".hif"})
 
@@ -101,7 +101,7 @@ def resolve(source: str | Path) -> Path:
     name = str(source)
     if name.startswith("sample:"):
         return sample.part(name.removeprefix("sample:"))
-    path = home(name)
+    path = expand_home(name)
     if not os.path.exists(path):  # unlike path.exists(), it takes any text
         if os.path.islink(path):
             raise UserError(f"{path}: a broken link; fix or remove it")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import beside
+from utils.files import temporary_path
 
 EXTENSIONS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts", ".wmv", ".flv", ".3gp"}
@@ -212,7 +212,7 @@ class Writer:
         self.path = path
         self.reader = reader
         self.av = reader.av
-        self.part = beside(path)
+        self.part = temporary_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         container = WRITTEN[path.suffix.lower()]
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from utils import imagenet
 from utils.checkpoint import read_weights, unmoved_random_states
 from utils.errors import UserError, nearest, quoted
-from utils.files import home
+from utils.files import expand_home
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 CONVS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
@@ -133,7 +133,7 @@ def _vgg(network: str, weights: str, key: str) -> nn.Sequential:
     else:
         features = create(weights=None).features
         names = [f"features.{name}" for name in features.state_dict()]
-        stored = read_weights(home(weights), names)
+        stored = read_weights(expand_home(weights), names)
         state = {k.removeprefix("features."): v for k, v in stored.items() if k.startswith("features.")}
         try:
             features.load_state_dict(state)

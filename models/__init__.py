@@ -16,7 +16,7 @@ from models.method import Method
 from models.nedr import D4, NeDR
 from utils import checkpoint, config, foreign, trust
 from utils.errors import UserError, nearest, quoted
-from utils.files import home
+from utils.files import expand_home
 from utils.training import progress
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -161,7 +161,7 @@ def _path(file: str | Path | None) -> Path:
     """``file`` as a path, or that of the shipped weights, which is logged."""
     name = file or "nedr"
     if name not in METHODS or (file and Path(name).is_file()):  # a folder named like a method is not a file of weights
-        return home(file)
+        return expand_home(file)
     path = shipped(name)
     if path is None:
         raise UserError(f"no weights of {name} ship with this project; name a file, or train one with train.py")
@@ -173,7 +173,7 @@ def _from_own_file(metadata: dict, weights: dict, path: Path) -> Method:
     """The method for ``weights``; ``metadata`` of the file records its name and settings."""
     checkpoint.require(metadata, ("model", "settings"), path)
     settings = config.load(metadata["model"], settings_types(), saved=metadata["settings"])
-    with trust.made_for(weights, path):
+    with trust.limit_size(weights, path):
         method = build(settings)
     held = {key.split(".")[0] for key in weights}
     for name in [name for name, _ in method.named_children() if name not in held]:
@@ -186,11 +186,11 @@ def _from_official_file(state: dict, path: Path, ema: bool) -> Method:
     kinds = METHODS.values()
     weights = foreign.find(state, lambda each: any(kind.recognises(each) for kind in kinds), ema)
     for name, kind in METHODS.items() if weights else ():
-        with trust.made_for(weights, path):
+        with trust.limit_size(weights, path):
             method = kind.from_official(weights, config.load(name, settings_types()).method)
         if method is not None:
             return method
     known = ", ".join(name for name, kind in METHODS.items() if kind.stages)
-    names = list(foreign.sets(state).get("", {}))
+    names = list(foreign.weight_sets(state).get("", {}))
     content = f"its {len(names)} tensors are {', '.join([*names[:3], '...'])}" if names else "it holds no weights"
     raise UserError(f"{path} is neither this project's checkpoint nor an official file of {known}: {content}")

@@ -17,8 +17,8 @@ from utils import checkpoint, config, files
 from utils.config import Override
 from utils.device import autocast
 from utils.errors import UserError, nearest, quoted
-from utils.evaluation.runner import Candidate, Pictures
-from utils.files import home
+from utils.evaluation.runner import Candidate, ImageSet
+from utils.files import expand_home
 
 WEIGHTS = ("weights.safetensors", "last.pt")  # in an experiment's folder; the first that exists is used
 
@@ -42,7 +42,7 @@ class Tested(NamedTuple):
         """The name as a folder's name: Windows allows no colon."""
         return self.name.replace(":", "-")
 
-    def candidate(self, settings: config.Settings, device: torch.device, pictures: Pictures, folder: str) -> Candidate:
+    def candidate(self, settings: config.Settings, device: torch.device, pictures: ImageSet, folder: str) -> Candidate:
         """The method configured for this set of images: with the set's preset and the user's overrides."""
         method, test = self.method.to(device), settings.test
         models.change(method, method.preset(**pictures.preset) | self.overrides)
@@ -73,7 +73,7 @@ class Tested(NamedTuple):
             tile=None if method.exact_tiles or test.tile in ("auto", 0) else test.tile,
         )
 
-    def guess(self, pictures: Pictures) -> str | None:
+    def guess(self, pictures: ImageSet) -> str | None:
         """A warning about a guessed setting, which neither the weights, the set nor the user determine, or None."""
         return self.method.guess(pictures.preset.keys() | self.overrides.keys())
 
@@ -188,7 +188,7 @@ def _test_time(name: str, files: Sequence[Path], overrides: Sequence[Override]) 
 def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Callable[[str], None]) -> list[Path]:
     """The files named by ``test``, or the best weights in an experiment's folder, or the shipped ones."""
     if test.weights:
-        paths = [home(name) for name in dict.fromkeys(test.weights)]
+        paths = [expand_home(name) for name in dict.fromkeys(test.weights)]
         for path in paths:
             if not test.ema and path.suffix == ".safetensors":
                 raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")

@@ -65,7 +65,7 @@ def write(path: Path, method: Method, strength: float, folder: Path) -> Path:
     ``strength`` has no effect if the method estimates no transmission.
     """
     _, outputs = _estimate(path, method, strength)
-    ending = path.suffix if path.suffix.lower() in files.WRITTEN else ".png"
+    ending = path.suffix if path.suffix.lower() in files.IMAGE_FORMATS else ".png"
     output = folder / f"{path.stem}{SUFFIX}{ending}"
     images.write(output, outputs["clear"][0], COMPRESSION, like=path)
     return output

@@ -63,7 +63,7 @@ def test_all_that_can_be_done_is_done_and_again_only_what_is_missing(run, tmp_pa
     assert status == 2
     assert [f"skipped: {line}" for line in listed] == skipped
     assert sorted(line.split(": ")[0] for line in listed) == sorted(f"in/{name}" for name in bad)
-    assert last == f"error: {len(bad)} images could not be used, as said above and in out/skipped.txt"
+    assert last == f"error: {len(bad)} images could not be used; they are listed above and in out/skipped.txt"
     assert out.startswith(f"{count - len(bad)} images done")
     before = made(tmp_path)
     assert before.keys() == stems(whole.keys() - set(bad))
@@ -71,7 +71,7 @@ def test_all_that_can_be_done_is_done_and_again_only_what_is_missing(run, tmp_pa
     status, out, err = run()
     assert (status, len(err.splitlines())) == (2, len(bad))
     assert out.startswith("1 image done")
-    assert f"{count - len(bad)} images there already" in out
+    assert f"{count - len(bad)} images existed already" in out
     assert before.items() < made(tmp_path).items()
     for name in bad:
         (tmp_path / "in" / name).write_bytes(whole[name])

@@ -113,8 +113,8 @@ def test_a_step_never_waits_for_the_gpu(name, precision):
         torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")
         try:
             terms = updater.step(lambda data: method.losses(data, stage), [data])
-            divergence.after(number, updater.left_out, terms, [data])
-            divergence.known()
+            divergence.record(number, updater.left_out, terms, [data])
+            divergence.detected()
             ema.update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -129,8 +129,8 @@ def test_a_step_without_numbers_changes_no_weight(precision):
     divergence, before = Divergence([method], 0), copy.deepcopy(method.state_dict())
     data["clear"][0, 0, 0, 0] = torch.nan
     terms = updater.step(lambda data: method.losses(data, stage), [data])
-    divergence.after(1, updater.left_out, terms, [data])
-    assert [step.number for step in divergence.known(wait=True)] == [1]
+    divergence.record(1, updater.left_out, terms, [data])
+    assert [step.number for step in divergence.detected(wait=True)] == [1]
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 

@@ -182,9 +182,9 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_survives_one_that_is_
 
     status, said = torchrun("train", 2, folder, "--resume", "train.steps=9", *often, limit=120)
     assert status == 1
-    assert "and 1 more (until now 1 in all; random numbers of new ones begin anew), from step 4" in said
+    assert "and 1 more (until now 1 in all; new processes have new random seeds), from step 4" in said
     assert said.count("error: another process of this run has ended") == 1
-    assert "last.pt is from step 5: go on with --resume" in said
+    assert "last.pt is from step 5: continue with --resume" in said
     state = checkpoint.read(folder / "last.pt")
     assert (state["step"], state["seen"], len(state["others"])) == (4, 7, 1)
 

@@ -51,7 +51,7 @@ def whole(tmp_path_factory) -> Path:
     shutil.copy(TINY, folder)
     run = train.Run(settings_of(folder), folder, False, Ranks())
     run.terms = run.updater.step(lambda batch: run.method.losses(batch, "train"), [next(iter(stage_batches(run)))])
-    run.at.advance()
+    run.progress.advance()
     run.ema.update()
     run.save()
     run.export(run.method)
@@ -65,7 +65,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def stage_batches(run: train.Run):
-    return run.loader(run.at.stage, 0, 1)
+    return run.loader(run.progress.stage, 0, 1)
 
 
 def nested(depth: int) -> list:

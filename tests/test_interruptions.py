@@ -33,7 +33,7 @@ METHODS["kanet"] += ["warm_start.steps=0", "train.batch=2", "train.schedule=cons
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    before = {number: signal.getsignal(number) for number in train.signals.NUMBERS}
+    before = {number: signal.getsignal(number) for number in train.signals.SIGNALS}
     build = models.build
     shrunk = ("nedr", "d4")
     monkeypatch.setattr(models, "build", lambda s: kills.shallow(build(s)) if s.model in shrunk else build(s))
@@ -167,7 +167,7 @@ def test_a_run_that_died_is_told_of_and_cleared_away(folders):
     assert run(folder, *AKNET, *QUIET, "train.steps=1") == 0
     assert not list(folder.glob(".*"))
     said = (folder / "log.txt").read_text()
-    assert f"process {dead.pid}) ended without a word" in said
+    assert f"process {dead.pid}) did not release its lock" in said
     assert "log.jsonl: damaged lines are left out: 1" in said
 
 

@@ -329,7 +329,7 @@ def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path
     assert len(said) == 1  # though two rows lack it
     assert said[0].startswith("skipped: ")
     assert "1_2.png" in said[0]
-    assert last == "error: 1 image could not be used, as said above and in out/skipped.txt"
+    assert last == "error: 1 image could not be used; they are listed above and in out/skipped.txt"
     assert [f"skipped: {line}" for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines()] == said
     assert row(tmp_path / "out")["images"] == 2
     assert len(row(tmp_path / "out")["skipped"]) == 1
@@ -729,7 +729,7 @@ MISTAKES = {  # name -> (arguments, what the one line must say)
     "another method": (["--model", "dcp", "--hazy", "photos", "d4.airlight=max"], "d4 is not in use here, dcp is"),
     "of weights": (["--checkpoints", "{experiment}", "--hazy", "photos", "d4.airlight=max"], "write nedr.airlight"),
     "data for training": (["--model", "dcp", "--hazy", "photos", "data.clear=clear"], "write test.clear"),
-    "a training": (["--model", "dcp", "--hazy", "photos", "train.batch=4"], "does not use train.batch; take it out"),
+    "a training": (["--model", "dcp", "--hazy", "photos", "train.batch=4"], "does not use train.batch; remove it"),
     "no such device": (["--model", "dcp", "--hazy", "photos", "device=cuda:99"], "device=cuda:99"),
     "fp16 on the CPU": (["--model", "dcp", "--hazy", "photos", "device=cpu", "precision=fp16"], "needs a GPU"),
     "nothing to do": (["--model", "dcp", "--hazy", "photos", "test.pictures=false"], "leave nothing to do"),

@@ -365,7 +365,7 @@ def test_weights_that_are_no_numbers_are_not_exported(experiment, monkeypatch):
         return {name: torch.zeros(()) for name in terms}
 
     monkeypatch.setattr(train.Updater, "step", diverging)
-    with pytest.raises(UserError, match="not written, and what it held stays"):
+    with pytest.raises(UserError, match="not written, the earlier file is kept"):
         run(experiment, "--resume", *quiet, "train.steps=2", "train.ema=0")
     assert before == ((experiment / "weights.safetensors").read_bytes(), (experiment / "last.pt").read_bytes())
 
@@ -434,7 +434,7 @@ def test_runs_and_checkpoints_that_do_not_fit_are_refused(experiment):
         train.main(["--model", "ned", "--checkpoints", str(experiment)])
     last = experiment / "last.pt"
     last.write_bytes(b"PK damaged")
-    with pytest.raises(UserError, match="holds a run already: go on with --resume"):
+    with pytest.raises(UserError, match="holds a run already: continue with --resume"):
         run(experiment)
     with pytest.raises(UserError, match="damaged, cut short"):
         run(experiment, "--resume")

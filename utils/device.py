@@ -1,4 +1,4 @@
-"""Where a run computes, and in what precision."""
+"""The device on which a run computes, and its precision."""
 
 import contextlib
 import os
@@ -9,14 +9,14 @@ import torch
 
 from utils.errors import UserError, quoted
 
-CUBLAS = ":4096:8"  # with which cuBLAS sums in one order, as NVIDIA documents
+CUBLAS_WORKSPACE = ":4096:8"  # makes cuBLAS deterministic, as NVIDIA documents
 
 
 def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
     """The device that the setting ``device`` names: auto (a GPU if there is one), cpu, cuda, or cuda:N.
 
-    Of several ``processes`` on one machine, number ``process`` gets the GPU of that number. Raises `UserError` for a
-    GPU that is not there, for other names, and for processes that would share a GPU.
+    Of several ``processes`` on one machine, number ``process`` gets the GPU of that number. Raises `UserError` for an
+    absent GPU, for other names, and for processes that would share a GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +24,9 @@ def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
     if name != "cpu" and (kind != "cuda" or (colon and not (number.isdecimal() and len(number) < 5))):
         raise UserError(f"device={quoted(name)}: must be auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: PyTorch finds no GPU here; set device=cpu or device=auto, or mend the driver")
+        raise UserError(
+            f"device={name}: PyTorch finds no GPU here; set device=cpu or device=auto, or repair the driver"
+        )
     count = torch.cuda.device_count()
     if colon and int(number) >= count:
         raise UserError(f"device={name}: there {'is' if count == 1 else 'are'} {count}; the last is cuda:{count - 1}")
@@ -40,7 +42,7 @@ def pick(name: str, process: int = 0, processes: int = 1) -> torch.device:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """A context in which networks compute in ``precision``: float32, tf32 and fp16 (GPU only, else `UserError`), bf16.
 
-    tf32 is float32 but for the products, see `prepare`.
+    tf32 is float32 with products in TF32, see `prepare`.
     """
     if precision in ("tf32", "fp16") and device.type == "cpu":
         raise UserError(f"precision={precision} needs a GPU; set precision=bf16 or precision=float32 on the CPU")
@@ -52,50 +54,52 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def prepare(device: torch.device, precision: str, deterministic: bool = False) -> None:
-    """Make ``device`` the current one, and set how exact products in float32 are on a GPU.
+    """Make ``device`` the current one, and set the precision of float32 products on a GPU.
 
-    With precision=float32 they are float32, of convolutions and matrices alike; with all others they are TF32 (10 bits
-    of mantissa), what a reduced precision leaves in float32 included. PyTorch's own default has TF32 for convolutions
-    alone. ``deterministic``: only algorithms that give the same bits every time; one that there is not for an operation
-    is a RuntimeError where it is wanted, see `determined`.
+    With precision=float32 they are computed in float32, for convolutions and matrices alike; with all others in TF32
+    (10 bits of mantissa), also the operations that a reduced precision leaves in float32. PyTorch's default is TF32 for
+    convolutions only. ``deterministic`` allows only algorithms that give the same bits every time; an operation that
+    has none raises a RuntimeError when it runs, see `deterministic_errors`.
     """
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
-        given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS)  # read when a GPU computes its first product
-        if given not in (CUBLAS, ":16:8"):
-            raise UserError(f"deterministic=true: products are not with CUBLAS_WORKSPACE_CONFIG={given}; unset it")
+        # Read when the GPU computes its first product.
+        config = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+        if config not in (CUBLAS_WORKSPACE, ":16:8"):
+            raise UserError(f"deterministic=true: products are not with CUBLAS_WORKSPACE_CONFIG={config}; unset it")
     if device.type == "cuda":
         torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
 
 
 @contextlib.contextmanager
-def determined(device: torch.device) -> Iterator[None]:
+def deterministic_errors(device: torch.device) -> Iterator[None]:
     """Turns the lack of a deterministic algorithm for an operation inside into a `UserError` that names it."""
     try:
         yield
     except RuntimeError as error:
-        what = str(error).partition(" does not have a deterministic implementation")
-        if not what[1]:
+        operation, matched, _ = str(error).partition(" does not have a deterministic implementation")
+        if not matched:
             raise
         raise UserError(
-            f"deterministic=true: {what[0]} has no deterministic form on {describe(device)}; set deterministic=false"
+            f"deterministic=true: {operation} has no deterministic form on {describe(device)}; set deterministic=false"
         ) from None
 
 
 @contextlib.contextmanager
-def varied_sizes() -> Iterator[None]:
-    """Inside, cuDNN does not try out its kernels anew for every size of image (cudnn.benchmark)."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+def without_benchmark() -> Iterator[None]:
+    """Inside, cuDNN does not benchmark its kernels, which it would repeat for every image size (cudnn.benchmark)."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
 
 
-def remarks(device: torch.device, precision: str, deterministic: bool = False) -> list[str]:
-    """What is worth knowing of that precision on this device: a line, or none."""
+def warnings(device: torch.device, precision: str, deterministic: bool = False) -> list[str]:
+    """Warnings about these settings on this device: one line, or none."""
     if deterministic and device.type == "cuda":
         config = os.environ["CUBLAS_WORKSPACE_CONFIG"]
         return [f"deterministic=true: slower; CUBLAS_WORKSPACE_CONFIG={config} is in force"]
@@ -105,9 +109,9 @@ def remarks(device: torch.device, precision: str, deterministic: bool = False) -
 
 
 def _is_arm() -> bool:
-    return platform.machine().lower() in ("aarch64", "arm64")  # most of which compute in bf16
+    return platform.machine().lower() in ("aarch64", "arm64")  # most of them have bf16 units
 
 
 def describe(device: torch.device) -> str:
-    """The device in words for a report: the GPU's name, or cpu and the kind of machine."""
+    """The device for a report: the GPU's name, or cpu and the machine's architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

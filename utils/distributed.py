@@ -1,6 +1,6 @@
 """Several processes that train together, one a device: started by torchrun, joined by PyTorch's process group.
 
-Alone, without torchrun, there is no process group, and nothing here costs or changes anything.
+A single process, without torchrun, has no process group; all operations here then return at once.
 """
 
 import contextlib
@@ -21,38 +21,42 @@ from torch.utils.data import Subset
 from utils import checkpoint, device
 from utils.errors import UserError
 
-# Longer than processes ever wait for one that is well (validation, a slow disk), for machines that vanish without a
-# word. A process that merely ends is noticed at once: its connections close, and torchrun ends the others.
+# For machines that stop answering; longer than any normal wait for another process (validation, a slow disk). A
+# process that ends is noticed at once: its connections close, and torchrun ends the others.
 TIMEOUT = timedelta(minutes=10)
-LOST = "another process of this run has ended: its own error, or the signal that torchrun reports, says why"
-_groups = itertools.count()  # so that one process may join several groups, one after the other
+LOST_PROCESS = "another process of this run has ended: its own error, or the signal that torchrun reports, says why"
+_group_numbers = itertools.count()  # a process may join several groups, one after the other
 
 
 class Ranks:
     """The processes of a run, of which this one is number ``rank`` of ``world``.
 
-    ``local`` of ``local_world`` is its number on this machine. All methods but `first_to_say` and `pick` are for all
-    processes to call, in the same order: each waits for the others.
+    ``local`` of ``local_world`` is its number on this machine. All processes must call all methods but `first_to_say`
+    and `pick`, in the same order: each call waits for the others.
     """
 
     def __init__(
         self, rank: int = 0, world: int = 1, local: int = 0, local_world: int = 1, store: dist.Store | None = None
     ):
-        self.rank, self.world, self.local, self.local_world, self.store = rank, world, local, local_world, store
-        self.saved = "nothing was saved yet"  # what is left of the run if a process ends
+        self.rank = rank
+        self.world = world
+        self.local = local
+        self.local_world = local_world
+        self.store = store
+        self.saved = "nothing was saved yet"  # what the run has saved, for error messages
         self.remark = f" and {world - 1} more" if world > 1 else ""  # about the processes, for the log
 
     @property
     def first(self) -> bool:
-        """Is it this one that writes the files?"""
+        """Whether this process is the one that writes the files."""
         return self.rank == 0
 
     def pick(self, name: str) -> torch.device:
-        """The device that the setting ``device`` names: where it is a GPU, each process of a machine has its own."""
+        """The device that the setting ``device`` names; for a GPU, each process of a machine gets its own."""
         return device.pick(name, self.local, self.local_world)
 
     def first_to_say(self, text: str) -> bool:
-        """Is this the first process to say ``text``? Where that cannot be known, it says it."""
+        """Whether this process is the first to say ``text``; also True where that cannot be found out."""
         if self.store is None:
             return True
         try:
@@ -69,7 +73,7 @@ class Ranks:
         return largest.tolist()
 
     def largest(self, value: Tensor) -> Tensor:
-        """The largest ``value`` of all processes, on its device, which is not waited for."""
+        """The largest ``value`` of all processes, on its device, without waiting for the device."""
         if self.world > 1:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
@@ -83,19 +87,19 @@ class Ranks:
         return values
 
     def map(self, work: Callable[[Sequence], list], items: Sequence) -> list:
-        """What ``work`` makes of ``items``, one result for each and in their order; every process does its share."""
+        """The results of ``work`` on ``items``, one for each and in their order; every process does its share."""
         shares = self.all_gather(work(Subset(items, range(self.rank, len(items), self.world))))
         return [shares[k % self.world][k // self.world] for k in range(len(items))]
 
     def mean(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Each figure's mean over all processes, as a number; not finite where one of them is not."""
-        every = self.all_gather({name: float(value) for name, value in figures.items()})
-        return {name: sum(each[name] for each in every) / self.world for name in figures}
+        gathered = self.all_gather({name: float(value) for name, value in figures.items()})
+        return {name: sum(each[name] for each in gathered) / self.world for name in figures}
 
     def check_same(self, value: Any, file: Path) -> None:
-        """Raise `UserError` if processes do not have the same ``value`` of what is in ``file``."""
+        """Raise `UserError` unless all processes have the same ``value``, read from ``file``."""
         if any(other != value for other in self.all_gather(value)):
-            raise UserError(f"{file} is not the same for all processes; its folder must be one that all machines share")
+            raise UserError(f"{file} is not the same for all processes; use a folder that all machines share")
 
     def broadcast(self, module: nn.Module) -> None:
         """Give ``module`` the first process's parameters and buffers."""
@@ -115,7 +119,10 @@ class Ranks:
             torch._foreach_copy_(running, flat.split([len(tensor) for tensor in running]))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradients of ``parameters`` by their means over all processes; all have them of the same ones."""
+        """Replace the gradients of ``parameters`` by their means over all processes.
+
+        Every process must have gradients of the same parameters.
+        """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.world == 1 or not gradients:
             return
@@ -125,9 +132,9 @@ class Ranks:
         torch._foreach_copy_(gradients, [mean.view_as(each) for mean, each in zip(means, gradients, strict=True)])
 
     def states(self, method: nn.Module) -> dict[str, Any]:
-        """What a checkpoint holds of each process: ``random`` states, the first one's and ``others``.
+        """The state of each process for a checkpoint: ``random`` states of the first one, and ``others``.
 
-        With the latters' buffers of ``method`` where they differ from the first one's: KA-Net's memory of samples.
+        ``others`` also have the buffers of ``method`` that differ from the first process's: KA-Net's memory of samples.
         """
         random = checkpoint.random_states()
         if self.world == 1:
@@ -139,45 +146,46 @@ class Ranks:
         return {"random": first["random"], "others": others}
 
     def start(self, seed: int, step: int = 0) -> None:
-        """Random numbers of its own for every process but the first, which goes on as a single one does."""
+        """Seed every process but the first with a seed of its own; the first has the random numbers of a single one."""
         if not self.first:
             checkpoint.seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)[0] >> 1))
 
     def restore(self, state: dict[str, Any], method: nn.Module, seed: int, step: int) -> None:
-        """Go on from `states` that are in a checkpoint of ``step``; a process that has none there starts anew."""
+        """Continue from the `states` in a checkpoint of ``step``; a process without one there is seeded by `start`."""
         self.start(seed, step)
-        every = [{"random": state["random"], "buffers": {}}, *state.get("others", [])]
-        for own in every[self.rank : self.rank + 1]:
+        saved = [{"random": state["random"], "buffers": {}}, *state.get("others", [])]
+        if self.rank < len(saved):
             try:
-                checkpoint.set_random_states(own["random"])
-                for key, value in own["buffers"].items():
+                checkpoint.set_random_states(saved[self.rank]["random"])
+                for key, value in saved[self.rank]["buffers"].items():
                     method.get_buffer(key).copy_(value)
             except (KeyError, TypeError, AttributeError, RuntimeError):
                 raise UserError(
                     f"the checkpoint's state of process {self.rank} is damaged; take another file"
                 ) from None
-        if len(every) != self.world:
-            self.remark += f" (until now {len(every)} in all; random numbers of new ones begin anew)"
+        if len(saved) != self.world:
+            self.remark += f" (until now {len(saved)} in all; new processes have new random seeds)"
 
 
 @contextlib.contextmanager
 def group() -> Iterator[Ranks]:
     """The processes that torchrun started, joined; without it, this one alone.
 
-    A `UserError` is printed once, whichever processes it comes to, and they leave with status 2. That another process
-    has ended becomes one line of the same kind.
+    A `UserError` is printed once, however many processes raise it, and they exit with status 2. The loss of another
+    process is reported in one line in the same way.
     """
-    if _environment("WORLD_SIZE", 1) == 1:
+    if _environment_integer("WORLD_SIZE", 1) == 1:
         yield Ranks()
         return
     ranks = _join()
     try:
         yield ranks
     except Exception as error:
-        # The group is left to the end of the process, which closes its connections: to end it in order would wait for
-        # the others, who wait for this one.
-        message = f"{LOST}; {ranks.saved}" if _lost(error) else str(error)
-        if not (_lost(error) or isinstance(error, UserError)):
+        # The group is not destroyed, since that would wait for the others, which wait for this process: its exit
+        # closes the connections.
+        lost = _is_lost_connection(error)
+        message = f"{LOST_PROCESS}; {ranks.saved}" if lost else str(error)
+        if not (lost or isinstance(error, UserError)):
             raise
         if ranks.first_to_say(message):
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -190,20 +198,20 @@ def _join() -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"run{next(_groups)}", store)
+        store = dist.PrefixStore(f"run{next(_group_numbers)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        raise UserError(f"cannot join the other processes: {why}; start train.py by torchrun, or alone") from None
-    return Ranks(rank, world, _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1), store)
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"cannot join the other processes: {reason}; start train.py with torchrun, or alone") from None
+    return Ranks(rank, world, _environment_integer("LOCAL_RANK", 0), _environment_integer("LOCAL_WORLD_SIZE", 1), store)
 
 
-def _environment(name: str, default: int) -> int:
+def _environment_integer(name: str, default: int) -> int:
     return int(os.environ.get(name) or default)
 
 
-def _lost(error: Exception) -> bool:
-    """Does ``error`` say that another process is gone? Gloo's own errors are mere RuntimeErrors."""
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether ``error`` means that another process is gone; Gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 

@@ -1,4 +1,4 @@
-"""Errors for people: what was wrong, where, and what to do."""
+"""Errors that the user can correct: what was wrong, where, and what to do."""
 
 import difflib
 import sys
@@ -8,61 +8,60 @@ from pathlib import PurePath
 from typing import Any
 
 LONGEST = 1000  # characters of a message
-QUOTED = 120  # of what it quotes
-PROBED = 60  # of a name for which the nearest is looked for
-GAP = " ... "
+QUOTED = 120  # characters of a quoted value
+COMPARED = 60  # characters of a name whose nearest match is searched
+ELLIPSIS = " ... "
 
 
 class UserError(Exception):
-    """Something that the user can put right.
+    """An error that the user can correct.
 
-    The message is one line that names the thing and the remedy. The commands print it without a
-    traceback and exit with status 2; from Python it is an ordinary exception. Whatever it quotes, its text can be
-    printed.
+    The message is one printable line with the cause and the remedy. The commands print it without a traceback and exit
+    with status 2; from Python it is an ordinary exception.
     """
 
     def __str__(self) -> str:
         return quoted(super().__str__(), LONGEST)
 
 
-class UnfitError(UserError):
-    """What is wrong with one of many images alone: the others can be done."""
+class ImageError(UserError):
+    """An error of a single image among many; the others can still be processed."""
 
 
 def quoted(value: Any, most: int = QUOTED) -> str:
-    """``value`` as a message quotes it: on one line, printable, without its middle where it is longer than ``most``.
+    """``value`` for a message: on one line, printable, its middle cut out where it is longer than ``most``.
 
-    A text or a path as it is, all else as Python writes it. Bytes of a file's name that are no text become ``\\xe9``.
+    Strings and paths as they are, other values by `repr`. Undecodable bytes of a file name become ``\\xe9``.
     """
     try:
         text = str(value) if isinstance(value, str | PurePath) else repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python does not convert integers of more than 4300 digits to text
         text = "a number of thousands of digits"
-    text = "".join(sign if sign.isprintable() else _escaped(sign) for sign in text)
+    text = "".join(character if character.isprintable() else _escaped(character) for character in text)
     if len(text) <= most:
         return text
     end = most // 3
-    return f"{text[: most - end - len(GAP)]}{GAP}{text[len(text) - end :]}"
+    return f"{text[: most - end - len(ELLIPSIS)]}{ELLIPSIS}{text[len(text) - end :]}"
 
 
-def _escaped(sign: str) -> str:
-    """A surrogate stands for a byte that is no text."""
-    if "\udc80" <= sign <= "\udcff":
-        return f"\\x{ord(sign) - 0xDC00:02x}"
-    return sign.encode("unicode_escape").decode("ascii")
+def _escaped(character: str) -> str:
+    """The escape sequence of a character; a surrogate stands for an undecodable byte."""
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the name closest to ``name``, or the list of all names."""
     names = sorted(names)
-    close = difflib.get_close_matches(quoted(name, PROBED), names, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(names)}"
+    matches = difflib.get_close_matches(quoted(name, COMPARED), names, n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(names)}"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and leave with its status, or with 2 and one line for a `UserError`.
+    """Run a command's ``main`` and exit with its status, or with 2 and one line for a `UserError`.
 
-    What Pillow and NumPy warn of in damaged files is not shown: it tells nothing that a user could put right.
+    Warnings of Pillow and NumPy about damaged files are not shown: a user cannot act on them.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"(PIL|numpy|data)\.")

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, lines that are added whole, and files known by their digest."""
+"""Atomic writing of files and of lines, reading of JSON lines, and digests of files."""
 
 import contextlib
 import errno
@@ -15,53 +15,54 @@ import safetensors.torch
 from utils import processes
 from utils.errors import UserError, quoted
 
-# Endings of the images that are written, and what Pillow calls their kind. What was another becomes PNG.
-WRITTEN = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-WRITTEN |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+# Extensions in which images are written, and Pillow's name of the format. Inputs of other formats become PNG.
+IMAGE_FORMATS = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+IMAGE_FORMATS |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 
 
-def home(path: str | Path) -> Path:
+def expand_home(path: str | Path) -> Path:
     """``path`` with the home folder in place of ``~``. Raises `UserError` for ``~name`` where no user has that name."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         name = Path(path).parts[0]
-        raise UserError(f"{quoted(path)}: {quoted(name)} is nobody's home folder; write the path in full") from None
+        raise UserError(f"{quoted(path)}: there is no home folder {quoted(name)}; write the path in full") from None
 
 
-def beside(path: Path) -> Path:
-    """A hidden name in the folder of ``path`` for what is to take its place, no longer than a file's name may be.
+def temporary_path(path: Path) -> Path:
+    """A hidden temporary path in the folder of ``path``, with a name short enough for a file system.
 
-    torch.save writes the name up to its last dot into the file: that is the same for all files and processes.
+    torch.save stores the name up to its last dot in the file; that part is the same for all files and processes.
     """
-    start, number = path.name[:40].replace(".", "_"), zlib.crc32(os.fsencode(path.name))
+    start = path.name[:40].replace(".", "_")
+    number = zlib.crc32(os.fsencode(path.name))
     return path.with_name(f".unfinished.{start}-{number:08x}-{os.getpid()}")
 
 
-# What is written first, by the process, now and by earlier versions.
+# Names of temporary files, with the process that writes them, of this and of earlier versions.
 TEMPORARY = re.compile(r"\.unfinished\..+-(\d+)|\..+\.(\d+)\.(?:tmp|part)")
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file, which says which weights exactly a figure is of."""
+    """The SHA-256 of a file; it identifies the weights that a figure belongs to."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong inside, in writing ``path`` (a file or a folder), into a `UserError`."""
+    """Turns errors in writing ``path`` (a file or a folder) inside into a `UserError`."""
     try:
         yield
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors: a full disk
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {why}; free some space or change the rights") from None
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's and safetensors' for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; free some space or change the rights") from None
 
 
 @contextlib.contextmanager
 def atomic(path: Path):
-    """Give a temporary path beside ``path``; what was written there takes its place when the block ends well."""
-    temporary = beside(path)
+    """Yields a temporary path beside ``path``; the file written there replaces ``path`` if the block succeeds."""
+    temporary = temporary_path(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,30 +76,30 @@ def atomic(path: Path):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically; names of files that are no text are kept as they are."""
+    """Write ``text`` as UTF-8, atomically; undecodable bytes of file names are kept."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add ``line`` to a file of lines, whole or not at all, by one write. Raises `UserError` if it cannot be written.
+    """Append ``line`` to a file, whole or not at all, by one write. Raises `UserError` if it cannot be written.
 
-    A last line that a lost power left without its end is ended first, so that it spoils no other.
+    A last line that lacks its newline, as after a power failure, is completed first.
     """
     with writing(path):
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            before = os.fstat(file).st_size
-            start = "\n" if _torn(file, before) else ""
-            whole = f"{start}{line}\n".encode("utf-8", "surrogateescape")
-            if os.write(file, whole) < len(whole):  # the disk is full: what did fit is taken back
-                os.ftruncate(file, before)
+            size = os.fstat(file).st_size
+            start = "\n" if _lacks_newline(file, size) else ""
+            data = f"{start}{line}\n".encode("utf-8", "surrogateescape")
+            if os.write(file, data) < len(data):  # the disk is full: remove the part that was written
+                os.ftruncate(file, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)
 
 
-def _torn(file: int, size: int) -> bool:
+def _lacks_newline(file: int, size: int) -> bool:
     if size == 0:
         return False
     os.lseek(file, size - 1, os.SEEK_SET)
@@ -106,9 +107,9 @@ def _torn(file: int, size: int) -> bool:
 
 
 def read_records(path: Path) -> tuple[list[dict], list[int]]:
-    """The JSON objects of a file with one a line, and the numbers of the lines, from 1 on, that are none: damaged.
+    """The JSON objects of a file with one a line, and the numbers, from 1 on, of damaged lines.
 
-    A file that is not there has neither. Raises `UserError` for one that may not be read.
+    Both are empty for an absent file. Raises `UserError` for one that cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -116,28 +117,31 @@ def read_records(path: Path) -> tuple[list[dict], list[int]]:
         return [], []
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; change its rights, or remove it") from None
-    records, damaged = [], []
+    records = []
+    damaged = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError):
                 record = None
-            records += [record] if isinstance(record, dict) else []
-            damaged += [] if isinstance(record, dict) else [number]
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                damaged.append(number)
     return records, damaged
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Remove from ``folder`` what processes that are gone from this machine had begun to write under our own names."""
+    """Remove from ``folder`` the temporary files of processes that no longer run on this machine."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             match = TEMPORARY.fullmatch(path.name)
-            if match and path.is_file() and not _owned(path, int(match[1] or match[2])):
+            if match and path.is_file() and not _writer_alive(path, int(match[1] or match[2])):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
-def _owned(path: Path, pid: int) -> bool:
-    """Does the process that began to write ``path`` still run? A later one of its number does not count."""
-    return processes.alive(pid) and processes.started_at(pid) < path.stat().st_mtime + 2  # clocks are coarse
+def _writer_alive(path: Path, pid: int) -> bool:
+    """Whether the process that wrote ``path`` still runs, and is not a later one with the same number."""
+    return processes.alive(pid) and processes.started_at(pid) < path.stat().st_mtime + 2  # seconds: coarse clocks

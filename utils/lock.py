@@ -1,4 +1,4 @@
-"""A folder for one process at a time: a second one is refused by name, and one that died leaves no trouble."""
+"""A lock that gives a folder to one process at a time, and that a dead process does not keep."""
 
 import contextlib
 import json
@@ -12,47 +12,48 @@ from utils.errors import UserError
 from utils.files import clear_temporaries, writing
 
 NAME = ".lock"
-PATIENCE = 1.0  # seconds for another process to write who it is
+OWNER_TIMEOUT = 1.0  # seconds for another process to write its identity
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[str]:
-    """Inside, ``folder``, which is there, is this process's. Gives "", or a remark on the dead owner before it.
+    """Inside, this process owns ``folder``, which must exist. Yields "", or a warning about a dead previous owner.
 
-    The owner's host, number and start stand in the folder's file ``.lock``. Raises `UserError` while another process
-    has it; where that is gone (no such process on this machine, or its number is another's by now) it is replaced, and
-    what dead processes had begun to write in the folder is removed.
+    The owner's host, process number and start time are in the folder's file ``.lock``. Raises `UserError` while another
+    process owns the folder. The lock of a dead process (not running on this machine, or its number is reused) is
+    replaced, and temporary files of dead processes in the folder are removed.
     """
-    path, own = folder / NAME, _own()
-    remark = ""
+    path = folder / NAME
+    identity = _this_process()
+    warning = ""
     with writing(path):
-        while not _create(path, own):
+        while not _create(path, identity):
             owner = _owner(path)
-            if owner is not None and _alive(owner):
+            if owner is not None and _is_alive(owner):
                 raise UserError(_refusal(folder, path, owner))
             if _remove(path, owner):
-                remark = f"the last run in {folder}{_named(owner)} ended without a word; its lock is taken over"
+                warning = f"the last run in {folder}{_process_text(owner)} did not release its lock; it is taken over"
     try:
         clear_temporaries(folder)
-        yield remark
+        yield warning
     finally:
-        if _owner(path) == own:
+        if _owner(path) == identity:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _own() -> dict:
+def _this_process() -> dict:
     return {"host": processes.host(), "process": os.getpid(), "started": processes.started(os.getpid())}
 
 
-def _create(path: Path, own: dict) -> bool:
-    """Write the lock, unless there is one."""
+def _create(path: Path, identity: dict) -> bool:
+    """Write the lock; False if there is one already."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return False
     try:
-        os.write(file, json.dumps(own).encode())
+        os.write(file, json.dumps(identity).encode())
         os.fsync(file)
     except OSError:
         path.unlink()
@@ -63,8 +64,8 @@ def _create(path: Path, own: dict) -> bool:
 
 
 def _owner(path: Path) -> dict | None:
-    """Who holds the lock; None where it does not say so, even after some patience, or is gone."""
-    until = time.monotonic() + PATIENCE
+    """The owner in the lock file; None where it is absent, or still incomplete after `OWNER_TIMEOUT`."""
+    deadline = time.monotonic() + OWNER_TIMEOUT
     while True:
         try:
             owner = json.loads(path.read_text(encoding="utf-8"))
@@ -72,13 +73,13 @@ def _owner(path: Path) -> dict | None:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 return None
         time.sleep(0.05)
 
 
-def _alive(owner: dict) -> bool:
-    """Of another machine nothing can be known, so it counts as alive."""
+def _is_alive(owner: dict) -> bool:
+    """Whether the owner still runs; a process of another machine, which cannot be checked, counts as alive."""
     if owner["host"] != processes.host():
         return True
     started = processes.started(owner["process"])
@@ -86,7 +87,7 @@ def _alive(owner: dict) -> bool:
 
 
 def _remove(path: Path, owner: dict | None) -> bool:
-    """Take the lock of a dead ``owner`` away; False, and it is as before, if another process was faster."""
+    """Remove the lock of a dead ``owner``; False, with the lock unchanged, if another process was faster."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         os.replace(path, aside)
@@ -96,13 +97,13 @@ def _remove(path: Path, owner: dict | None) -> bool:
         if _owner(aside) == owner:
             return True
         with contextlib.suppress(FileExistsError):
-            os.link(aside, path)  # it was a new one: put back
+            os.link(aside, path)  # another process's new lock: restore it
         return False
     finally:
         aside.unlink()
 
 
-def _named(owner: dict | None) -> str:
+def _process_text(owner: dict | None) -> str:
     return f" (process {owner['process']})" if owner else ""
 
 
@@ -110,4 +111,4 @@ def _refusal(folder: Path, path: Path, owner: dict) -> str:
     who = f"{folder} is in use by process {owner['process']} on {owner['host']}"
     if owner["host"] == processes.host():
         return f"{who}: wait for it, end it (kill {owner['process']}), or name another folder"
-    return f"{who}, which cannot be asked from here: if it runs no more, remove {path}; or name another folder"
+    return f"{who}, which cannot be checked from here: if it no longer runs, remove {path}; or name another folder"

@@ -9,7 +9,7 @@ from torch import Tensor
 from utils.config import Test
 from utils.errors import UserError, quoted
 from utils.evaluation import report
-from utils.files import WRITTEN
+from utils.files import IMAGE_FORMATS
 
 LOSSLESS = ".png"
 
@@ -26,7 +26,7 @@ def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
         own = PurePosixPath(name).suffix
         ending = f".{test.format}"
         if test.format == "auto":
-            ending = own if own.lower() in WRITTEN and not scored else LOSSLESS
+            ending = own if own.lower() in IMAGE_FORMATS and not scored else LOSSLESS
         return suffix + ending
 
     return report.picture_names(inputs, kind)

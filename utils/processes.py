@@ -1,4 +1,4 @@
-"""Which process is meant: alive or gone, told from a later one of the same number."""
+"""Processes of this machine: whether one runs, and its start time, which distinguishes reused process numbers."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ def host() -> str:
 
 
 def started(pid: int) -> str:
-    """When a process of this machine began, as its boot and clock ticks since; "" where the system does not tell."""
+    """The start time of a process: the id of the boot and clock ticks since then; "" where the system has none."""
     try:
         boot = PROC.joinpath("sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{_fields(pid)[19]}"
@@ -23,7 +23,7 @@ def started(pid: int) -> str:
 
 
 def started_at(pid: int) -> float:
-    """The same as a time of the clock (seconds, as of `time.time`); infinitely long ago where it is not told."""
+    """The start time in seconds, as of `time.time`; minus infinity where the system has none."""
     try:
         lines = PROC.joinpath("stat").read_text().splitlines()
         [boot] = [int(line.split()[1]) for line in lines if line.startswith("btime ")]
@@ -33,7 +33,7 @@ def started_at(pid: int) -> float:
 
 
 def alive(pid: int) -> bool:
-    """Does a process of this number run on this machine? Where that cannot be asked (Windows): yes."""
+    """Whether a process of this number runs on this machine; True where that cannot be found out (Windows)."""
     if sys.platform == "win32":  # os.kill would end it
         return True
     try:
@@ -43,11 +43,11 @@ def alive(pid: int) -> bool:
     except PermissionError:
         return True  # another user's
     try:
-        return _fields(pid)[0] not in ("Z", "X")  # dead, and only not yet collected by its parent
+        return _fields(pid)[0] not in ("Z", "X")  # dead, but not yet collected by its parent
     except (OSError, IndexError):
         return True
 
 
 def _fields(pid: int) -> list[str]:
-    """/proc/PID/stat from the third field on: before it stands the program's name, which may hold anything."""
+    """/proc/PID/stat from the third field on, after the program's name, which may contain any character."""
     return PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()

@@ -1,6 +1,6 @@
-"""What comes from a file of others is looked through before it is used: its size, its nesting, its tensors, its types.
+"""Checks of untrusted files before they are used: their size, nesting, tensors and types.
 
-Nothing here believes a file. What is refused is refused by its name, in one line, before it costs memory or time.
+Errors name the offending part in one line, and are raised before it takes memory or time.
 """
 
 import contextlib
@@ -18,15 +18,17 @@ from torch.nn.modules import module as modules
 from utils.errors import UserError
 from utils.memory import exhausted
 
-NESTED, PARTS, LONGEST = 32, 40, 500  # containers in each other; parts and characters of a tensor's whole name
-VALUES, TEXT, BITS = 20_000, 10_000, 64  # of settings: how many, how long a text, how large a whole number
-AMPLE_BYTES, AMPLE_NUMBERS, TIMES = 2**24, 2**24, 8  # beyond so many times what the file holds nothing is made of it
+MAX_DEPTH = 32  # nested containers
+MAX_PARTS, MAX_NAME = 40, 500  # parts and characters of a tensor's full name
+MAX_VALUES, MAX_TEXT, MAX_BITS = 20_000, 10_000, 64  # of settings: values, characters of a text, bits of an integer
+# Tensors and networks may be this many times as large as their file, plus the spare bytes or numbers.
+MAX_RATIO, SPARE_BYTES, SPARE_NUMBERS = 8, 2**24, 2**24
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a zip archive that would grow as it is read: PyTorch stores the members of its files as they are.
+    """Refuse a zip archive that expands when it is read: PyTorch stores the members of its files uncompressed.
 
-    Files that are no archives (of before PyTorch 1.6) pass. Raises `UserError`, and RuntimeError for a program.
+    Files that are not archives (from before PyTorch 1.6) pass. Raises `UserError`, and RuntimeError for a program.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":
@@ -35,33 +37,36 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise UserError(f"cannot read {path}: it is damaged or cut short; get it once more") from None
+        raise UserError(f"cannot read {path}: it is damaged or cut short; fetch it again") from None
     packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None and any(member.filename.endswith("/constants.pkl") for member in members):
-        raise RuntimeError("a TorchScript program")  # as PyTorch says it
+        raise RuntimeError("a TorchScript program")  # as PyTorch's error
     if packed is not None:
         raise UserError(
-            f"cannot read {path}: {packed} in it is compressed, as in no PyTorch file; save it by torch.save"
+            f"cannot read {path}: {packed} in it is compressed, unlike in PyTorch's files; save it by torch.save"
         )
-    told, held = sum(member.file_size for member in members), path.stat().st_size
-    if told > held:
-        raise UserError(f"cannot read {path}: it claims to hold {told} bytes in {held}; get it once more")
+    stated = sum(member.file_size for member in members)
+    size = path.stat().st_size
+    if stated > size:
+        raise UserError(f"cannot read {path}: it claims to hold {stated} bytes in {size}; fetch it again")
 
 
 def plain(state: Any, path: Path) -> Any:
-    """``state``, read from ``path``, with plain dicts, lists, tuples and tensors in place of whatever looks like them.
+    """``state``, read from ``path``, with plain dicts, lists, tuples and tensors instead of their subclasses.
 
-    Raises `UserError` for what holds itself, is nested too deep, or is a tensor that no network's weights are: sparse,
-    quantized, without data, or repeated in memory to many times the size of the file.
+    Raises `UserError` for containers that contain themselves or are nested too deeply, and for tensors that cannot be
+    weights: sparse, quantized, without data, or expanded to many times the size of the file.
     """
-    return _Plain(path).made(state, ())
+    return _Converter(path).convert(state, ())
 
 
-class _Plain:
+class _Converter:
     def __init__(self, path: Path):
-        self.path, self.done, self.left = path, {}, TIMES * path.stat().st_size + AMPLE_BYTES
+        self.path = path
+        self.done = {}  # results by id; None while the container is being converted
+        self.budget = MAX_RATIO * path.stat().st_size + SPARE_BYTES  # bytes that tensors may still take
 
-    def made(self, value: Any, name: tuple) -> Any:
+    def convert(self, value: Any, name: tuple) -> Any:
         if isinstance(value, Tensor):
             return self.tensor(value, name)
         kind = next((kind for kind in (dict, list, tuple) if isinstance(value, kind)), None)
@@ -72,37 +77,37 @@ class _Plain:
             self.check_name(name)
             self.done[id(value)] = self.container(kind, value, name)
         elif self.done[id(value)] is None:
-            self.refuse(name, "holds itself")
+            self.refuse(name, "contains itself")
         return self.done[id(value)]
 
     def container(self, kind: type, value: Any, name: tuple) -> Any:
-        if kind is dict:  # its own methods may be anything
-            return {key: self.made(each, (*name, _key(key))) for key, each in dict.items(value)}
+        if kind is dict:  # a subclass may override items()
+            return {key: self.convert(each, (*name, _key(key))) for key, each in dict.items(value)}
         items = list.__iter__(value) if kind is list else tuple.__iter__(value)
-        return kind([self.made(each, (*name, f"{k}")) for k, each in enumerate(items)])
+        return kind([self.convert(each, (*name, f"{k}")) for k, each in enumerate(items)])
 
     def tensor(self, value: Tensor, name: tuple) -> Tensor:
         self.check_name(name)
-        value = Tensor.detach(value)  # a parameter's, and free of attributes that the file gave it
-        for odd, told in (
+        value = Tensor.detach(value)  # without the attributes that the file may have set
+        for refused, description in (
             (value.layout != torch.strided or value.is_nested, "sparse or nested"),
             (value.is_quantized, "quantized"),
             (value.is_meta, "without data"),
         ):
-            if odd:
-                self.refuse(name, f"is {told}, not a plain tensor")
-        self.left -= value.numel() * value.element_size()
-        if self.left < 0:
-            self.refuse(name, "and those before it would take many times the size of the file")
+            if refused:
+                self.refuse(name, f"is {description}, not a plain tensor")
+        self.budget -= value.numel() * value.element_size()
+        if self.budget < 0:
+            self.refuse(name, "and the tensors before it would take many times the size of the file")
         return value
 
     def check_name(self, name: tuple) -> None:
         text = ".".join(name)
-        if len(name) > NESTED or text.count(".") >= PARTS or len(text) > LONGEST:
-            self.refuse((text[:60], "..."), f"is nested more than {NESTED} deep, or has too long a name")
+        if len(name) > MAX_DEPTH or text.count(".") >= MAX_PARTS or len(text) > MAX_NAME:
+            self.refuse((text[:60], "..."), f"is nested more than {MAX_DEPTH} deep, or has too long a name")
 
-    def refuse(self, name: tuple, what: str) -> None:
-        raise UserError(f"cannot read {self.path}: '{'.'.join(name)}' {what}; save the weights alone, by torch.save")
+    def refuse(self, name: tuple, reason: str) -> None:
+        raise UserError(f"cannot read {self.path}: '{'.'.join(name)}' {reason}; save only the weights, by torch.save")
 
 
 def _key(key: Any) -> str:
@@ -110,48 +115,54 @@ def _key(key: Any) -> str:
 
 
 def check_tree(value: Any, what: str) -> None:
-    """Refuse what settings do not consist of: texts, numbers, none, and lists and mappings by texts of these."""
-    left, pending = VALUES, [(value, 0)]
+    """Refuse values other than those of settings: strings, numbers, None, and lists and string-keyed mappings of them.
+
+    ``what`` names the tree in the `UserError`.
+    """
+    remaining = MAX_VALUES
+    pending = [(value, 0)]
     while pending:
         each, depth = pending.pop()
-        left -= 1
+        remaining -= 1
         if isinstance(each, Mapping):
-            good = all(isinstance(key, str) and len(key) <= LONGEST for key in each)
+            valid = all(isinstance(key, str) and len(key) <= MAX_NAME for key in each)
             pending += [(inner, depth + 1) for inner in each.values()]
         elif isinstance(each, list | tuple):
-            good = True
+            valid = True
             pending += [(inner, depth + 1) for inner in each]
         elif isinstance(each, int):
-            good = each.bit_length() <= BITS
+            valid = each.bit_length() <= MAX_BITS
         else:
-            good = each is None or isinstance(each, float) or (isinstance(each, str) and len(each) <= TEXT)
-        if not good or depth > NESTED or left < 0 or len(pending) > VALUES:
-            raise UserError(f"{what} hold a {type(each).__name__} where none can be, or are endless; take another file")
+            valid = each is None or isinstance(each, float) or (isinstance(each, str) and len(each) <= MAX_TEXT)
+        if not valid or depth > MAX_DEPTH or remaining < 0 or len(pending) > MAX_VALUES:
+            raise UserError(f"{what} hold an invalid {type(each).__name__}, or too many values; use another file")
 
 
 @contextlib.contextmanager
-def made_for(weights: Mapping[str, Any], path: Path) -> Iterator[None]:
-    """Inside, no network is made, by this thread, that is many times as large as the ``weights`` for it.
+def limit_size(weights: Mapping[str, Any], path: Path) -> Iterator[None]:
+    """Inside, this thread cannot build networks many times as large as the ``weights`` for them.
 
-    A file of a few bytes may ask for a network that fills the memory. Raises `UserError`.
+    The settings in a small file could otherwise request a network that fills the memory. Raises `UserError`.
     """
-    held = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
-    left, thread = [TIMES * held + AMPLE_NUMBERS], threading.get_ident()
+    count = sum(value.numel() for value in weights.values() if isinstance(value, Tensor))
+    remaining = MAX_RATIO * count + SPARE_NUMBERS
+    thread = threading.get_ident()
     refusal = UserError(
-        f"{path} asks for networks far larger than its {held} weights; it is damaged, take another file"
+        f"{path} asks for networks far larger than its {count} weights; it is damaged, use another file"
     )
 
-    def count(owner: Any, name: str, value: Any) -> None:
+    def subtract(owner: Any, name: str, value: Any) -> None:
+        nonlocal remaining
         if isinstance(value, Tensor) and threading.get_ident() == thread:
-            left[0] -= value.numel()
-            if left[0] < 0:
+            remaining -= value.numel()
+            if remaining < 0:
                 raise refusal
 
-    hooks = [modules.register_module_parameter_registration_hook(count)]
-    hooks.append(modules.register_module_buffer_registration_hook(count))
+    hooks = [modules.register_module_parameter_registration_hook(subtract)]
+    hooks.append(modules.register_module_buffer_registration_hook(subtract))
     try:
         yield
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # also sizes that are impossible for tensors
         if exhausted(error) or any(word in str(error).lower() for word in ("overflow", "int64", "too large", "c long")):
             raise refusal from None
         raise
@@ -161,13 +172,13 @@ def made_for(weights: Mapping[str, Any], path: Path) -> Iterator[None]:
 
 
 def digest(value: Any) -> str:
-    """The SHA-256 of tensors and plain values, in whatever order a mapping has them and a tensor lies in memory."""
+    """The SHA-256 of tensors and plain values, independent of the order of mappings and of memory layouts."""
     total = hashlib.sha256()
-    _add(value, total)
+    _update(value, total)
     return total.hexdigest()
 
 
-def _add(value: Any, total: Any) -> None:
+def _update(value: Any, total: Any) -> None:
     if isinstance(value, Tensor):
         total.update(f"{value.dtype}{tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -175,10 +186,10 @@ def _add(value: Any, total: Any) -> None:
         total.update(f"mapping {len(value)} ".encode())
         for key in sorted(value, key=repr):
             total.update(f"{key!r}:".encode())
-            _add(value[key], total)
+            _update(value[key], total)
     elif isinstance(value, list | tuple):
         total.update(f"list {len(value)} ".encode())
         for each in value:
-            _add(each, total)
+            _update(each, total)
     else:
         total.update(f"{value!r} ".encode())

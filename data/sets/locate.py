@@ -18,7 +18,7 @@ from data.pictures import Folder, Paired, doubts
 from data.sets import pairing
 from data.sets.table import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
 from utils.errors import UserError, nearest, quoted
-from utils.evaluation.runner import Pictures
+from utils.evaluation.runner import ImageSet
 
 LEVELS = 5  # of folders below the data root that are searched
 MAX_RANGES = 10  # of missing numbers that a warning lists
@@ -61,7 +61,7 @@ class LocatedSet:
             return Folder([hazy for hazy, _ in self.pairs], self.folder)
         return Paired(self.pairs, self.folder, self.benchmark.border)
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> ImageSet:
         """The set as `utils.evaluation` scores it, with the released methods' test settings for it."""
         benchmark = self.benchmark
         items = self.items()
@@ -70,7 +70,7 @@ class LocatedSet:
         warnings = [*self.remarks, *(doubts(items) if truth and benchmark.degradation == "haze" else [])]
         if benchmark.to_train_on(self.split):
             warnings.append("training images: figures on them say little about other images")
-        return Pictures(self.name, items, truth, self.expected, warnings, preset, self.name.replace(":", "-"))
+        return ImageSet(self.name, items, truth, self.expected, warnings, preset, self.name.replace(":", "-"))
 
 
 def find(names: Sequence[str], root: str | Path) -> list[LocatedSet]:

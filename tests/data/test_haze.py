@@ -169,7 +169,7 @@ def test_shares_of_outdoor_depths():
     clear, none = torch.rand(3, 20, 30), config.OutdoorDepth(0, 0, 0)
     plain = synthesis.outdoor_depth(clear, np.random.default_rng(0))
     assert torch.equal(synthesis.varied_outdoor_depth(clear, np.random.default_rng(0), none), plain)
-    with pytest.raises(UserError, match=r"haze\.outdoor: the shares are more than 1 together"):
+    with pytest.raises(UserError, match=r"haze\.outdoor: the sum of the fractions is more than 1"):
         config.OutdoorDepth(0.5, 0.4, 0.2)
 
 

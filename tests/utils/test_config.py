@@ -122,8 +122,8 @@ def test_other_kinds():
         (f"train.clip=1{'0' * 400}", "needs a number"),
         ("data.flip=1", "true or false"),
         ("device=", "is empty: needs text"),
-        ("train.batch=4 # 8", "a # begins no comment"),
-        ("test.weights=[a #2, b]", "names in a list with signs of YAML's in quotes"),
+        ("train.batch=4 # 8", "there are no comments"),
+        ("test.weights=[a #2, b]", "with quotes around names in a list"),
         ("train.batch=0", "at least 1"),
         ("train.gamma=0", "greater than 0"),
         ("train.gamma=1.5", "at most 1"),
@@ -144,8 +144,8 @@ def test_other_kinds():
         ("train=4", "'train' is a section"),
         ("nedr=", "'nedr' is a section"),
         ("train.batch.size=4", r"train\.batch"),
-        ("train.batch", "read key=value"),
-        ("=4", "read key=value"),
+        ("train.batch", "are key=value"),
+        ("=4", "are key=value"),
         ("train..batch=4", "unknown setting"),
         ("nedr.betas=[0.9, 0.99", "cannot understand the value"),
     ],
@@ -174,7 +174,7 @@ def test_blocks_of_other_methods_are_checked_too():
     [
         ("d4", "nedr.learning_rate=1e-3", r"nedr is not in use here, d4 is; write d4\.learning_rate"),
         ("nedr", "d4.perceptual.network=vgg19", r"write nedr\.perceptual\.network"),
-        ("aknet", "kanet.random_features=fixed", "take it out: aknet has no such setting"),
+        ("aknet", "kanet.random_features=fixed", "remove it: aknet has no such setting"),
     ],
 )
 def test_a_setting_of_a_method_that_is_not_in_use_is_refused(tmp_path, model, text, remedy):
@@ -230,9 +230,7 @@ def test_a_path_in_a_file_that_a_comment_cuts_is_refused_where_it_exists(tmp_pat
     file = written(tmp_path / "config.yml", f"data:\n  clear: b # why\n  hazy: {name}\n")
     load(files=[file])
     (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(
-        UserError, match=f"line 3: YAML takes all from # on for a comment, .*'{name}'; put it in quotes"
-    ):
+    with pytest.raises(UserError, match=f"line 3: for YAML a comment begins at the #, .*'{name}'; put it in quotes"):
         load(files=[file])
     assert load(files=[written(file, f"data: {{hazy: '{name}'}}")]).data.hazy == name
 
@@ -240,9 +238,9 @@ def test_a_path_in_a_file_that_a_comment_cuts_is_refused_where_it_exists(tmp_pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data:\n  crop: random\ntrain: {batch: 1}\ndata:\n  flip: no\n", "'data' stands 2 times, in lines 1 and 4,"),
-        ("seed: 1\nseed: 2\n'seed': 3\n", "'seed' stands 3 times, in lines 1, 2 and 3,"),
-        ("train:\n  batch: 1\n  batch: 2\n", r"'train\.batch' stands 2 times, in lines 2 and 3"),
+        ("data:\n  crop: random\ntrain: {batch: 1}\ndata:\n  flip: no\n", "'data' occurs 2 times, in lines 1 and 4,"),
+        ("seed: 1\nseed: 2\n'seed': 3\n", "'seed' occurs 3 times, in lines 1, 2 and 3,"),
+        ("train:\n  batch: 1\n  batch: 2\n", r"'train\.batch' occurs 2 times, in lines 2 and 3"),
         ("nedr:\n  perceptual: {network: vgg16,\n    network: vgg19}\n", r"'nedr\.perceptual\.network' .* 2 and 3"),
         ("nedr: &n\n  gan: lsgan\nd4:\n  <<: *n\n  gan: hinge\n  gan: hinge\n", r"'d4\.gan' .* 5 and 6"),
     ],
@@ -279,8 +277,8 @@ def test_an_empty_file_changes_nothing(tmp_path, text):
         ("just words\n", "not a str"),
         ("1: 2\n", "unknown setting '1'"),
         ("? [a]\n: 2\n", "cannot read settings"),
-        ("data:\n  hazy: [NTIRE] x\n", "wants quotes"),
-        ("data:\n  hazy: photos: winter\n", "wants quotes"),
+        ("data:\n  hazy: [NTIRE] x\n", "needs quotes"),
+        ("data:\n  hazy: photos: winter\n", "needs quotes"),
         ("data: {hazy: [a]}\n", "needs text; put it in quotes"),
         ("train: 4\n", "'train' is a section"),
         ("train:\n", "'train' is a section"),
@@ -301,23 +299,23 @@ def unfolding(depth: int, merge: bool) -> str:
 
 
 HOSTILE = {
-    "train: {batch: !!int x}": "'x' is no int that can be in .*, line 1, column 16",
-    "train: {batch: !!int ''}": "'' is no int that can be",
-    "train: {clip: !!float x}": "'x' is no float that can be",
-    "compile: !!bool x": "'x' is no bool that can be",
-    "seed: !!timestamp x": "'x' is no timestamp that can be",
-    "train:\n  batch: 2024-13-45": "'2024-13-45' is no timestamp that can be in .*, line 2",
-    f"train: {'[' * 1000}": "brackets in brackets, too deep",
+    "train: {batch: !!int x}": "'x' is not a valid int in .*, line 1, column 16",
+    "train: {batch: !!int ''}": "'' is not a valid int",
+    "train: {clip: !!float x}": "'x' is not a valid float",
+    "compile: !!bool x": "'x' is not a valid bool",
+    "seed: !!timestamp x": "'x' is not a valid timestamp",
+    "train:\n  batch: 2024-13-45": "'2024-13-45' is not a valid timestamp in .*, line 2",
+    f"train: {'[' * 1000}": "brackets are nested too deeply",
     f"train: {{batch: {'9' * 400}}}": r"train\.batch=99+ \.\.\. 9+: needs a whole number of at most 64 bits",
-    f"train: {{batch: {'9' * 5000}}}": "9+ is no int that can be|9+' is no int that can be",
+    f"train: {{batch: {'9' * 5000}}}": "9+ is not a valid int|9+' is not a valid int",
     f"train: {{batch: 0x{'f' * 9000}}}": "a number of thousands of digits: needs a whole number of at most 64 bits",
     "train: {batch: 1.0e300}": r"train\.batch='1\.0e300': needs a whole number",
     unfolding(9, merge=False): "aliases .* make it more than 20,000 values",
     unfolding(9, merge=True): "aliases .* make it more than 20,000 values",
     "data: &a {hazy: x, pairs: *a}": "aliases",
     "nedr: &a\n  <<: *a": "aliases",
-    'test: {output: "a\\0b"}': r"test\.output='a\\x00b': no path or name has such a character",
-    'data: {hazy: "\\ud800"}': r"data\.hazy='\\ud800': no path or name has such a character",
+    'test: {output: "a\\0b"}': r"test\.output='a\\x00b': no path can contain such a character",
+    'data: {hazy: "\\ud800"}': r"data\.hazy='\\ud800': no path can contain such a character",
     'train: {batch: "\\e[31m"}': r"train\.batch='\\x1b\[31m': needs a whole number",
     f"train: {{batch: {'x' * 5000}}}": r"train\.batch='x+ \.\.\. x+': needs a whole number",
     f"train: {{? {'x' * 900} : 1}}": r"unknown setting 'train\.x+ \.\.\. x+'",
@@ -357,7 +355,7 @@ def test_it_is_on_the_command_line_too(text):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.yml")
-    with pytest.raises(UserError, match="it is no file"):
+    with pytest.raises(UserError, match="it is not a file"):
         load(files=[tmp_path / "config.yml"])
 
 

@@ -16,11 +16,11 @@ CPU = torch.device("cpu")
 def test_a_processor_without_bf16_units_is_warned_about(monkeypatch):
     monkeypatch.setattr(device, "_is_arm", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    (remark,) = device.remarks(CPU, "bf16")
+    (remark,) = device.warnings(CPU, "bf16")
     assert "precision=float32 will be faster" in remark
-    assert device.remarks(CPU, "float32") == []
+    assert device.warnings(CPU, "float32") == []
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert device.remarks(CPU, "bf16") == []
+    assert device.warnings(CPU, "bf16") == []
 
 
 def test_a_gpu_without_bf16_is_refused(monkeypatch):
@@ -75,7 +75,7 @@ def test_cudnn_does_not_search_where_sizes_vary():
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        with device.varied_sizes():
+        with device.without_benchmark():
             assert not torch.backends.cudnn.benchmark
         assert torch.backends.cudnn.benchmark
     finally:
@@ -95,7 +95,7 @@ def test_deterministic_algorithms_alone(monkeypatch):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.backends.cudnn.deterministic
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert device.remarks(torch.device("cuda"), "float32", True) == [
+        assert device.warnings(torch.device("cuda"), "float32", True) == [
             "deterministic=true: slower; CUBLAS_WORKSPACE_CONFIG=:4096:8 is in force"
         ]
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":8:1")
@@ -110,8 +110,8 @@ def test_an_operation_without_a_deterministic_form_is_named():
     told = "grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set ..."
     with (
         pytest.raises(UserError, match=r"^deterministic=true: grid_sampler_2d_backward_cuda has no .* on cpu"),
-        device.determined(torch.device("cpu")),
+        device.deterministic_errors(torch.device("cpu")),
     ):
         raise RuntimeError(told)
-    with pytest.raises(RuntimeError, match="other"), device.determined(torch.device("cpu")):
+    with pytest.raises(RuntimeError, match="other"), device.deterministic_errors(torch.device("cpu")):
         raise RuntimeError("other")

@@ -68,7 +68,7 @@ def test_warnings_about_damaged_files_are_not_shown():
 
 def test_a_hidden_name_beside_a_file_fits_where_that_does(tmp_path):
     wanted = ["x.1.png", "x_1.png", "x" * 254 + "a", "x" * 254 + "b", "\U0001f32b" * 63]
-    names = {files.beside(tmp_path / name).name for name in wanted}
+    names = {files.temporary_path(tmp_path / name).name for name in wanted}
     assert len(names) == len(wanted)
     assert max(len(os.fsencode(name)) for name in names) < 255
     assert {name.rpartition(".")[0] for name in names} == {".unfinished"}

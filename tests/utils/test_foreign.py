@@ -119,7 +119,7 @@ def test_windows_paths_are_read_anywhere(tmp_path):
     data = (tmp_path / "a.pth").read_bytes()
     assert b"PureWindowsPath" in data
     (tmp_path / "a.pth").write_bytes(data)
-    assert "pathlib.WindowsPath" in foreign.OBJECTS
+    assert "pathlib.WindowsPath" in foreign.STAND_IN_CLASSES
     assert same(foreign.find(checkpoint.read(tmp_path / "a.pth"), fits))
 
 

@@ -19,8 +19,8 @@ def put(folder, **changes):
 
 
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
-    with lock.held(tmp_path) as remark:
-        assert remark == ""
+    with lock.held(tmp_path) as warning:
+        assert warning == ""
         with (
             pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .*: wait for it, end it \(kill"),
             lock.held(tmp_path),
@@ -28,8 +28,8 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
             pass
         assert json.loads((tmp_path / lock.NAME).read_text()) == OWN
     assert not list(tmp_path.iterdir())
-    with lock.held(tmp_path) as remark:
-        assert remark == ""
+    with lock.held(tmp_path) as warning:
+        assert warning == ""
 
 
 def test_an_error_inside_gives_the_folder_back(tmp_path):
@@ -53,8 +53,8 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_told(collected, tmp_path):
     pid = killed(collected)
     put(tmp_path, process=pid, started="boot:1")
     (tmp_path / f".last.pt.{pid}.tmp").touch()
-    with lock.held(tmp_path) as remark:
-        assert remark == f"the last run in {tmp_path} (process {pid}) ended without a word; its lock is taken over"
+    with lock.held(tmp_path) as warning:
+        assert warning == f"the last run in {tmp_path} (process {pid}) did not release its lock; it is taken over"
         assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
     assert not list(tmp_path.iterdir())
 
@@ -62,14 +62,14 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_told(collected, tmp_path):
 @pytest.mark.skipif(not processes.started(os.getpid()), reason="needs /proc")
 def test_a_later_process_of_the_same_number_is_another(tmp_path):
     put(tmp_path, started="another boot:17")
-    with lock.held(tmp_path) as remark:
-        assert "ended without a word" in remark
+    with lock.held(tmp_path) as warning:
+        assert "did not release its lock" in warning
 
 
 def test_of_another_machine_nothing_is_known(tmp_path):
     put(tmp_path, host="elsewhere", process=1, started="boot:1")
     with (
-        pytest.raises(UserError, match=r"process 1 on elsewhere, .*if it runs no more, remove .*\.lock"),
+        pytest.raises(UserError, match=r"process 1 on elsewhere, .*if it no longer runs, remove .*\.lock"),
         lock.held(tmp_path),
     ):
         pass
@@ -78,10 +78,10 @@ def test_of_another_machine_nothing_is_known(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1, "process": "x"}'])
 def test_a_lock_that_does_not_name_its_owner_is_taken_over(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE", 0.01)
+    monkeypatch.setattr(lock, "OWNER_TIMEOUT", 0.01)
     (tmp_path / lock.NAME).write_text(text)
-    with lock.held(tmp_path) as remark:
-        assert "ended without a word" in remark
+    with lock.held(tmp_path) as warning:
+        assert "did not release its lock" in warning
 
 
 def test_two_that_take_over_at_once_do_not_both_have_it(tmp_path):

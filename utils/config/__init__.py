@@ -1,4 +1,4 @@
-"""Settings: see `settings` (layers, loading), `schema` (the shared sections), `convert` (types and ranges)."""
+"""Settings: `settings` (layers, loading), `schema` (the shared sections), `convert` (types and ranges)."""
 
 from utils.config.convert import (
     Count,

@@ -1,4 +1,4 @@
-"""Values of settings: their types and ranges, and what a text or a YAML value becomes."""
+"""Values of settings: their types and ranges, and the conversion of text and YAML values to them."""
 
 import os
 import types
@@ -43,28 +43,18 @@ class Ends:
 
 
 Count = Annotated[int, Range(1)]
-
-
 CountOrZero = Annotated[int, Range(0)]
-
-
 Weight = Annotated[float, Range(0)]
-
-
 Rate = Annotated[float, Range(above=0, high=1)]
-
-
 Fraction = Annotated[float, Range(0, 1)]
-
-
 Interval = tuple[float, float]
 
 
 def check_interval(name: str, interval: Interval, low: float = 0.0, high: float = float("inf")) -> None:
     """Raise `UserError` unless ``low <= interval[0] <= interval[1] <= high``."""
-    wrong = Ends(low, high).check(interval)
-    if wrong:
-        raise UserError(f"{name}={list(interval)}: {wrong}")
+    message = Ends(low, high).check(interval)
+    if message:
+        raise UserError(f"{name}={list(interval)}: {message}")
 
 
 def convert(value: Any, kind: Any, path: str) -> Any:
@@ -72,18 +62,18 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         value = convert(value, args[0], path)
-        wrong = args[1].check(value)
-        if wrong:
-            raise UserError(f"{path}={quoted(value)}: {wrong}")
+        message = args[1].check(value)
+        if message:
+            raise UserError(f"{path}={quoted(value)}: {message}")
         return value
     if origin in (Union, types.UnionType):
-        return _either(value, args, path)
+        return _convert_union(value, args, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path}={quoted(value)}: must be one of {', '.join(map(str, args))}{_hint(value, args)}")
         return value
     if origin is list:
-        if value is None or (args[0] is str and isinstance(value, str)):  # none, or one alone
+        if value is None or (args[0] is str and isinstance(value, str)):  # None, or a single string
             value = [] if value is None else [value]
         return [convert(item, args[0], path) for item in _sequence(value, path)]
     if origin is tuple:
@@ -91,34 +81,34 @@ def convert(value: Any, kind: Any, path: str) -> Any:
         if len(items) != len(args):
             raise UserError(f"{path}={quoted(value)}: needs {len(args)} values in brackets, got {len(items)}")
         return tuple(convert(item, arg, path) for item, arg in zip(items, args, strict=True))
-    return _scalar(value, kind, path)
+    return _convert_scalar(value, kind, path)
 
 
-def _either(value: Any, kinds: tuple, path: str) -> Any:
-    """``value`` as None or as one of some words, where ``kinds`` has these, else as the kind that remains.
+def _convert_union(value: Any, kinds: tuple, path: str) -> Any:
+    """``value`` as None or as one of the literal words of ``kinds``, or else as their remaining type.
 
-    Of a number and several in brackets, the one that ``value`` looks like.
+    If a number and a tuple remain, a list becomes the tuple.
     """
-    if value in (None, "") and type(None) in kinds:  # an empty text would be taken for the folder where one stands
+    if value in (None, "") and type(None) in kinds:  # an empty path would mean the current folder
         return None
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     if value in words:
         return value
     others = [kind for kind in kinds if kind is not type(None) and get_origin(kind) is not Literal]
-    several = [kind for kind in others if get_origin(kind) is tuple]
-    rest = several[0] if several and isinstance(value, list | tuple) else others[0]
+    tuples = [kind for kind in others if get_origin(kind) is tuple]
+    remaining = tuples[0] if tuples and isinstance(value, list | tuple) else others[0]
     try:
-        return convert(value, rest, path)
+        return convert(value, remaining, path)
     except UserError as error:
         raise UserError(" or ".join([str(error), *words])) from None
 
 
-def _scalar(value: Any, kind: type, path: str) -> Any:
+def _convert_scalar(value: Any, kind: type, path: str) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str) and value:
-        return _usable(value, path)
-    if kind is int and type(value) is int and abs(value) < 2**63:  # not by way of float, which holds 53 bits
+        return _check_path_text(value, path)
+    if kind is int and type(value) is int and abs(value) < 2**63:  # not converted by float, which has 53 bits
         return value
     if kind in (int, float) and not isinstance(value, bool):
         try:
@@ -134,28 +124,28 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
     if kind is str and value in (None, ""):
         raise UserError(f"{path} is empty: needs text")
     quotes = "; put it in quotes" if kind is str else ""
-    raise UserError(f"{path}={_written(value)}: needs {words[kind]}{more}{quotes}")
+    raise UserError(f"{path}={_literal(value)}: needs {words[kind]}{more}{quotes}")
 
 
-def _usable(text: str, path: str) -> str:
-    """``text``, if it can be a file's name. Raises `UserError`."""
+def _check_path_text(text: str, path: str) -> str:
+    """``text``, if it can be a path. Raises `UserError`."""
     try:
-        whole = b"\0" not in os.fsencode(text)
+        valid = b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
-        whole = False
-    if not whole:
-        raise UserError(f"{path}={_written(text)}: no path or name has such a character in it; take it out")
+        valid = False
+    if not valid:
+        raise UserError(f"{path}={_literal(text)}: no path can contain such a character; remove it")
     return text
 
 
-def _written(value: Any) -> str:
-    """``value`` as Python writes it, texts in quotes, made short."""
+def _literal(value: Any) -> str:
+    """``value`` for a message, with quotes around a string."""
     return f"'{quoted(value)}'" if isinstance(value, str) else quoted(value)
 
 
 def _sequence(value: Any, path: str) -> list:
     if not isinstance(value, list | tuple):
-        raise UserError(f"{path}={_written(value)}: needs a list in brackets")
+        raise UserError(f"{path}={_literal(value)}: needs a list in brackets")
     return list(value)
 
 

@@ -1,4 +1,4 @@
-"""Sections of configs.yml that all methods share: what each setting is, in types and ranges, without defaults."""
+"""Sections of configs.yml that all methods share: types and ranges of the settings, without defaults."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -34,7 +34,7 @@ class Data:
 
 @dataclass
 class Sometimes:
-    """A change that happens with a probability, by a value uniform in a range."""
+    """A change applied with a probability, by a value drawn uniformly from a range."""
 
     probability: Fraction
     range: Annotated[Interval, Ends(0.1, 10)]
@@ -42,7 +42,7 @@ class Sometimes:
 
 @dataclass
 class OutdoorDepth:
-    """Shares of the depths made up outdoors that are of another kind than a ground plane."""
+    """The fractions of synthetic outdoor depth maps that are not a ground plane, by type."""
 
     patches: Fraction
     dark_channel: Fraction
@@ -50,12 +50,12 @@ class OutdoorDepth:
 
     def __post_init__(self):
         if self.patches + self.dark_channel + self.noise > 1:
-            raise UserError("haze.outdoor: the shares are more than 1 together")
+            raise UserError("haze.outdoor: the sum of the fractions is more than 1; lower one of them")
 
 
 @dataclass
 class Haze:
-    """What `data.synthesis.random_haze` draws from."""
+    """The distributions that `data.synthesis.random_haze` draws from."""
 
     density: Interval
     airlight: Annotated[Interval, Ends(0, 2)]
@@ -119,7 +119,7 @@ class Jpeg:
 
 @dataclass
 class Degradations:
-    """What `data.degradations.degrade` draws from, in the order in which things happen."""
+    """The distributions that `data.degradations.degrade` draws from, in the order in which it applies them."""
 
     airlight: Annotated[Interval, Ends(0, 1)]
     illumination: Illumination
@@ -207,7 +207,7 @@ class Test:
 
 @dataclass
 class Settings:
-    """Everything that a run can be told. ``method`` holds the block of configs.yml named by ``model``."""
+    """All settings of a run. ``method`` is the block of configs.yml named by ``model``."""
 
     model: str
     seed: CountOrZero

@@ -24,7 +24,7 @@ FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for images without ground
 
 
 @dataclass
-class Pictures:
+class ImageSet:
     """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: each has a ``clear``.
 
     Each item has the ``path`` of its hazy image, too. ``expected`` is the number that the whole set has, None where
@@ -90,7 +90,7 @@ class Evaluation:
             metrics.protocol(name)
         tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
 
-    def begin(self, sets: Sequence[Pictures], identity: Mapping[str, Any]) -> None:
+    def begin(self, sets: Sequence[ImageSet], identity: Mapping[str, Any]) -> None:
         """Look for what an interrupted run of the same ``identity``, sets and settings has done."""
         states = [[each.name, [_state(path) for path in each.items.files]] for each in sets]
         own = {"sets": states, "settings": repr(self.settings)}
@@ -113,7 +113,7 @@ class Evaluation:
             told = f"{self.journal.damaged} damaged lines are left out; their images are done anew"
             self.say(f"{self.journal.path}: {told}")
 
-    def row(self, pictures: Pictures, candidate: Candidate) -> Row:
+    def row(self, pictures: ImageSet, candidate: Candidate) -> Row:
         """Dehaze, measure and save all of a set; images that an earlier run did are not done again."""
         names, key = pictures.items.names, f"{pictures.name}/{candidate.name}"
         folder = self.output / "pictures" / pictures.folder / candidate.folder
@@ -168,7 +168,7 @@ class Evaluation:
             self._panels(pictures, candidate, outcome.scores)
         return row
 
-    def _gather(self, pictures: Pictures, outcome: scoring.Outcome) -> int:
+    def _gather(self, pictures: ImageSet, outcome: scoring.Outcome) -> int:
         """Put into ``outcome`` what all processes did, in place; -> the largest peak of their memory."""
         own = (outcome, self.truths[pictures.name], memory.peak_memory(self.device))
         every = self.ranks.all_gather(own)
@@ -188,7 +188,7 @@ class Evaluation:
         test = self.settings.test
         self.write(file, output.shown(item["hazy"], made, test), like=item["path"], quality=test.quality)
 
-    def _scored(self, pictures: Pictures) -> bool:
+    def _scored(self, pictures: ImageSet) -> bool:
         """Are the images there for the sake of figures?"""
         return pictures.truth or pictures.benchmark or bool(self._free(pictures))
 
@@ -216,7 +216,7 @@ class Evaluation:
         self.journal.close()
         return found
 
-    def measures(self, pictures: Pictures) -> bool:
+    def measures(self, pictures: ImageSet) -> bool:
         """Is there any figure for this set? For a benchmark without one, why not is among its remarks."""
         if pictures.truth or self._free(pictures):
             return True
@@ -228,7 +228,7 @@ class Evaluation:
             pictures.remarks.append(f"no ground truth: images and times only; for figures, pip install {wanted}")
         return False
 
-    def _measure(self, pictures: Pictures) -> scoring.Measure:
+    def _measure(self, pictures: ImageSet) -> scoring.Measure:
         protocols, further = self.settings.test.protocols, self.further if pictures.truth else self._free(pictures)
 
         def measure(item: dict, dehazed: Tensor) -> dict[str, float]:
@@ -240,7 +240,7 @@ class Evaluation:
 
         return measure
 
-    def _free(self, pictures: Pictures) -> dict[str, Callable]:
+    def _free(self, pictures: ImageSet) -> dict[str, Callable]:
         """Metrics without ground truth: those asked for; else, for benchmarks, all that are installed and loadable."""
         asked = {name: metric for name, metric in self.further.items() if not extra_metrics.METRICS[name].needs_clear}
         if asked or self.settings.test.metrics:
@@ -277,7 +277,7 @@ class Evaluation:
             self.told[str(error)] = None
             self.say(f"skipped: {error}")
 
-    def _look_for_equal(self, pictures: Pictures, scores: Sequence[scoring.Score]) -> None:
+    def _look_for_equal(self, pictures: ImageSet, scores: Sequence[scoring.Score]) -> None:
         key = f"{self.settings.test.protocols[0]}.psnr"
         equal = [score.name for score in scores if score.figures.get(key) == math.inf]
         if equal:
@@ -287,7 +287,7 @@ class Evaluation:
             )
             self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
 
-    def _look_for_choice(self, pictures: Pictures, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
+    def _look_for_choice(self, pictures: ImageSet, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
         """Say it where the weights were chosen on what they are scored on."""
         if candidate.chosen_on is None or not pictures.truth:
             return
@@ -300,7 +300,7 @@ class Evaluation:
             pictures.remarks.append(f"{candidate.name}: {told}")
             self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
 
-    def _panels(self, pictures: Pictures, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
+    def _panels(self, pictures: ImageSet, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
         key = next(iter(scores[0].figures), None) if scores else None
         better = results.describe(key)["better"] if key else "higher"
         folder = self.output / "panels" / pictures.folder / candidate.folder

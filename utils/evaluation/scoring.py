@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.errors import UnfitError, UserError
+from utils.errors import ImageError, UserError
 from utils.evaluation import metrics
 from utils.memory import exhausted, release_memory
 
@@ -102,7 +102,7 @@ def run(
 
     ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. One that
     cannot be read, dehazed or measured is handed to ``on_error`` and left out, and so is one whose own file cannot be
-    written (`UnfitError`); what else ``save`` raises ends the run, since it would be so for the next image too.
+    written (`ImageError`); what else ``save`` raises ends the run, since it would be so for the next image too.
     ``on_score`` hears of every image as soon as all is done with it, in order. ``workers`` threads read ahead and as
     many finish; 0: everything in turn. ``bar`` names a progress bar, ``remedies`` what errors are to recommend.
     """
@@ -213,7 +213,7 @@ def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> Itera
             raise
         size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
         what = f"{item['name']}: {size} pixels are too many for the memory of {device}"
-        raise UnfitError(f"{what}; {remedies.memory}") from None
+        raise ImageError(f"{what}; {remedies.memory}") from None
 
 
 def _finish(work: _Work, measure: Measure | None, save: Save | None, remedies: Remedies) -> _Work:
@@ -226,7 +226,7 @@ def _finish(work: _Work, measure: Measure | None, save: Save | None, remedies: R
         with _timed(work, "measuring"), enough_memory(item, cpu, remedies):
             figures = measure(item, dehazed)
     if save is not None and work.error is None:
-        with _timed(work, "saving", carry=UnfitError), enough_memory(item, cpu, remedies):
+        with _timed(work, "saving", carry=ImageError), enough_memory(item, cpu, remedies):
             save(item, dehazed)
     if work.error is None:
         height, width = dehazed.shape[1:]

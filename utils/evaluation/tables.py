@@ -17,7 +17,7 @@ def text(rows: Sequence[Row], results: Mapping) -> str:
     lines = []
     for name, members in _by_set(rows).items():
         title = f"{name}: " if members[0].expected is not None else ""  # a set of one's own has no name to tell
-        lines += ["", title + pictures(members[0].count), *_screen_table(members)]
+        lines += ["", title + image_count(members[0].count), *_screen_table(members)]
         lines += [line for row in members for line in _notes(row)]
     lines += [line for each in results["protocols"].values() for line in _protocol(each)]
     return "\n".join(lines[1:])
@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Row], results: Mapping) -> str:
     return "\n\n".join([*filter(None, parts), "\n".join(about)]) + "\n"
 
 
-def pictures(count: int | str) -> str:
+def image_count(count: int | str) -> str:
     """``1 picture``, ``24 pictures``, ``60 of 500 pictures``."""
     return "1 image" if count in (1, "1") else f"{count} images"
 
@@ -123,13 +123,13 @@ def _exceptions(row: Row) -> list[str]:
     counts = scoring.left_out(row.outcome.scores).items()
     lines = [f"left out of the mean {key}: {count}, infinite or undefined" for key, count in counts]
     if row.outcome.skipped:
-        count = pictures(len(row.outcome.skipped))
+        count = image_count(len(row.outcome.skipped))
         lines.append(f"{count} could not be used; no figure or time is of them")
     if "tile" in row.settings:
         lines.append(f"in cross-faded tiles of {row.settings['tile']}, so not the figures of whole images")
     if row.resumed:
         verb = "is" if row.resumed == 1 else "are"
-        lines.append(f"{pictures(row.resumed)} {verb} from an interrupted run, which this one continued")
+        lines.append(f"{image_count(row.resumed)} {verb} from an interrupted run, which this one continued")
     return lines
 
 

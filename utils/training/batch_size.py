@@ -1,4 +1,4 @@
-"""A batch that does not fit into memory: caught, halved until it fits, and said in one line."""
+"""A batch that does not fit into memory: the error names the largest batch that does, and settings that help."""
 
 import contextlib
 import copy
@@ -19,11 +19,11 @@ from utils.training.progress import Stage
 from utils.training.updater import Updater
 
 
-class Guard:
-    """Takes the steps of a ``stage`` of ``method``; that its batch does not fit becomes a `UserError`.
+class MemoryGuard:
+    """Takes the steps of a ``stage`` of ``method``; a lack of memory for a batch becomes a `UserError`.
 
-    After it the run cannot go on: on a GPU the weights have then left it. On a CPU Linux may end the process first: it
-    promises memory that it does not have.
+    The run cannot continue after it: the weights have then been moved off the GPU. On a CPU Linux may kill the process
+    first, since it overcommits memory.
     """
 
     def __init__(self, method: nn.Module, stage: Stage, settings: Settings, device: torch.device, ranks: Ranks):
@@ -34,20 +34,21 @@ class Guard:
         self.ranks = ranks
 
     def step(self, updater: Updater, batches: Sequence[dict]) -> dict[str, Tensor]:
-        """`Updater.step` on ``batches``. Raises `UserError` if there is too little memory for it."""
+        """`Updater.step` on ``batches``. Raises `UserError` if there is not enough memory for it."""
         with contextlib.suppress(_OutOfMemoryError), _memory_errors():
             return updater.step(lambda batch: self.method.losses(batch, self.stage.name), batches)
-        raise self.refusal(self.largest_batch(batches[0]))  # out here the error is gone, and what it held of the step
+        # Outside the block, where the first error and the tensors that it referenced are freed.
+        raise self.refusal(self.largest_batch(batches[0]))
 
     def largest_batch(self, batch: dict[str, Any]) -> int:
-        """How many images of a ``batch`` too large do fit, by trial of forward and backward; 0: not even one."""
+        """How many images of a too large ``batch`` fit, by trials of forward and backward; 0: not even one."""
         release(self.method, self.device)
         if self.device.type == "cuda":
-            self.method.cpu()  # makes room for its copy, which, unlike it, talks to no other process
+            self.method.cpu()  # makes room for its copy
         method = copy.deepcopy(self.method).to(self.device)
         for each in method.modules():
             if isinstance(each, SyncBatchNorm):
-                each.eval()  # needs as much memory and does not wait for the other processes
+                each.eval()  # takes the same memory and does not wait for other processes
         return largest(self.stage.batch, lambda n: self.fits(method, batch, n))
 
     def fits(self, method: nn.Module, batch: dict[str, Any], n: int) -> bool:
@@ -68,13 +69,13 @@ class Guard:
             loss.value.backward(retain_graph=loss.shared)
 
     def refusal(self, fitting: int) -> UserError:
-        """What to tell the user, where batches of up to ``fitting`` images fit."""
-        what = f"a batch of {self.stage.batch} does not fit into the memory of {describe(self.device)}"
-        what += f"; the largest that does is {fitting}" if fitting else "; not even one image does"
-        options = remedies(self.stage, self.settings, fitting, _half(self.device))
-        if not self.settings.train.checkpointing and _can_save(self.method):
+        """The error for the user, where batches of up to ``fitting`` images fit."""
+        problem = f"a batch of {self.stage.batch} does not fit into the memory of {describe(self.device)}"
+        problem += f"; the largest that does is {fitting}" if fitting else "; not even one image does"
+        options = remedies(self.stage, self.settings, fitting, _half_precision(self.device))
+        if not self.settings.train.checkpointing and _can_save_memory(self.method):
             options.append("train.checkpointing=true")
-        return UserError(f"{what}: set {_either(options)}; {self.ranks.saved}")
+        return UserError(f"{problem}: set {_alternatives(options)}; {self.ranks.saved}")
 
 
 def largest(batch: int, fits: Callable[[int], bool]) -> int:
@@ -92,29 +93,29 @@ def largest(batch: int, fits: Callable[[int], bool]) -> int:
 def remedies(stage: Stage, settings: Settings, fitting: int, half: str = "bf16") -> list[str]:
     """Settings with which it might fit; the first keeps, as nearly as possible, the number of images a step.
 
-    ``half`` is the precision of 16 bit that the device has.
+    ``half`` is the 16-bit precision that the device supports.
     """
     if not fitting:
-        found = [f"a data.crop_size below {settings.data.crop_size}"]
+        options = [f"a data.crop_size below {settings.data.crop_size}"]
     elif stage.name != "train":
-        found = [f"{stage.name}.batch={fitting}"]
+        options = [f"{stage.name}.batch={fitting}"]
     else:
         batch, accumulate = divided(stage.per_step, fitting)
         images = batch * accumulate
         same = "as many images a step" if images == stage.per_step else f"{images} images a step"
-        found = [f"train.batch={batch} train.accumulate={accumulate} ({same})"]
+        options = [f"train.batch={batch} train.accumulate={accumulate} ({same})"]
     if settings.precision == "float32":
-        found.append(f"precision={half}")
-    return found
+        options.append(f"precision={half}")
+    return options
 
 
-def _half(device: torch.device) -> str:
-    """The precision of 16 bit that ``device`` takes: older GPUs refuse bf16, CPUs fp16."""
+def _half_precision(device: torch.device) -> str:
+    """The 16-bit precision that ``device`` supports: older GPUs have no bf16, CPUs no fp16."""
     return "fp16" if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
 
 
 def divided(images: int, most: int) -> tuple[int, int]:
-    """A batch of at most ``most``, and how many of them make ``images``, or a few more if batches were tiny else."""
+    """A batch of at most ``most``, and how many of them make ``images``, or slightly more to avoid tiny batches."""
     for batch in range(most, most // 2, -1):
         if images % batch == 0:
             return batch, images // batch
@@ -123,7 +124,7 @@ def divided(images: int, most: int) -> tuple[int, int]:
 
 
 def release(method: nn.Module, device: torch.device) -> None:
-    """Give back what computing with ``method`` has left: gradients, and memory that is kept for later."""
+    """Free the gradients of ``method``, and memory that is cached for reuse."""
     method.zero_grad(set_to_none=True)
     gc.collect()
     if device.type == "cuda":
@@ -133,12 +134,12 @@ def release(method: nn.Module, device: torch.device) -> None:
 
 
 class _OutOfMemoryError(Exception):
-    """There is too little memory."""
+    """There is not enough memory."""
 
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Turns a lack of memory inside into `_OutOfMemoryError`, without what it was raised from: that holds tensors."""
+    """Turns a lack of memory inside into `_OutOfMemoryError`, without its cause, which would keep tensors alive."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -147,8 +148,8 @@ def _memory_errors() -> Iterator[None]:
         raise _OutOfMemoryError from None
 
 
-def _can_save(method: nn.Module) -> bool:
-    """Can ``method`` do with less memory? It does from now on; that is for the end of a run."""
+def _can_save_memory(method: nn.Module) -> bool:
+    """Whether ``method`` supports ``save_memory``, which is then in effect; for use at the end of a run only."""
     try:
         method.save_memory()
     except UserError:
@@ -156,6 +157,6 @@ def _can_save(method: nn.Module) -> bool:
     return True
 
 
-def _either(options: Sequence[str]) -> str:
+def _alternatives(options: Sequence[str]) -> str:
     *others, last = options
     return f"{', '.join(others)} or {last}" if others else last

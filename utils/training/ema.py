@@ -1,4 +1,4 @@
-"""Averaged weights (EMA) and batch-norm statistics taken anew: what validation and export use."""
+"""Averaged weights (EMA), which validation and export use."""
 
 import contextlib
 import copy
@@ -15,31 +15,33 @@ from utils.checkpoint import load_strict
 class EMA:
     """Exponential moving average of some children of ``method``, parameters and buffers alike.
 
-    The first step copies the weights whole; then the decay rises to ``decay`` as (1 + n) / (10 + n) after n steps, so
-    that short runs are not ruled by their start. With ``decay`` 0 the average is the model itself and costs nothing.
+    The first step copies the weights; then the decay rises to ``decay`` as (1 + n) / (10 + n) after n steps, so that
+    the initial weights do not dominate short runs. With ``decay`` 0 the average is the model itself and costs nothing.
     """
 
     def __init__(self, method: nn.Module, names: Iterable[str], decay: float):
-        self.method, self.decay, self.steps = method, decay, 0
+        self.method = method
+        self.decay = decay
+        self.steps = 0
         self.live = nn.ModuleDict({name: getattr(method, name) for name in names})
         self.average = copy.deepcopy(self.live) if decay else None
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present weights into the average; call it after every step. A GPU is not waited for."""
+        """Add the current weights to the average; call it after every step. Does not wait for a GPU."""
         if self.average is None:
             return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
-        for averaged, present in _by_type(self.average, self.live):
+        for averaged, current in _by_type(self.average, self.live):
             if decay and averaged[0].is_floating_point():
-                torch._foreach_lerp_(averaged, present, 1 - decay)
+                torch._foreach_lerp_(averaged, current, 1 - decay)
             else:  # counters
-                torch._foreach_copy_(averaged, present)
+                torch._foreach_copy_(averaged, current)
         self.steps += 1
 
     @contextlib.contextmanager
     def applied(self):
-        """Inside, ``method`` runs with the averaged children, in eval mode; afterwards it is as it was."""
+        """Inside, ``method`` has the averaged children and is in eval mode; both are restored afterwards."""
         children = self.average if self.average is not None else self.live
         modes = {module: module.training for module in self.method.modules()}
         try:
@@ -53,35 +55,35 @@ class EMA:
                 module.training = mode
 
     def state_dict(self) -> dict:
-        """Weights by the names that they have in ``method``, and how many steps were averaged; {} without EMA."""
+        """Weights by their names in ``method``, and how many steps were averaged; {} without EMA."""
         if self.average is None:
             return {}
         return {"weights": self.average.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from ``state``, or, where it is {} (averaging was off until now), from the present weights."""
+        """Continue from ``state``, or, where it is {} (averaging was off until now), from the current weights."""
         if self.average is None:
             return
         load_strict(self.average, state["weights"] if state else self.live.state_dict(), "the averaged weights")
-        self.steps = int(state["steps"]) if state else 0  # of before it was a number: a tensor
+        self.steps = int(state["steps"]) if state else 0  # a tensor in earlier checkpoints
 
 
 def _by_type(*modules: nn.Module) -> Iterable[list[list[Tensor]]]:
-    """Parameters and buffers of each of ``modules``, all of one layout, in groups of one type."""
+    """Parameters and buffers of each of ``modules``, which have the same structure, grouped by type."""
     groups = defaultdict(lambda: [[] for _ in modules])
     tensors = [itertools.chain(module.parameters(), module.buffers()) for module in modules]
-    for alike in zip(*tensors, strict=True):
-        for members, tensor in zip(groups[alike[0].dtype], alike, strict=True):
+    for corresponding in zip(*tensors, strict=True):
+        for members, tensor in zip(groups[corresponding[0].dtype], corresponding, strict=True):
             members.append(tensor)
     return groups.values()
 
 
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Inside, the buffers of ``module`` (running statistics) may change; afterwards they are as they were."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+def buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Inside, the buffers of ``module`` (running statistics) may change; they are restored afterwards."""
+    copies = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
-        for buffer, kept in before:
-            buffer.copy_(kept)
+        for buffer, copied in copies:
+            buffer.copy_(copied)

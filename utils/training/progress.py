@@ -1,4 +1,4 @@
-"""Where a run stands: in which of its stages, at which step, and how far in the data."""
+"""The progress of a run: its stage, its step, and its position in the data."""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from utils.errors import UserError
 
 
 class Stage(NamedTuple):
-    """One stage of training: so many steps, each of ``accumulate`` batches of ``batch`` images.
+    """One stage of training: ``steps`` steps, each of ``accumulate`` batches of ``batch`` images.
 
-    ``schedule``, ``floor``, ``warm_up`` and ``cool_down`` as of `updater.schedule`; ``clip``: largest gradient norm.
+    ``schedule``, ``floor``, ``warm_up`` and ``cool_down`` as in `schedules.schedule`; ``clip``: largest gradient norm.
     """
 
     name: str
@@ -31,27 +31,28 @@ class Stage(NamedTuple):
 
 def stages(settings: Settings) -> list[Stage]:
     """The stages of a run that have steps, in order: the supervised warm start, then the method's own training."""
-    warm, train = settings.warm_start, settings.train
+    warm = settings.warm_start
+    train = settings.train
     both = [
-        Stage("warm_start", warm.steps, warm.batch, 1, *_course(warm)),
-        Stage("train", train.steps, train.batch, train.accumulate, *_course(train)),
+        Stage("warm_start", warm.steps, warm.batch, 1, *_schedule_options(warm)),
+        Stage("train", train.steps, train.batch, train.accumulate, *_schedule_options(train)),
     ]
     if not any(stage.steps for stage in both):
         raise UserError("warm_start.steps and train.steps are both 0: there is nothing to train; set one of them")
     return [stage for stage in both if stage.steps]
 
 
-def _course(section: Train | WarmStart) -> tuple:
+def _schedule_options(section: Train | WarmStart) -> tuple:
     return section.schedule, section.floor, section.warm_up, section.cool_down, section.clip
 
 
 @dataclass
 class Progress:
-    """The place of a run in its ``stages``, trained by ``world`` processes.
+    """The position of a run in its ``stages``, trained by ``world`` processes.
 
-    ``step`` counts the steps of the present stage, ``seen`` the images that they took in all processes: with the
-    number of processes or the batch changed in between, neither follows from the other. ``best`` is the best validation
-    score of the present stage so far. ``validated`` is False while a validation that was due is not over.
+    ``step`` counts the steps of the current stage, ``seen`` the images that they took in all processes; neither follows
+    from the other, since the number of processes and the batch may change. ``best`` is the best validation score of the
+    current stage so far. ``validated`` is False while a validation that was due is not finished.
     """
 
     stages: list[Stage]
@@ -73,7 +74,7 @@ class Progress:
 
     @property
     def ahead(self) -> float:
-        """By how many steps of the present size the data are further than ``step`` says."""
+        """The position in the data, in steps of the current size, less ``step``."""
         return self.seen / self.per_step - self.step
 
     @property
@@ -90,27 +91,29 @@ class Progress:
         return self.number + 1 == len(self.stages)
 
     def advance(self) -> None:
-        """One step was taken."""
-        self.step, self.seen = self.step + 1, self.seen + self.per_step
+        """Count one step."""
+        self.seen += self.per_step
+        self.step += 1
 
     def next_stage(self) -> None:
-        self.number, self.step, self.seen, self.best = self.number + 1, 0, 0, -math.inf
+        self.number += 1
+        self.step = 0
+        self.seen = 0
+        self.best = -math.inf
 
     def due(self, every: int) -> bool:
-        """Is it time for what is done every so many steps? Never, for 0."""
+        """Whether an action that is done ``every`` steps is due after this one; never for 0."""
         return every > 0 and self.step % every == 0
 
     def state_dict(self) -> dict:
-        place = {"stage": self.stage.name, "step": self.step, "seen": self.seen}
-        return place | {"best": self.best, "validated": self.validated}
+        position = {"stage": self.stage.name, "step": self.step, "seen": self.seen}
+        return position | {"best": self.best, "validated": self.validated}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from ``state``. Raises `UserError` if its stage has no steps any more."""
+        """Continue from ``state``. Raises `UserError` if its stage has no steps any more."""
         names = [stage.name for stage in self.stages]
         if state["stage"] not in names:
-            raise UserError(
-                f"the checkpoint stands in the stage {state['stage']}, which now has no steps; give it some"
-            )
+            raise UserError(f"the checkpoint is of the stage {state['stage']}, which now has no steps; give it some")
         self.number, self.step, self.best = names.index(state["stage"]), state["step"], state["best"]
-        self.seen = state.get("seen", self.step * self.stage.per_step)  # of before there could be many processes
+        self.seen = state.get("seen", self.step * self.stage.per_step)  # absent in earlier checkpoints
         self.validated = state.get("validated", True)

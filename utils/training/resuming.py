@@ -1,8 +1,8 @@
-"""Which settings may change over a resume, and which may not: stated here and nowhere else.
+"""Which settings may change on --resume.
 
-All may, but for those of `FIXED` and those of a warm start that is over (`FREE_IN_WARM_START` excepted), which are
-refused by name. What may change is in force from the first step on: rates, betas, weight decay, schedules, batches,
-losses, images, precision. What did change is told in the log.
+All may change except those of `FIXED` and those of a finished warm start that are not in `FREE_IN_WARM_START`; these
+are refused by name. Changes take effect at the first step (learning rates, betas, weight decay, schedules, batches,
+losses, images, precision) and are logged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,51 +12,54 @@ from typing import Any
 from utils import checkpoint, config
 from utils.errors import UserError
 
-NETWORKS, START = "the networks learned with it", "it is read only where training begins"
-NEDR = dict.fromkeys(
+LEARNED = "the networks learned with it"
+ONLY_AT_START = "it is read only where training begins"
+NEDR_SETTINGS = dict.fromkeys(
     ("variant", "kan_cid", "idrm", "drem", "base_channels", "idrm_hidden", "drem_growth", "encoder", "airlight"),
-    NETWORKS,
-) | {"airlight_head": NETWORKS, "encoder_weights": START}
-OF_METHODS = {
-    "nedr": NEDR,
-    "d4": NEDR,
-    "aknet": {"width": NETWORKS, "border": NETWORKS},
-    "kanet": {"width": NETWORKS, "sample_weights.kind": NETWORKS, "sample_weights.saved": NETWORKS},
+    LEARNED,
+) | {"airlight_head": LEARNED, "encoder_weights": ONLY_AT_START}
+METHOD_SETTINGS = {
+    "nedr": NEDR_SETTINGS,
+    "d4": NEDR_SETTINGS,
+    "aknet": {"width": LEARNED, "border": LEARNED},
+    "kanet": {"width": LEARNED, "sample_weights.kind": LEARNED, "sample_weights.saved": LEARNED},
 }
-NEEDED = ("stage", "step", "best", "networks", "ema", "updater", "random")
-FIXED = {"seed": "the order of the images comes from it", "train.init": START}
-FIXED |= {f"{name}.{key}": why for name, keys in OF_METHODS.items() for key, why in keys.items()}
-FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # where the images lie
-FREE_IN_WARM_START += ("warm_start.replay",)  # of adversarial training that follows
-CHOICE = ("data.validation_pairs", "data.validation_hazy", "data.validation_clear", "data.root", "log.validation_limit")
+REQUIRED_FIELDS = ("stage", "step", "best", "networks", "ema", "updater", "random")
+FIXED = {"seed": "the order of the images comes from it", "train.init": ONLY_AT_START}
+FIXED |= {f"{name}.{key}": why for name, keys in METHOD_SETTINGS.items() for key, why in keys.items()}
+FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # folders of images
+FREE_IN_WARM_START += ("warm_start.replay",)  # used by the adversarial training that follows
+VALIDATION_SETTINGS = ("data.validation_pairs", "data.validation_hazy", "data.validation_clear", "data.root")
+VALIDATION_SETTINGS += ("log.validation_limit",)
 
 
 def changes(saved: Mapping[str, Any], settings: config.Settings, file: Path) -> dict[str, tuple[Any, Any]]:
     """Settings by name that differ from those in the checkpoint ``saved``, read from ``file``: (until now, now).
 
-    Those that only test.py reads are left out, and those that the checkpoint does not know yet. Raises `UserError` for
-    another method's checkpoint, for one that lacks what a run goes on from, and for a setting that may not change.
+    Settings of test.py only, and those that are newer than the checkpoint, are left out. Raises `UserError` for another
+    method's checkpoint, for one that lacks a field needed to resume, and for a setting that may not change.
     """
     if saved.get("model") != settings.model:
         raise UserError(f"{file} is a checkpoint of {saved.get('model')}, not of {settings.model}")
-    checkpoint.require(saved, NEEDED, file)
-    before, now = dict(_flat(saved.get("settings", {}))), dict(_flat(config.to_dict(settings)))
+    checkpoint.require(saved, REQUIRED_FIELDS, file)
+    before = dict(_flat(saved.get("settings", {})))
+    now = dict(_flat(config.to_dict(settings)))
     changed = {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
     changed = {key: both for key, both in changed.items() if not key.startswith("test.")}
-    over = saved["stage"] != "warm_start" and any((before.get("warm_start.steps"), now["warm_start.steps"]))
+    warm_start_over = saved["stage"] != "warm_start" and any((before.get("warm_start.steps"), now["warm_start.steps"]))
     for key, (old, new) in changed.items():
-        past = over and key.startswith("warm_start.") and key not in FREE_IN_WARM_START
-        why = "the warm start is over" if past else FIXED.get(key)
-        if why:
+        past = warm_start_over and key.startswith("warm_start.") and key not in FREE_IN_WARM_START
+        reason = "the warm start is over" if past else FIXED.get(key)
+        if reason:
             raise UserError(
-                f"--resume: {key} was {_text(old)} until now, and cannot become {_text(new)}, since {why}; give "
-                f"{key}={_text(old)} as before, or begin anew in another folder"
+                f"--resume: {key} was {_text(old)} until now, and cannot become {_text(new)}, since {reason}; give "
+                f"{key}={_text(old)} as before, or start a new run in another folder"
             )
     return changed
 
 
-def told(changed: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
-    """A line for every setting that is another from now on."""
+def log_lines(changed: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    """A line for the log for every setting that has changed."""
     for key, (old, new) in changed.items():
         yield f"from now on {key}={_text(new)} (until now {_text(old)})"
 
@@ -70,7 +73,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value as written on the command line."""
     if value is None:
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines on the screen and in log.txt, figures in log.jsonl, TensorBoard."""
+"""The log of a training run: lines on the screen and in log.txt, figures in log.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -20,44 +20,47 @@ from utils.errors import UserError
 
 class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # of a terminal that was closed; the training does not end of it
+        with contextlib.suppress(OSError):  # a closed terminal does not end the training
             tqdm.write(self.format(record), file=sys.stderr)  # above the progress bar, not through it
 
 
 class _File(logging.Handler):
-    """Adds whole lines to a file. That one could not be written is told once, and the training goes on."""
+    """Appends lines to a file; errors are passed to ``on_error`` and do not end the training."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None]):
+    def __init__(self, path: Path, on_error: Callable[[str], None]):
         super().__init__()
-        self.path, self.tell = path, tell
+        self.path = path
+        self.on_error = on_error
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             files.append_line(self.path, self.format(record))
         except UserError as error:
-            self.tell(str(error))
+            self.on_error(str(error))
 
 
 class Speed:
-    """How fast a stage goes from ``step`` on, ``images`` images a step; ``waiting`` as of `data.loading.Waiting`."""
+    """The speed of a stage from ``step`` on, with ``images`` images a step; ``waiting`` is a `data.loading.Waiting`."""
 
     def __init__(self, step: int, images: int, waiting: Any):
-        self.images, self.waiting = images, waiting
-        self.since = step, waiting.seconds, time.perf_counter()
+        self.images = images
+        self.waiting = waiting
+        self.last = step, waiting.seconds, time.perf_counter()
 
     def figures(self, step: int) -> dict[str, float]:
-        """Steps and images a second, and the share of the time spent in waiting for images, since the last call."""
-        before, self.since = self.since, (step, self.waiting.seconds, time.perf_counter())
-        steps, waited, seconds = (now - then for now, then in zip(self.since, before, strict=True))
+        """Steps and images a second, and the fraction of the time spent waiting for images, since the last call."""
+        previous = self.last
+        self.last = step, self.waiting.seconds, time.perf_counter()
+        steps, waited, seconds = (now - then for now, then in zip(self.last, previous, strict=True))
         rate = steps / seconds
         return {"steps_per_second": rate, "images_per_second": rate * self.images, "waiting": waited / seconds}
 
 
 class NullLog:
-    """The log of a process that is not the first of several: the first one tells everything."""
+    """The log of a process that is not the first of several: only the first one logs."""
 
     def say(self, *_, **__) -> None:
-        """Nothing, as of all others."""
+        """Does nothing, as the other methods."""
 
     warn_once = figures = pictures = flush = say
 
@@ -68,21 +71,23 @@ class NullLog:
 
 
 class RunLog:
-    """The log of one experiment folder, and its progress bar. A resumed run goes on from global step ``start``."""
+    """The log of one experiment folder. A resumed run continues from global step ``start``."""
 
     def __init__(self, folder: Path, start: int = 0):
-        self.figures_file, self._seen = folder / "log.jsonl", set()
+        self.figures_file = folder / "log.jsonl"
+        self._warned = set()
         with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            damaged = self._forget_after(start)
-            # TensorBoard forgets the points from this step on.
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+            damaged = self._drop_after(start)
+            # TensorBoard discards the points from ``purge_step`` on.
+            self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self.log = logging.getLogger(f"nedr-dehaze.{folder}")
         self.log.setLevel(logging.DEBUG)
         self.log.propagate = False
-        screen, file = _Screen(), _File(folder / "log.txt", self._lost)
+        screen = _Screen()
+        file = _File(folder / "log.txt", self._report_error)
         if sys.stderr.isatty():
-            screen.setLevel(logging.INFO)  # the progress bar tells the rest
+            screen.setLevel(logging.INFO)  # the progress bar shows the rest
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.log.handlers = [screen, file]
         if damaged:
@@ -92,61 +97,62 @@ class RunLog:
         self.log.info(message)
 
     def warn_once(self, message: str) -> None:
-        """Warn, unless the same was said before."""
-        if message not in self._seen:
-            self._seen.add(message)
+        """Log a warning, unless the same one was logged before."""
+        if message not in self._warned:
+            self._warned.add(message)
             self.log.warning(message)
 
     def figures(self, stage: str, step: int, **groups: dict[str, float]) -> None:
         """One line of log.jsonl and TensorBoard scalars, at global step ``step``: loss={...}, speed={...}."""
         figures = {f"{group}/{name}": value for group, items in groups.items() for name, value in items.items()}
         if "loss" in groups:
-            told = ", ".join(f"{name} {value:.4g}" for name, value in groups["loss"].items())
-            self.log.debug(f"{stage}, step {step}: {told}")
-        with self._kept_going():
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in groups["loss"].items())
+            self.log.debug(f"{stage}, step {step}: {losses}")
+        with self._errors_reported():
             files.append_line(self.figures_file, json.dumps({"stage": stage, "step": step, **figures}))
-        with self._kept_going():
+        with self._errors_reported():
             for name, value in figures.items():
-                self.board.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name, value, step)
 
     def pictures(self, step: int, pictures: dict[str, Tensor], columns: int = 4) -> None:
         """TensorBoard grids of (N,1 or 3,H,W) images in [0,1], the first ``columns`` of each."""
         for name, batch in pictures.items():
             shown = batch[:columns].detach().float().cpu().clamp(0, 1)
-            with self._kept_going():
-                self.board.add_image(f"pictures/{name}", make_grid(shown, nrow=columns), step)
+            with self._errors_reported():
+                self.tensorboard.add_image(f"pictures/{name}", make_grid(shown, nrow=columns), step)
 
     def flush(self) -> None:
-        """What was logged so far is in the files: TensorBoard's otherwise comes there up to two minutes later."""
-        with self._kept_going():
-            self.board.flush()
+        """Write everything logged so far to the files; TensorBoard otherwise does so up to two minutes later."""
+        with self._errors_reported():
+            self.tensorboard.flush()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_) -> None:
-        with self._kept_going():
-            self.board.close()
+        with self._errors_reported():
+            self.tensorboard.close()
         for handler in self.log.handlers:
             handler.close()
         self.log.handlers = []
 
     @contextlib.contextmanager
-    def _kept_going(self) -> Iterator[None]:
-        """What cannot be logged inside is told once, and does not end the training: whether it can be saved will."""
+    def _errors_reported(self) -> Iterator[None]:
+        """Inside, errors in writing the log are reported once and do not end the training; errors in saving do."""
         try:
             yield
         except (OSError, UserError) as error:
-            self._lost(str(error) if isinstance(error, UserError) else f"cannot write TensorBoard's files: {error}")
+            message = str(error) if isinstance(error, UserError) else f"cannot write TensorBoard's files: {error}"
+            self._report_error(message)
 
-    def _lost(self, why: str) -> None:
-        if why not in self._seen:  # said on the screen alone, since files fail
-            self._seen.add(why)
+    def _report_error(self, message: str) -> None:
+        if message not in self._warned:  # on the screen only, since the files fail
+            self._warned.add(message)
             with contextlib.suppress(OSError):
-                tqdm.write(f"warning: {why}; the training goes on, and the log lacks lines", file=sys.stderr)
+                tqdm.write(f"warning: {message}; the training continues, and the log is incomplete", file=sys.stderr)
 
-    def _forget_after(self, start: int) -> list[int]:
-        """Drop what an interrupted run logged after the checkpoint from which it now goes on; returns damaged lines."""
+    def _drop_after(self, start: int) -> list[int]:
+        """Remove lines that were logged after the checkpoint that the run resumes from; returns damaged lines."""
         records, damaged = files.read_records(self.figures_file)
         kept = [record for record in records if isinstance(step := record.get("step"), int) and step <= start]
         if damaged or len(kept) < len(records):

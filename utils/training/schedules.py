@@ -1,4 +1,4 @@
-"""Learning rates over the steps of a stage."""
+"""Learning-rate schedules over the steps of a stage."""
 
 import math
 from collections.abc import Iterable
@@ -20,32 +20,32 @@ def schedule(
     warm_up: int = 0,
     cool_down: int = 0,
 ) -> LRScheduler:
-    """A learning-rate schedule over ``steps`` steps, of which ``epoch`` are an epoch.
+    """A learning-rate schedule over ``steps`` steps, with ``epoch`` steps per epoch.
 
-    ``constant``; ``multistep``: times ``gamma`` at each of ``milestones`` (in epochs); ``cosine``: step by step down to
-    ``floor`` times the rate; ``epoch_cosine``: AKNet's, whose rate stands still within an epoch and begins to fall in
-    the third (the warm-up of the first, as released, has no ramp).
-    Over all of these lie a linear rise over the first ``warm_up`` steps and a linear fall, to ``floor`` times the rate,
-    over the last ``cool_down``: with a constant rate between, a run of unknown length can be ended well from any point.
-    The rate is a function of the step alone, so that a resumed run may be given more steps than it began with.
-    ``ahead`` is added to a step's number before epochs are counted.
+    ``constant``; ``multistep``: multiplied by ``gamma`` at each of ``milestones`` (in epochs); ``cosine``: down to
+    ``floor`` times the rate, step by step; ``epoch_cosine``: AKNet's, which is constant within an epoch and begins to
+    fall in the third (the released warm-up of the first epoch has no ramp).
+    Each is multiplied by a linear rise over the first ``warm_up`` steps and a linear fall, to ``floor``, over the last
+    ``cool_down`` steps; with a constant rate in between, a run of unknown length can be ended well at any point.
+    The rate depends on the step only, so that a resumed run may have more steps than it began with. ``ahead`` is added
+    to a step's number before epochs are counted.
     """
-    places = [max(1, round(m * epoch - ahead)) for m in milestones]
-    last = max(1, math.ceil((steps + ahead) / epoch) - 1)  # the last epoch's number, from 0; the falling takes as many
+    drops = [max(1, round(m * epoch - ahead)) for m in milestones]
+    last = max(1, math.ceil((steps + ahead) / epoch) - 1)  # the last epoch's number, from 0; the fall takes as many
 
-    def cosine(share: float) -> float:
-        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+    def cosine(fraction: float) -> float:
+        return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, fraction))) / 2
 
     factors = {
         "constant": lambda step: 1.0,
-        "multistep": lambda step: gamma ** sum(step >= place for place in places),
+        "multistep": lambda step: gamma ** sum(step >= drop for drop in drops),
         "cosine": lambda step: cosine(step / max(1, steps)),
         "epoch_cosine": lambda step: cosine(max(0, int((step + ahead) / epoch) - 1) / last),
     }
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
-        left = min(1.0, max(0, steps - step) / cool_down) if cool_down else 1.0
-        return rise * (floor + (1 - floor) * left) * factors[kind](step)
+        fall = min(1.0, max(0, steps - step) / cool_down) if cool_down else 1.0
+        return rise * (floor + (1 - floor) * fall) * factors[kind](step)
 
     return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)

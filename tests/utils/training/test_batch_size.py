@@ -55,7 +55,7 @@ def guarded(method, *overrides, optimisers=None, ranks=None, stage=-1):
     settings = tiny_settings(*overrides)
     at, ranks = progress.stages(settings)[stage], ranks or distributed.Ranks()
     optimisers = optimisers or {"all": torch.optim.Adam(method.parameters())}
-    return batch_size.Guard(method, at, settings, CPU, ranks), Updater(optimisers, at, settings, CPU)
+    return batch_size.MemoryGuard(method, at, settings, CPU, ranks), Updater(optimisers, at, settings, CPU)
 
 
 def refused(guard, updater, batch):
@@ -71,13 +71,13 @@ def refused(guard, updater, batch):
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(monkeypatch):
     monkeypatch.setattr(batch_size, "describe", lambda device: "NVIDIA Fake")
     ranks = distributed.Ranks()
-    ranks.saved = "last.pt is from step 5: go on with --resume"
+    ranks.saved = "last.pt is from step 5: continue with --resume"
     method = Hungry(room=7)
     guard, updater = guarded(method, "train.batch=12", "train.checkpointing=false", ranks=ranks)
     assert refused(guard, updater, batch_of(12)) == (
         "a batch of 12 does not fit into the memory of NVIDIA Fake; the largest that does is 7: set train.batch=6 "
         "train.accumulate=2 (as many images a step), precision=bf16 or train.checkpointing=true; last.pt is from "
-        "step 5: go on with --resume"
+        "step 5: continue with --resume"
     )
     assert method.sizes == [12, 6, 9, 7, 8]
     assert all(p.grad is None for p in method.parameters())

@@ -1,4 +1,4 @@
-"""torch.compile, and going on without it."""
+"""torch.compile, and the fallback without it."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_without_a_compiler_it_is_said_once_and_nothing_changes(network, monkeyp
     compiling.compile_networks([("removal", network)], torch.device("cpu"), said.append)
     assert said == [
         "warning: compile=true, but PyTorch cannot compile here (RuntimeError: no working C++ compiler was found); "
-        "going on without"
+        "running uncompiled"
     ]
     assert network._compiled_call_impl is None
     assert network(torch.ones(1, 3)).shape == (1, 3)

@@ -87,22 +87,22 @@ def test_steps_left_out_are_counted_and_statistics_put_back():
     norm = nn.BatchNorm1d(2)
     watch, no, yes = Divergence([norm], 5), torch.tensor(0.0), torch.tensor(1.0)
     norm(torch.randn(4, 2))
-    watch.after(6, no, {}, [])
-    assert watch.known() == []
+    watch.record(6, no, {}, [])
+    assert watch.detected() == []
     kept = norm.running_mean.clone()
     for number in (7, 8):
         norm(torch.full((4, 2), math.nan))
-        watch.after(number, yes, {"a": torch.ones(()), "b": torch.tensor(math.nan)}, [])
-        [step] = watch.known()
-        assert (step.number, step.what()) == (number, "the loss 'b' has become nan")
+        watch.record(number, yes, {"a": torch.ones(()), "b": torch.tensor(math.nan)}, [])
+        [step] = watch.detected()
+        assert (step.number, step.cause()) == (number, "the loss 'b' has become nan")
         assert torch.equal(norm.running_mean, kept)
-    assert (watch.row, watch.good) == (2, 6)
-    watch.after(9, no, {}, [])
-    watch.known()
-    assert (watch.row, watch.good) == (0, 9)
+    assert (watch.consecutive, watch.last_good) == (2, 6)
+    watch.record(9, no, {}, [])
+    watch.detected()
+    assert (watch.consecutive, watch.last_good) == (0, 9)
 
 
 def test_gradients_are_named_where_all_losses_are_numbers():
     watch = Divergence([], 0)
-    watch.after(1, torch.tensor(1.0), {"a": torch.ones(())}, [])
-    assert "gradients" in watch.known()[0].what()
+    watch.record(1, torch.tensor(1.0), {"a": torch.ones(())}, [])
+    assert "gradients" in watch.detected()[0].cause()

@@ -36,5 +36,5 @@ def test_checkpoints_of_before_pictures_were_counted():
     at = Progress(STAGES, world=2)
     at.load_state_dict({"stage": "train", "step": 4, "best": 20.0})
     assert (at.number, at.step, at.seen, at.best) == (1, 4, 4 * 6, 20.0)
-    with pytest.raises(UserError, match="stands in the stage train, which now has no steps"):
+    with pytest.raises(UserError, match="is of the stage train, which now has no steps"):
         Progress(STAGES[:1], 1).load_state_dict({"stage": "train", "step": 4, "best": 0.0})

@@ -133,7 +133,7 @@ def test_tensorboard_keeps_all_points_up_to_the_step_resumed_from(tmp_path):
             log.figures("train", step, loss={"a": float(step)})
         log.flush()
         log.figures("train", start + 3, loss={"a": -1.0})  # never saved
-        log.board.file_writer.event_writer._async_writer._writer.flush = lambda: None  # nor flushed: killed
+        log.tensorboard.file_writer.event_writer._async_writer._writer.flush = lambda: None  # nor flushed: killed
     assert scalars(tmp_path, "loss/a")[:6] == [(step, float(step)) for step in range(1, 7)]
 
 
@@ -148,7 +148,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, capsys
     with RunLog(tmp_path) as log:
         log.figures("train", 1, loss={"a": 1.0})
         monkeypatch.setattr("os.write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        log.board.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        log.tensorboard.add_scalar = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         for step in (2, 3):
             log.figures("train", step, loss={"a": 1.0})
         monkeypatch.undo()

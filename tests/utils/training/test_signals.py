@@ -12,23 +12,23 @@ from utils.training import signals
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    before = {number: signal.getsignal(number) for number in signals.NUMBERS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", signals.NUMBERS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_every_signal_asks_and_afterwards_all_is_as_before(number, capfd):
-    before, heard = [signal.getsignal(each) for each in signals.NUMBERS], []
+    before, heard = [signal.getsignal(each) for each in signals.SIGNALS], []
     with signals.handled(heard.append):
         os.kill(os.getpid(), number)
         assert heard == [number]
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # at once, whatever the process is doing
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [number, signal.SIGTERM]  # a scheduler may say it twice
-    assert [signal.getsignal(each) for each in signals.NUMBERS] == before
-    assert ("once more" in capfd.readouterr().err) == (number == signal.SIGINT)
+    assert [signal.getsignal(each) for each in signals.SIGNALS] == before
+    assert ("second Ctrl-C" in capfd.readouterr().err) == (number == signal.SIGINT)
 
 
 def test_under_a_launcher_the_same_signal_comes_twice():
