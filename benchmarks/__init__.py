@@ -1,1 +1,1 @@
-"""Comparisons that need more than one training run."""
+"""Benchmarks and comparisons, each a command `python -m benchmarks.NAME`."""

@@ -206,7 +206,7 @@ def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSION
     counts = ", ".join(f"{number} {kind[1:].upper()}" for kind, number in sorted(unread.items()))
     remedies = ["HEIC is read with pillow-heif (pip install pillow-heif)"] if HEIF & unread.keys() else []
     remedies += ["convert them to PNG, TIFF or JPEG"] if unread.keys() - HEIF - video.EXTENSIONS else []
-    remedies += ["a clip is dehazed where it is named itself, --hazy CLIP"] if unread.keys() & video.EXTENSIONS else []
+    remedies += ["to dehaze a clip, name it itself: --hazy CLIP"] if unread.keys() & video.EXTENSIONS else []
     return f"{counts}, of kinds that are not read; {', or '.join(remedies)}"
 
 
@@ -317,7 +317,7 @@ def _find_file(line: str, folder: Path) -> Path | None:
 def _why_absent(line: str, folder: Path) -> str:
     """What may be wrong with a line that names no file, and what to do."""
     if any(os.path.isdir(path) for path in (os.path.expanduser(line), folder / line)):
-        return "that is a folder, and a .flist names files; name the folder itself in place of the list"
+        return "that is a folder, and a .flist names files; name the folder itself instead of the list"
     splits = (line.split(separator) for separator in ("\t", ",", ";", None))
     columns = next((parts for parts in splits if len(parts) > 1), [line])
     if len(columns) > 1 and _find_file(columns[0], folder):

@@ -157,4 +157,4 @@ def test_a_clip_among_pictures_is_told_how_to_be_dehazed(run, tmp_path):
     status, _, err = run()
     assert status == 0
     assert "passed over 1 MP4" in err
-    assert "a clip is dehazed where it is named itself, --hazy CLIP" in err
+    assert "to dehaze a clip, name it itself: --hazy CLIP" in err
