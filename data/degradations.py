@@ -7,6 +7,7 @@ claim about theirs.
 
 import io
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def compress(image: Tensor, quality: float) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def _draw(degradation: object, rng: np.random.Generator) -> dict[str, float] | None:
+def _draw(degradation: Any, rng: np.random.Generator) -> dict[str, float] | None:
     """Every value of a degradation, uniform in its range; None if not applied. The number of draws is constant."""
     applied = rng.random() < degradation.probability
     ranges = {field.name: getattr(degradation, field.name) for field in fields(degradation)}

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def _mat(path: Path) -> np.ndarray:
     """The only matrix of a MATLAB file, or the only one with depth in its name."""
     io = _module("scipy.io", "SciPy", path)
     remedy = "save(name, 'depth', '-v7') of MATLAB"  # -v7.3 is HDF5, which SciPy does not read
-    variables = _read(path, lambda: io.loadmat(path), "a .mat file", remedy)
+    variables: Any = _read(path, lambda: io.loadmat(path), "a .mat file", remedy)
     matrices = {
         name: value
         for name, value in variables.items()

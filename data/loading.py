@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Waiting:
     """Yields ``batches`` and sums the time spent waiting for them in ``seconds``. Close it like ``batches``."""
 
     def __init__(self, batches: Iterable[dict]):
-        self.batches = iter(batches)
+        self.batches: Any = iter(batches)  # a generator, or a DataLoader's iterator
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[dict]:

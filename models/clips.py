@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import video
 from models.temporal import TemporalFilter
-from utils import output
+from utils import config, output
 from utils.config import Settings
 from utils.device import autocast
 from utils.errors import UserError, quoted
@@ -49,7 +49,7 @@ def run(paths: Sequence[Path], tested: Sequence[Tested], settings: Settings, dev
     return status
 
 
-def check(paths: Sequence[Path], test: object) -> None:
+def check(paths: Sequence[Path], test: config.Test) -> None:
     """Raise `UserError` for inputs and options that cannot be combined with clips."""
     if others := [path for path in paths if not video.is_clip(path)]:
         raise UserError(f"{others[0]} is no clip, but {paths[0]} is; give clips and images in two commands")

@@ -275,7 +275,8 @@ def seed(number: int) -> None:
 
 def random_states() -> dict[str, Any]:
     """The states of every random generator in use, as plain values that weights_only loading accepts."""
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
     states = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

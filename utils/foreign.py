@@ -91,7 +91,8 @@ DICT_CLASSES = [
 ]
 # NumPy's types of numbers (such as a best PSNR) and of texts, which contain no code.
 NUMPY_TYPES = [np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDUSMm"}]
-NUMPY_TYPES += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]  # private; files name it
+NUMPY_TYPES += [(NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 HARMLESS = [
     *NUMPY_TYPES,
     *((StandIn, name) for name in dict.fromkeys(STAND_IN_CLASSES)),

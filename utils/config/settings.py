@@ -232,7 +232,7 @@ def _typed_node(node: yaml.Node, kind: Any, source: str) -> yaml.Node:
             return node
         items = [_typed_node(each, item, source) for each in node.value]
         return yaml.SequenceNode(node.tag, items, node.start_mark, node.end_mark)
-    if not _is_text(kind) or node.style is not None:  # quoted
+    if not _is_text(kind) or getattr(node, "style", None) is not None:  # quoted
         return node
     _check_comment(node, source)
     return yaml.ScalarNode(f"{TAG}str", node.value) if node.tag in RETYPED_TAGS else node

@@ -34,7 +34,7 @@ class ImageSet:
     """
 
     name: str
-    items: Sequence[dict]
+    items: Any  # a sequence of dicts with ``names`` and ``files``
     truth: bool
     expected: int | None = None
     remarks: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from utils.errors import ImageError, UserError
@@ -183,8 +184,15 @@ def _read(items: Sequence[dict], index: int) -> _Work:
         except (MemoryError, RuntimeError) as error:
             if not exhausted(error):
                 raise
-            raise UserError(f"{items.names[index]}: there is too little memory to read it; shrink it") from None
+            raise UserError(f"{_name(items, index)}: there is too little memory to read it; shrink it") from None
     return work
+
+
+def _name(items: Any, index: int) -> str:
+    """The name of an item that could not be read; of several processes each has a subset."""
+    if isinstance(items, Subset):
+        return _name(items.dataset, items.indices[index])
+    return items.names[index]
 
 
 def _dehaze(dehaze: Dehaze, work: _Work, device: torch.device, remedies: Remedies) -> _Work:
