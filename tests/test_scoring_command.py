@@ -439,7 +439,7 @@ def test_without_a_metric_for_real_haze_it_is_said_what_to_install(run, benchmar
     done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
     assert done.status == 0
     assert "pip install fade-python" in done.err
-    assert "s/picture" in done.out
+    assert "s/image" in done.out
 
 
 def test_metrics_of_real_haze_are_used_where_they_are_installed(run, benchmarks, monkeypatch, tmp_path):
@@ -515,7 +515,7 @@ def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path,
     monkeypatch.setattr(images, "write", lambda path, *args, **like: (written.append(path.name), write(path, *args)))
     done = run(*argv)
     assert done.status == 0
-    assert "going on where an interrupted run stopped: 5 images are done" in done.err  # three are the hazy input's
+    assert "continuing an interrupted run: 5 images are done" in done.err  # three are the hazy input's
     assert written == ["1_1.png", "1_2.png", "2_1.png"]
     assert row(tmp_path / "out")["resumed"] == 2
     assert row(tmp_path / "out")["mean"] == row(tmp_path / "whole")["mean"]
