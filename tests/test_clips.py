@@ -300,5 +300,5 @@ def test_a_folder_of_frames(run, tmp_path):
         expected = steady(images.read(path)[None])["clear"][0]
         assert (images.read(tmp_path / "out/pictures" / path.name) - expected).abs().max() <= 0.5 / 255 + 1e-6
     status, _, err = run(*argv)
-    assert (status, "4 of 4 are there already, and test.temporal=true needs all" in err) == (2, True)
+    assert (status, "4 of 4 exist already, and test.temporal=true needs all" in err) == (2, True)
     assert run(*argv, "--overwrite")[0] == 0

@@ -11,7 +11,7 @@ from test_scoring_command import command
 import models
 from data import images
 from utils import checkpoint, config, errors, physics
-from utils.evaluation.report import picture_names
+from utils.evaluation.report import image_names
 
 QUICK = ("--model", "dcp", "dcp.guided_filter=false", "--output", "out")
 
@@ -75,8 +75,8 @@ def test_one_kind_for_all_with_quality_and_suffix(run, photos, tmp_path, kind, f
 
 def test_names_stay_apart():
     keep = lambda name: "." + name.rpartition(".")[2]  # noqa: E731
-    assert picture_names(["a/b.png", "a/b.jpg"], keep) == {"a/b.png": "a/b.png", "a/b.jpg": "a/b.jpg"}
-    found = picture_names(["b.gif", "b.png", "b.gif.png", "c.jpg"], lambda name: "_x.png")
+    assert image_names(["a/b.png", "a/b.jpg"], keep) == {"a/b.png": "a/b.png", "a/b.jpg": "a/b.jpg"}
+    found = image_names(["b.gif", "b.png", "b.gif.png", "c.jpg"], lambda name: "_x.png")
     assert found == {"b.gif": "b.gif_x.png", "b.png": "b.png_x.png", "b.gif.png": "b.gif.png_x.png", "c.jpg": "c_x.png"}
 
 

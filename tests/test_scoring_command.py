@@ -258,7 +258,7 @@ def test_settings_given_for_the_test_are_applied_and_training_settings_are_not(r
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "last.pt").symlink_to(experiment / "last.pt")
-    (folder / "config.yml").write_text("nedr: {airlight: max, base_channels: 64}\ntest: {images: false}\n")
+    (folder / "config.yml").write_text("nedr: {airlight: max, base_channels: 64}\ntest: {pictures: false}\n")
     run("--checkpoints", folder, *pairs, "nedr.guided_filter=true")
     assert (seen[-1].airlight, seen[-1].guided_filter, seen[-1].base_channels) == ("max", True, 8)
     assert not (folder / "results" / "pictures").exists()
@@ -439,7 +439,7 @@ def test_without_a_metric_for_real_haze_it_is_said_what_to_install(run, benchmar
     done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
     assert done.status == 0
     assert "pip install fade-python" in done.err
-    assert "s/picture" in done.out
+    assert "s/image" in done.out
 
 
 def test_metrics_of_real_haze_are_used_where_they_are_installed(run, benchmarks, monkeypatch, tmp_path):
@@ -515,7 +515,7 @@ def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path,
     monkeypatch.setattr(images, "write", lambda path, *args, **like: (written.append(path.name), write(path, *args)))
     done = run(*argv)
     assert done.status == 0
-    assert "going on where an interrupted run stopped: 5 images are done" in done.err  # three are the hazy input's
+    assert "continuing an interrupted run: 5 images are done" in done.err  # three are the hazy input's
     assert written == ["1_1.png", "1_2.png", "2_1.png"]
     assert row(tmp_path / "out")["resumed"] == 2
     assert row(tmp_path / "out")["mean"] == row(tmp_path / "whole")["mean"]
@@ -651,7 +651,7 @@ def test_figures_on_pictures_that_weights_were_chosen_on_are_warned_of(run, pair
     argv = ["--weights", "chosen.safetensors", "test.panels=false"]
     done = run(*argv, *pairs)
     told = "chosen on the ground truths of 2 of these 3 images (validation on mine)"
-    assert f"warning: images: nedr: its weights were {told}" in done.err
+    assert f"warning: pictures: nedr: its weights were {told}" in done.err
     assert told in "".join(row(tmp_path / "results", "nedr")["remarks"])
     assert json.loads((tmp_path / "results" / "results.json").read_text())["methods"]["nedr"]["chosen_on"] == {
         "sets": ["mine"],

@@ -64,7 +64,7 @@ def test_what_processes_did_is_not_done_again(tmp_path, pairs):
     (tmp_path / "out/results.json").rmdir()
     status, out, err = run(tmp_path, 1, *pairs, "--output", "out")
     assert (status, "5 images done" in out) == (0, True)
-    assert "going on where an interrupted run stopped: 10 images are done" in err  # hazy and dehazed
+    assert "continuing an interrupted run: 10 images are done" in err  # hazy and dehazed
     assert [row["resumed"] for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]] == [5, 5]
     assert not list((tmp_path / "out").glob("progress*"))
 

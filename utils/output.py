@@ -1,4 +1,4 @@
-"""What test.py makes of a dehazed image before it becomes a file: its name, its kind, and what is shown in it."""
+"""The output images of test.py: their names, formats and contents."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -15,31 +15,31 @@ LOSSLESS = ".png"
 
 
 def names(inputs: Sequence[str], test: Test, scored: bool) -> dict[str, str]:
-    """The file that each input becomes. Where figures are taken (``scored``) images lose nothing unless asked to."""
+    """The output file of each input; if figures are measured (``scored``) the default format is lossless."""
     suffix = test.suffix or ""
     if bad := set(suffix) & set('/\\:*?"<>|'):
         raise UserError(
             f"test.suffix={quoted(suffix)}: no {min(bad)} can be in a file's name; take letters, digits, _ or -"
         )
 
-    def kind(name: str) -> str:
-        own = PurePosixPath(name).suffix
-        ending = f".{test.format}"
+    def ending(name: str) -> str:
+        extension = f".{test.format}"
         if test.format == "auto":
-            ending = own if own.lower() in IMAGE_FORMATS and not scored else LOSSLESS
-        return suffix + ending
+            current = PurePosixPath(name).suffix
+            extension = current if current.lower() in IMAGE_FORMATS and not scored else LOSSLESS
+        return suffix + extension
 
-    return report.picture_names(inputs, kind)
+    return report.image_names(inputs, ending)
 
 
-def shown(hazy: Tensor, made: Tensor, test: Test) -> Tensor:
-    """What is put into the file, from the hazy image (3,H,W) and what was made of it (3 or 1,H,W)."""
+def shown(hazy: Tensor, result: Tensor, test: Test) -> Tensor:
+    """The content of the file, from the hazy image (3,H,W) and the method's result (3 or 1,H,W)."""
     if test.show != "side_by_side":
-        return made
-    return torch.cat([hazy.to(made), made], 2)
+        return result
+    return torch.cat([hazy.to(result), result], 2)
 
 
-def refuse_hidden(test: Test, scored: bool) -> None:
-    """Refuse to measure what is no dehazed image. Raises `UserError`."""
+def check_measurable(test: Test, scored: bool) -> None:
+    """Refuse to measure transmission maps, which are not dehazed images. Raises `UserError`."""
     if scored and test.show == "transmission":
         raise UserError("test.show=transmission: there is no dehazed image to measure; leave the ground truth out")

@@ -5,6 +5,7 @@ import torch
 from conftest import D4, tiny, tiny_settings
 
 import models
+from models.encoder import RELEASED
 from models.nedr import airlight
 from models.nedr.generators import RemovalNet
 from utils import checkpoint, config, physics
@@ -79,13 +80,13 @@ def test_the_head_learns_in_the_warm_start():
 
 def test_checkpoints_from_before_there_was_a_choice(tmp_path):
     """They name no head, no encoder and no sizes, and have the paper's head under its old names."""
-    old = tiny(*D4).eval()
-    saved = config.to_dict(tiny_settings(*D4))
+    of_then = (*D4, f"nedr.encoder={RELEASED}")
+    whole = tiny(*of_then).eval()
+    saved = config.to_dict(tiny_settings(*of_then))
     new = ("airlight_head", "encoder", "encoder_rate", "working_size", "query", "guided_radius", "idrm_hidden")
     for key in (*new, "airlight_bounds", "drem_growth", "transmission_range", "found_airlight_weight", "scales"):
         del saved["nedr"][key]
-    assert "removal.airlight.0.weight" in old.state_dict()
-    whole = tiny(*D4).eval()
+    assert "removal.airlight.0.weight" in whole.state_dict()
     file = tmp_path / "old.safetensors"
     checkpoint.save_weights(file, whole.inference_state(), {"model": "nedr", "settings": saved})
     loaded, hazy = models.load(file), torch.rand(1, 3, 70, 90)

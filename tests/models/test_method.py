@@ -156,7 +156,8 @@ def test_load_refuses(trained, tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, foreign)
     with pytest.raises(UserError, match="neither"):
         models.load(foreign)
-    wrong = {"model": "nedr", "settings": {"nedr": {"base_channels": 16, "kan_cid": False}}}
+    changed = {"base_channels": 16, "kan_cid": False, "encoder": "test_efficientnet"}
+    wrong = {"model": "nedr", "settings": {"nedr": changed}}
     checkpoint.save_weights(tmp_path / "wrong.safetensors", averaged, wrong)
     with pytest.raises(UserError, match="does not fit"):
         models.load(tmp_path / "wrong.safetensors")

@@ -12,8 +12,8 @@ from models.nedr import official
 from utils import config, foreign
 from utils.errors import UserError
 
-SIZES = ("nedr.idrm_hidden=256", "nedr.drem_growth=64")
-RELEASED = (*SIZES, "nedr.encoder=tf_efficientnet_lite3", "nedr.variant=released", "nedr.airlight=max")
+SIZES = ("nedr.encoder=tf_efficientnet_lite3", "nedr.idrm_hidden=256", "nedr.drem_growth=64")
+RELEASED = (*SIZES, "nedr.variant=released", "nedr.airlight=max")
 NETWORKS = ("net_h2c", "net_c2h", "net_depth", "discriminator_h2c", "discriminator_c2h")
 DEAD = re.compile(
     r"mcc\.|scratch\.refinenet4\.resConfUnit1\.|cid_\d+\.channel_dependent\.fc\d\.(weight|bias)$|.*\.0\.conv1\."
@@ -120,7 +120,7 @@ def test_what_is_lost_is_said():
     with pytest.warns(UserWarning, match="never reads DREM"):
         tiny(*RELEASED).to_official()
     with pytest.warns(UserWarning, match="airlight head is left out"):
-        found = tiny(*D4).to_official()
+        found = tiny(*SIZES, *D4).to_official()
     assert not [key for key in found["net_h2c"] if "airlight" in key]
 
 
@@ -131,7 +131,10 @@ REFUSED = {
     "encoder": ((*D4, "nedr.encoder=resnet18"), r"nedr\.encoder=resnet18: the released code has tf_efficientnet_lite3"),
     "smaller IDRM": ((*RELEASED, "nedr.idrm_hidden=64"), r"nedr\.idrm_hidden=64: the released code has 256 alone"),
     "smaller DREM": ((*RELEASED, "nedr.drem_growth=16"), r"nedr\.drem_growth=16: the released code has 64 alone"),
-    "transmission": ((*D4, "nedr.transmission_range=[0.05, 1]"), r"the released code has \(0\.05, 0\.95\) alone"),
+    "transmission": (
+        (*SIZES, *D4, "nedr.transmission_range=[0.05, 1]"),
+        r"the released code has \(0\.05, 0\.95\) alone",
+    ),
     "drem alone": ((*RELEASED, *D4, "nedr.drem=true"), "kan_cid=false, idrm=false, drem=true"),
 }
 

@@ -1,4 +1,4 @@
-"""What a long scoring run has done so far, one line an image, so that an interrupted one goes on where it stopped."""
+"""The journal of a scoring run, one line per finished image, so that an interrupted run can be continued."""
 
 import dataclasses
 import hashlib
@@ -16,26 +16,26 @@ FIELDS = {"row", *(field.name for field in dataclasses.fields(Score))}
 
 
 class Journal:
-    """The file progress.jsonl in a results folder: first what the run is, then every finished image.
+    """The file progress.jsonl in a results folder: a digest of the run's identity, then a line per finished image.
 
-    ``identity`` (JSON-able) says all that the figures depend on. If the file is of the same identity, ``resumed`` is
-    the number of images in it; if it is of another one, it is begun anew and ``replaced`` is True. Lines that are
-    damaged, as the last one may be, do not count; ``damaged`` says how many there were. Raises `UserError` if the file
-    cannot be written.
+    ``identity`` (JSON-able) has everything that the figures depend on. If the file has the same identity, ``resumed``
+    is the number of images in it; if it has another one, it is replaced and ``replaced`` is True. Damaged lines, such
+    as an incomplete last one, are ignored; ``damaged`` is their number. Raises `UserError` if the file cannot be
+    written.
 
-    Of several processes the first takes into its file what all of an interrupted run noted; then the others, of
-    ``rank`` 1 and so on, begin files of their own, and are told what is ``known``.
+    Of several processes the first merges the files of all processes of an interrupted run into its own; then the
+    others, with ``rank`` 1 and so on, start files of their own, and are given the ``known`` scores.
     """
 
     def __init__(self, folder: Path, identity: Any, rank: int = 0, known: dict | None = None):
         self.path = folder / (PART.format(rank) if rank else NAME)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         parts = [] if rank else sorted(folder.glob(PART.format("*")))
-        read = [] if rank else [files.read_records(path) for path in (self.path, *parts)]
-        self.damaged = sum(len(damaged) for _, damaged in read)
-        found = [lines for lines, _ in read if lines]
-        same = [lines for lines in found if lines[0] == {"identity": digest}]
-        self.replaced = bool(found) and not same
+        contents = [] if rank else [files.read_records(path) for path in (self.path, *parts)]
+        self.damaged = sum(len(damaged) for _, damaged in contents)
+        journals = [lines for lines, _ in contents if lines]
+        same = [lines for lines in journals if lines[0] == {"identity": digest}]
+        self.replaced = bool(journals) and not same
         scores = [(line["row"], _score(line)) for lines in same for line in lines[1:] if line.keys() == FIELDS]
         self.scores = {(row, score.name): score for row, score in scores} if known is None else known
         self.resumed = len(self.scores)
@@ -50,11 +50,11 @@ class Journal:
         return {name: self.scores[row, name] for name in names if (row, name) in self.scores}
 
     def add(self, row: str, score: Score) -> None:
-        """Note an image whose figures and files are complete."""
+        """Add an image whose figures and files are complete."""
         files.append_line(self.path, _line(row, score))
 
     def close(self) -> None:
-        """The run is complete and its report is written: forget the way there."""
+        """Remove the journal, after the report of the complete run is written."""
         with files.writing(self.path):
             self.path.unlink(missing_ok=True)
 

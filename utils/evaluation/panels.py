@@ -11,40 +11,40 @@ from torch import Tensor
 from utils.evaluation.scoring import Score
 from utils.rounding import to_8bit
 
-ERROR_SCALE = 0.25  # the mean absolute error over RGB, of [0,1], that is shown white
+ERROR_SCALE = 0.25  # the mean absolute error over RGB, in [0,1], that is shown in white
 LONG_SIDE = 480  # pixels of each part
 CAPTION = 24  # pixels above each part
 GAP = 4
-PLACES = ("best", "median", "worst", "first", "middle", "last")
+RANKS = ("best", "median", "worst", "first", "middle", "last")
 
 
 def choose(scores: Sequence[Score], key: str | None, better: str = "higher") -> dict[str, Score]:
-    """The best, the median and the worst by figure ``key``; none twice. Those without a finite figure do not count.
+    """The best, the median and the worst by figure ``key``, without duplicates; only scores with a finite figure count.
 
-    Without a key, or with no finite figure: the first, the middle and the last.
+    Without a key, or without a finite figure: the first, the middle and the last.
     """
     ranked = [score for score in scores if key in score.figures and math.isfinite(score.figures[key])]
     ranked.sort(key=lambda score: score.figures[key], reverse=better == "higher")
-    names = PLACES[:3] if ranked else PLACES[3:]
+    names = RANKS[:3] if ranked else RANKS[3:]
     ranked = ranked or list(scores)
     chosen: dict[str, Score] = {}
-    for name, place in zip(names, (0, len(ranked) // 2, -1), strict=True):
-        if ranked and ranked[place] not in chosen.values():
-            chosen[name] = ranked[place]
+    for name, index in zip(names, (0, len(ranked) // 2, -1), strict=True):
+        if ranked and ranked[index] not in chosen.values():
+            chosen[name] = ranked[index]
     return chosen
 
 
 def parts(
-    hazy: Tensor, found: Mapping[str, Tensor], clear: Tensor | None, score: Score | None = None
+    hazy: Tensor, outputs: Mapping[str, Tensor], clear: Tensor | None, score: Score | None = None
 ) -> dict[str, Tensor]:
-    """Captions and what to show under them, each (3 or 1,H,W) in [0,1]; ``found`` as of `Method.estimate`, less N."""
-    shown = {"hazy": hazy, _caption(score): found["clear"]}
+    """Images, (3 or 1,H,W) in [0,1], by caption; ``outputs`` as of `Method.estimate`, without the batch dimension."""
+    shown = {"hazy": hazy, _caption(score): outputs["clear"]}
     if clear is not None:
         shown["clear"] = clear
-    if "transmission" in found:
-        shown["transmission (white: 1)"] = found["transmission"]
+    if "transmission" in outputs:
+        shown["transmission (white: 1)"] = outputs["transmission"]
     if clear is not None:
-        shown[f"error (white: {ERROR_SCALE} or more)"] = error_map(found["clear"], clear)
+        shown[f"error (white: {ERROR_SCALE} or more)"] = error_map(outputs["clear"], clear)
     return shown
 
 
@@ -54,7 +54,9 @@ def panel(shown: Mapping[str, Tensor]) -> Tensor:
     height = max(piece.height for piece in pieces) + CAPTION
     width = sum(piece.width for piece in pieces) + GAP * (len(pieces) - 1)
     canvas = Image.new("RGB", (width, height), "white")
-    draw, font, left = ImageDraw.Draw(canvas), ImageFont.load_default(14), 0
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(14)
+    left = 0
     for caption, piece in zip(shown, pieces, strict=True):
         draw.text((left + 2, 3), _fit(caption, piece.width, font), "black", font)
         canvas.paste(piece, (left, CAPTION))
@@ -69,7 +71,7 @@ def error_map(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _caption(score: Score | None) -> str:
-    """``dehazed``, with the first PSNR and SSIM that there are, as their protocol has it."""
+    """``dehazed``, with the first PSNR and SSIM of the score, and their protocol."""
     figures = score.figures if score else {}
     protocol = next((key.removesuffix(".psnr") for key in figures if key.endswith(".psnr")), None)
     if protocol is None:
@@ -86,7 +88,7 @@ def _shrink(picture: Tensor) -> Image.Image:
 
 
 def _fit(caption: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """As much of the caption as fits; a thin image gets less."""
+    """The start of the caption that fits into ``width`` pixels."""
     while caption and font.getlength(caption) > width - 2:
         caption = caption[:-1]
     return caption

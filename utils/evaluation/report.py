@@ -1,4 +1,4 @@
-"""The files of a scoring run: results.json (complete), results.md (for a paper), per_image.csv, and pictures' names."""
+"""The files of a scoring run: results.json (complete), results.md (tables), per_image.csv, skipped.txt; image names."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ SKIPPED = "skipped.txt"
 def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
     """Write results.json, results.md and per_image.csv into ``folder``, each whole or not at all.
 
-    Infinite and undefined figures are the texts "inf" and "nan" in JSON, which has no numbers for them. Raises
+    Infinite and undefined figures are the strings "inf" and "nan" in JSON, which has no numbers for them. Raises
     `UserError` if it cannot write.
     """
     write_text(folder / "results.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
@@ -28,31 +28,31 @@ def write(folder: Path, rows: Sequence[Row], results: Mapping) -> None:
     write_text(folder / "per_image.csv", _csv(rows))
 
 
-def write_skipped(folder: Path, told: Sequence[str]) -> None:
-    """Write skipped.txt, a line for each image that could not be used; there is none where all could be."""
-    if told:
-        write_text(folder / SKIPPED, "".join(f"{line}\n" for line in told))
+def write_skipped(folder: Path, messages: Sequence[str]) -> None:
+    """Write skipped.txt, a line for each image that could not be used; remove it if there are none."""
+    if messages:
+        write_text(folder / SKIPPED, "".join(f"{line}\n" for line in messages))
     else:
         with contextlib.suppress(OSError):
             (folder / SKIPPED).unlink(missing_ok=True)
 
 
-def picture_names(names: Sequence[str], kind: Callable[[str], str] = lambda name: ".png") -> dict[str, str]:
-    """The file that each input becomes: a/b.jpg -> a/b.png, or a/b.jpg.png where a has two that would be b.png.
+def image_names(names: Sequence[str], ending: Callable[[str], str] = lambda name: ".png") -> dict[str, str]:
+    """The output file of each input: a/b.jpg -> a/b.png, or a/b.jpg.png if two inputs in a would become b.png.
 
-    ``kind`` gives the end of the new name, of the old one.
+    ``ending`` returns the end of the new name for an old name.
     """
     folders = defaultdict(list)
     for name in map(PurePosixPath, dict.fromkeys(names)):
         folders[name.parent].append(name)
     outputs = {}
     for folder, members in folders.items():
-        ends = {name: kind(name.name) for name in members}
-        wanted = Counter((name.stem + ends[name]).casefold() for name in members)
+        endings = {name: ending(name.name) for name in members}
+        counts = Counter((name.stem + endings[name]).casefold() for name in members)
         taken = {name.name.casefold() for name in members}  # b.jpg.png must not get the name that b.jpg may need
         for name in members:
-            alone = wanted[(name.stem + ends[name]).casefold()] == 1 and name.stem.casefold() not in taken
-            outputs[str(name)] = str(folder / f"{name.stem if alone else name.name}{ends[name]}")
+            unique = counts[(name.stem + endings[name]).casefold()] == 1 and name.stem.casefold() not in taken
+            outputs[str(name)] = str(folder / f"{name.stem if unique else name.name}{endings[name]}")
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""The rows of a scoring run, methods on sets of images, and all that is known of them as plain values."""
+"""The rows of a scoring run (methods on sets of images), and the content of results.json."""
 
 import dataclasses
 import math
@@ -17,10 +17,10 @@ HAZY = "hazy input"  # the method that does nothing, which every other must beat
 
 @dataclass
 class Row:
-    """A method on a set of images: what was in force, and what came out.
+    """A method on a set of images: its settings and its outcome.
 
-    ``expected`` is the number of images that the whole set has, None where no one can know; ``remarks`` are about
-    the set. ``resumed`` of the scores are from an earlier, interrupted run, and are not in the times.
+    ``expected`` is the number of images in the whole set, None if unknown; ``remarks`` are about the set. ``resumed``
+    of the scores are from an earlier, interrupted run, and are not included in the times.
     """
 
     benchmark: str
@@ -34,29 +34,31 @@ class Row:
 
     @property
     def count(self) -> str:
-        """``60 of 500``, or ``24`` where that is all."""
+        """The number of images: ``60 of 500``, or ``24`` for a whole set."""
         done = len(self.outcome.scores)
         return f"{done} of {self.expected}" if self.expected not in (None, done) else f"{done}"
 
     @property
     def per_second(self) -> float:
-        """Images a second, from the disk to the disk."""
-        fresh, wall = len(self.outcome.scores) - self.resumed, self.outcome.seconds["wall"]
-        return fresh / wall if fresh and wall else math.nan
+        """Images a second, with reading and saving."""
+        count = len(self.outcome.scores) - self.resumed
+        wall = self.outcome.seconds["wall"]
+        return count / wall if count and wall else math.nan
 
 
 def build(rows: Sequence[Row], settings: Settings, methods: Mapping[str, dict], device: str) -> dict[str, Any]:
-    """Everything about a run as plain values, ready for JSON: the content of results.json.
+    """All results of a run as plain values, ready for JSON: the content of results.json.
 
-    ``settings`` are those in force, ``methods`` says of every method its weights and cost.
+    ``settings`` are those in force, ``methods`` has the weights and cost of every method.
     """
-    in_force, found = config.to_dict(settings), keys(rows)
-    named = [name for name in settings.test.protocols if any(key.startswith(f"{name}.") for key in found)]
+    in_force = config.to_dict(settings)
+    figures = keys(rows)
+    used = [name for name in settings.test.protocols if any(key.startswith(f"{name}.") for key in figures)]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "protocols": {name: metrics.protocol(name).describe() for name in named},
-        "metrics": {key: describe(key) for key in found},
+        "protocols": {name: metrics.protocol(name).describe() for name in used},
+        "metrics": {key: describe(key) for key in figures},
         "versions": metrics.versions(),
         "device": device,
         "settings": {key: in_force[key] for key in ("precision", "test")},
@@ -66,7 +68,7 @@ def build(rows: Sequence[Row], settings: Settings, methods: Mapping[str, dict], 
 
 
 def describe(key: str) -> dict[str, Any]:
-    """Title, unit, direction and digits of a figure by its name, such as ours.psnr or ciede2000."""
+    """Title, unit, direction and digits of the figure ``key``, such as ours.psnr or ciede2000."""
     kind = key.rpartition(".")[2]
     if kind == "psnr":
         return {"title": "PSNR", "unit": "dB", "better": "higher", "digits": 2}
@@ -83,18 +85,18 @@ def describe(key: str) -> dict[str, Any]:
 
 
 def keys(rows: Sequence[Row]) -> list[str]:
-    """The figures that these rows have, in the order in which they first appear."""
+    """The names of all figures of these rows, in the order of their first appearance."""
     return list(dict.fromkeys(key for row in rows for score in row.outcome.scores for key in score.figures))
 
 
 def flat(score: Score) -> dict[str, Any]:
-    """A picture's score as one flat mapping: name, width, height, seconds and the figures."""
+    """An image's score as one flat mapping: name, width, height, seconds and the figures."""
     values = dataclasses.asdict(score)
     return values | values.pop("figures")
 
 
 def _row(row: Row) -> dict[str, Any]:
-    scores, seconds = row.outcome.scores, row.outcome.seconds
+    scores = row.outcome.scores
     return {
         "benchmark": row.benchmark,
         "method": row.method,
@@ -108,7 +110,7 @@ def _row(row: Row) -> dict[str, Any]:
         "median_seconds": scoring.median_seconds(scores),
         "images_per_second": row.per_second,
         "resumed": row.resumed,
-        "seconds": seconds,
+        "seconds": row.outcome.seconds,
         "peak_memory_bytes": row.peak_memory,
         "per_image": [flat(score) for score in scores],
     }

@@ -1,4 +1,4 @@
-"""Methods on sets of images: each pair of them becomes a row of the report, with its images and panels."""
+"""The evaluation of methods on sets of images: a row of the report for each pair, with its images and panels."""
 
 import functools
 import math
@@ -20,17 +20,17 @@ from utils.evaluation import extra_metrics, metrics, panels, report, results, sc
 from utils.evaluation.journal import Journal
 from utils.evaluation.results import HAZY, Row
 
-FREE = ("fade", "niqe", "brisque", "musiq")  # metrics for images without ground truth, used where they are installed
+NO_REFERENCE = ("fade", "niqe", "brisque", "musiq")  # metrics without ground truth, used where installed
 
 
 @dataclass
 class ImageSet:
-    """A set to be scored: ``items`` as of `scoring.run`, with ``names`` and ``files``; ``truth``: each has a ``clear``.
+    """A set to score: ``items`` as in `scoring.run`, with ``names`` and ``files``; ``truth``: each has a ``clear``.
 
-    Each item has the ``path`` of its hazy image, too. ``expected`` is the number that the whole set has, None where
-    no one can know; ``preset`` the test-time settings with which the released methods treat this set; ``folder`` the
-    results' sub-folder, empty for a set of one's own; ``absent`` tells, a line each, of images that are named and not
-    there.
+    Each item also has the ``path`` of its hazy image. ``expected`` is the number of images in the whole set, None if
+    unknown; ``preset`` has the test-time settings that the released methods use for this set; ``folder`` is the
+    results' sub-folder, empty for the user's own images; ``absent`` has a message for each listed image that does not
+    exist.
     """
 
     name: str
@@ -44,15 +44,15 @@ class ImageSet:
 
     @property
     def benchmark(self) -> bool:
-        """Is it a set with a name, not just some images?"""
+        """Whether it is a named benchmark, not the user's own images."""
         return bool(self.folder)
 
 
 @dataclass
 class Candidate:
-    """What is tested: how it dehazes, what maps it finds (None: no panels), and its settings in force.
+    """A method under test: ``dehaze``, ``estimate`` of its maps (None: no panels), and its settings in force.
 
-    ``chosen_on`` as of `selection.chosen_on`; ``tile``: the side of tiles whose numbers are not those of the whole.
+    ``chosen_on`` as of `selection.chosen_on`; ``tile``: the side of tiles whose results differ from the whole image's.
     """
 
     name: str
@@ -65,9 +65,9 @@ class Candidate:
 
 
 class Evaluation:
-    """One run of test.py: where its files go, what is measured, and what an interrupted one had done already.
+    """One run of test.py: its output files, its metrics, and the results of the interrupted run that it continues.
 
-    ``write`` puts an image (3,H,W) into a file, ``like`` that which it was made from; ``say`` tells the user a line.
+    ``write`` writes an image (3,H,W) to a file, with the metadata of the input ``like``; ``say`` prints a line.
     """
 
     def __init__(
@@ -80,25 +80,30 @@ class Evaluation:
         ranks: Ranks | None = None,
     ):
         self.ranks = ranks or Ranks()
-        self.settings, self.device, self.output, self.write, self.say = settings, device, output, write, say
-        self.further = extra_metrics.load(settings.test.metrics, device)
+        self.settings = settings
+        self.device = device
+        self.output = output
+        self.write = write
+        self.say = say
+        self.metrics = extra_metrics.load(settings.test.metrics, device)
         self.rows: list[Row] = []
-        self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # by set and image: its truth's fingerprint
-        self.told: dict[str, None] = {}  # in the order of the images
-        self.kept = 0  # images that were there already, and were left as they are
+        self.truths: dict[str, dict[str, str]] = defaultdict(dict)  # fingerprints of ground truths by set and image
+        self.messages: dict[str, None] = {}  # about skipped images, in their order
+        self.existing = 0  # output images that existed already and were kept
         for name in settings.test.protocols:
             metrics.protocol(name)
-        tiling.choose(1, 1, device, settings.test.tile)  # refuses a setting that cannot be
+        tiling.choose(1, 1, device, settings.test.tile)  # raises for an invalid setting
 
     def begin(self, sets: Sequence[ImageSet], identity: Mapping[str, Any]) -> None:
-        """Look for what an interrupted run of the same ``identity``, sets and settings has done."""
-        states = [[each.name, [_state(path) for path in each.items.files]] for each in sets]
-        own = {"sets": states, "settings": repr(self.settings)}
+        """Open the journal, with the results of an interrupted run of the same ``identity``, sets and settings."""
+        states = [[each.name, [_file_state(path) for path in each.items.files]] for each in sets]
+        inputs = {"sets": states, "settings": repr(self.settings)}
         versions = {"versions": metrics.versions(), "device": self.device.type}
-        identity, ranks = dict(identity) | own | versions, self.ranks
+        identity = dict(identity) | inputs | versions
+        ranks = self.ranks
         if self.settings.test.temporal and ranks.world > 1:
             raise UserError(
-                "test.temporal=true: frames follow each other, so one process does them; start without torchrun"
+                "test.temporal=true: frames depend on each other, so one process does them; start without torchrun"
             )
         if ranks.first:
             self.journal = Journal(self.output, identity)
@@ -106,227 +111,235 @@ class Evaluation:
         if not ranks.first:
             self.journal = Journal(self.output, identity, ranks.rank, known)
         if self.journal.resumed:
-            self.say(f"going on where an interrupted run stopped: {self.journal.resumed} images are done")
+            self.say(f"continuing an interrupted run: {self.journal.resumed} images are done")
         elif self.journal.replaced:
-            self.say("an interrupted run with other settings or files was here; beginning anew")
-        if self.journal.damaged:
-            told = f"{self.journal.damaged} damaged lines are left out; their images are done anew"
-            self.say(f"{self.journal.path}: {told}")
+            self.say("the interrupted run in this folder had other settings or files; starting again")
+        if count := self.journal.damaged:
+            self.say(f"{self.journal.path}: {count} damaged lines are ignored; their images are done again")
 
-    def row(self, pictures: ImageSet, candidate: Candidate) -> Row:
-        """Dehaze, measure and save all of a set; images that an earlier run did are not done again."""
-        names, key = pictures.items.names, f"{pictures.name}/{candidate.name}"
-        folder = self.output / "pictures" / pictures.folder / candidate.folder
-        test, scored = self.settings.test, self._scored(pictures)
-        output.refuse_hidden(test, scored)
+    def evaluate(self, image_set: ImageSet, candidate: Candidate) -> Row:
+        """Dehaze, measure and save the images of a set, except those that an earlier run did."""
+        names = image_set.items.names
+        key = f"{image_set.name}/{candidate.name}"
+        folder = self.output / "pictures" / image_set.folder / candidate.folder
+        test = self.settings.test
+        scored = self._scored(image_set)
+        output.check_measurable(test, scored)
         files = {name: folder / file for name, file in output.names(names, test, scored).items()}
         keep = test.pictures and candidate.name != HAZY
         done = {n: s for n, s in self.journal.done(key, names).items() if not keep or os.path.isfile(files[n])}
-        there = set() if scored or test.overwrite else {n for n in names if n not in done and os.path.exists(files[n])}
-        if test.temporal and (there or done):  # every frame is needed for those after it
-            if there:
+        existing = set()
+        if not (scored or test.overwrite):
+            existing = {name for name in names if name not in done and os.path.exists(files[name])}
+        if test.temporal and (existing or done):  # every frame is needed for the following ones
+            if existing:
                 raise UserError(
-                    f"{folder}: {len(there)} of {len(names)} are there already, and test.temporal=true needs all; "
+                    f"{folder}: {len(existing)} of {len(names)} exist already, and test.temporal=true needs all; "
                     f"give --overwrite or another --output"
                 )
             done = {}
-        done, there = self.ranks.all_gather((done, there))[0]  # before any process writes a file
-        self.kept += len(there)
-        todo = [k for k, name in enumerate(names) if name not in done and name not in there]
+        done, existing = self.ranks.all_gather((done, existing))[0]  # before any process writes a file
+        self.existing += len(existing)
+        todo = [k for k, name in enumerate(names) if name not in done and name not in existing]
         memory.reset_peak(self.device)
         outcome = scoring.run(
             candidate.dehaze,
-            pictures.items,
-            self._measure(pictures),
-            (lambda item, made: self._save(files[item["name"]], item, made)) if keep else None,
+            image_set.items,
+            self._measure(image_set),
+            (lambda item, dehazed: self._save(files[item["name"]], item, dehazed)) if keep else None,
             device=self.device,
             workers=self.settings.data.workers,
             indices=todo[self.ranks.rank :: self.ranks.world],
             on_score=lambda score: self.journal.add(key, score),
             on_error=self._skip,
-            bar=f"{pictures.name}, {candidate.name}" if self.ranks.first else None,
+            bar=f"{image_set.name}, {candidate.name}" if self.ranks.first else None,
             remedies=self._remedies,
         )
-        peak = self._gather(pictures, outcome)
+        peak = self._gather(image_set, outcome)
         scores = done | {score.name: score for score in outcome.scores}
         outcome.scores = [scores[name] for name in names if name in scores]
-        for told in pictures.absent:
-            self._skip(told)
-        outcome.skipped = [*pictures.absent, *outcome.skipped]
-        self._look_for_choice(pictures, candidate, outcome.scores)
-        about = (_in_force(candidate, outcome.scores), pictures.remarks, peak, len(done))
-        row = Row(pictures.name, candidate.name, pictures.expected, outcome, *about)
+        for message in image_set.absent:
+            self._skip(message)
+        outcome.skipped = [*image_set.absent, *outcome.skipped]
+        self._warn_of_selection(image_set, candidate, outcome.scores)
+        settings = _settings_in_force(candidate, outcome.scores)
+        about = (settings, image_set.remarks, peak, len(done))
+        row = Row(image_set.name, candidate.name, image_set.expected, outcome, *about)
         self.rows.append(row)
         if candidate.name == HAZY:
-            self._look_for_equal(pictures, outcome.scores)
+            self._warn_of_equal_images(image_set, outcome.scores)
         elif (
             self.ranks.first
             and candidate.estimate
             and self.settings.test.panels
-            and (pictures.benchmark or pictures.truth)
+            and (image_set.benchmark or image_set.truth)
         ):
-            self._panels(pictures, candidate, outcome.scores)
+            self._panels(image_set, candidate, outcome.scores)
         return row
 
-    def _gather(self, pictures: ImageSet, outcome: scoring.Outcome) -> int:
-        """Put into ``outcome`` what all processes did, in place; -> the largest peak of their memory."""
-        own = (outcome, self.truths[pictures.name], memory.peak_memory(self.device))
-        every = self.ranks.all_gather(own)
-        others = [each for rank, (each, _, _) in enumerate(every) if rank != self.ranks.rank]
-        for _, truths, _ in every:
-            self.truths[pictures.name] |= truths
+    def _gather(self, image_set: ImageSet, outcome: scoring.Outcome) -> int:
+        """Merge the results of all processes into ``outcome``, in place; returns the largest peak of their memory."""
+        result = (outcome, self.truths[image_set.name], memory.peak_memory(self.device))
+        gathered = self.ranks.all_gather(result)
+        others = [each for rank, (each, _, _) in enumerate(gathered) if rank != self.ranks.rank]
+        for _, truths, _ in gathered:
+            self.truths[image_set.name] |= truths
         for each in others:
-            outcome.scores, outcome.skipped = outcome.scores + each.scores, outcome.skipped + each.skipped
+            outcome.scores = outcome.scores + each.scores
+            outcome.skipped = outcome.skipped + each.skipped
             for stage, seconds in each.seconds.items():
-                join = max if stage in ("wall", "waiting") else sum
-                outcome.seconds[stage] = join((outcome.seconds[stage], seconds))
-            for told in each.skipped:
-                self._skip(told)
-        return max(peak for _, _, peak in every)
+                combine = max if stage in ("wall", "waiting") else sum
+                outcome.seconds[stage] = combine((outcome.seconds[stage], seconds))
+            for message in each.skipped:
+                self._skip(message)
+        return max(peak for _, _, peak in gathered)
 
-    def _save(self, file: Path, item: dict, made: Tensor) -> None:
+    def _save(self, file: Path, item: dict, dehazed: Tensor) -> None:
         test = self.settings.test
-        self.write(file, output.shown(item["hazy"], made, test), like=item["path"], quality=test.quality)
+        self.write(file, output.shown(item["hazy"], dehazed, test), like=item["path"], quality=test.quality)
 
-    def _scored(self, pictures: ImageSet) -> bool:
-        """Are the images there for the sake of figures?"""
-        return pictures.truth or pictures.benchmark or bool(self._free(pictures))
+    def _scored(self, image_set: ImageSet) -> bool:
+        """Whether any figure is measured on the images of this set, or it is a benchmark."""
+        return image_set.truth or image_set.benchmark or bool(self._no_reference_metrics(image_set))
 
     @property
     def unusable(self) -> int:
-        """How many images were left out, of every set by the method that left out the most."""
+        """How many images were left out: for each set, by the method that left out the most."""
         most: dict[str, int] = defaultdict(int)
         for row in self.rows:
             most[row.benchmark] = max(most[row.benchmark], len(row.outcome.skipped))
         return sum(most.values())
 
     def finish(self, methods: Callable[[], Mapping[str, dict]], device: str) -> dict[str, Any] | None:
-        """Write the results of all rows and forget the journal; None where a folder was dehazed without any figure.
+        """Write the results of all rows and remove the journal; None where images were dehazed without any figure.
 
-        ``methods`` is asked, for a report only, what each method is and costs.
+        ``methods`` returns the facts and costs of each method; it is called only for a report.
         """
-        found = None
+        summary = None
         figures = any(row.method == HAZY for row in self.rows) or self.settings.test.benchmarks
         if figures and self.ranks.first:
-            found = results.build(self.rows, self.settings, methods(), device)
-            report.write(self.output, self.rows, found)
+            summary = results.build(self.rows, self.settings, methods(), device)
+            report.write(self.output, self.rows, summary)
         if self.ranks.first:
-            report.write_skipped(self.output, list(self.told))
-        self.ranks.all_gather(None)  # what is noted is wanted until the report is there
+            report.write_skipped(self.output, list(self.messages))
+        self.ranks.all_gather(None)  # the journals are needed until the report is written
         self.journal.close()
-        return found
+        return summary
 
-    def measures(self, pictures: ImageSet) -> bool:
-        """Is there any figure for this set? For a benchmark without one, why not is among its remarks."""
-        if pictures.truth or self._free(pictures):
+    def measures(self, image_set: ImageSet) -> bool:
+        """Whether there is any figure for this set; for a benchmark without one, a remark is added that says why."""
+        if image_set.truth or self._no_reference_metrics(image_set):
             return True
-        if pictures.benchmark:
+        if image_set.benchmark:
             packages = defaultdict(list)
-            for name in FREE:
+            for name in NO_REFERENCE:
                 packages[extra_metrics.METRICS[name].package].append(name)
-            wanted = " or ".join(f"{package} (for {', '.join(names)})" for package, names in packages.items())
-            pictures.remarks.append(f"no ground truth: images and times only; for figures, pip install {wanted}")
+            needed = " or ".join(f"{package} (for {', '.join(names)})" for package, names in packages.items())
+            image_set.remarks.append(f"no ground truth: images and times only; for figures, pip install {needed}")
         return False
 
-    def _measure(self, pictures: ImageSet) -> scoring.Measure:
-        protocols, further = self.settings.test.protocols, self.further if pictures.truth else self._free(pictures)
+    def _measure(self, image_set: ImageSet) -> scoring.Measure:
+        protocols = self.settings.test.protocols
+        extra = self.metrics if image_set.truth else self._no_reference_metrics(image_set)
 
         def measure(item: dict, dehazed: Tensor) -> dict[str, float]:
-            clear = item["clear"] if pictures.truth else None
-            figures = metrics.figures(dehazed, clear, protocols) if pictures.truth else {}
-            if pictures.truth and item["name"] not in self.truths[pictures.name]:
-                self.truths[pictures.name][item["name"]] = selection.fingerprint(clear)
-            return figures | {name: metric(dehazed, clear) for name, metric in further.items()}
+            clear = item["clear"] if image_set.truth else None
+            figures = metrics.figures(dehazed, clear, protocols) if image_set.truth else {}
+            if image_set.truth and item["name"] not in self.truths[image_set.name]:
+                self.truths[image_set.name][item["name"]] = selection.fingerprint(clear)
+            return figures | {name: metric(dehazed, clear) for name, metric in extra.items()}
 
         return measure
 
-    def _free(self, pictures: ImageSet) -> dict[str, Callable]:
-        """Metrics without ground truth: those asked for; else, for benchmarks, all that are installed and loadable."""
-        asked = {name: metric for name, metric in self.further.items() if not extra_metrics.METRICS[name].needs_clear}
-        if asked or self.settings.test.metrics:
-            return asked
-        if not pictures.benchmark:
+    def _no_reference_metrics(self, image_set: ImageSet) -> dict[str, Callable]:
+        """Metrics without ground truth: those in the settings; or, for benchmarks, all that are installed and load."""
+        chosen = {name: metric for name, metric in self.metrics.items() if not extra_metrics.METRICS[name].needs_clear}
+        if chosen or self.settings.test.metrics:
+            return chosen
+        if not image_set.benchmark:
             return {}
-        return self._installed
+        return self._installed_metrics
 
     @functools.cached_property
     def _remedies(self) -> scoring.Remedies:
-        """What would change something: smaller tiles than now, if there are any, and float32 where it is not."""
-        tile, precise = self.settings.test.tile, self.settings.precision == "float32"
-        smaller = tiling.SMALLEST  # auto may have gone down nearly as far already
+        """Settings that may help: smaller tiles, if there are any, and float32 in place of another precision."""
+        tile = self.settings.test.tile
+        smaller = tiling.SMALLEST  # auto may already use tiles that are nearly as small
         if tile != "auto":
             smaller = max(smaller, min(512, tile // 2)) if tile else 512
         memory = [f"set test.tile={smaller}"] if tile != smaller else ["shrink it"]
         memory += ["set device=cpu"] if self.device.type == "cuda" else []
-        numbers = "use other weights" if precise else "set precision=float32 or use other weights"
+        numbers = "use other weights"
+        if self.settings.precision != "float32":
+            numbers = f"set precision=float32 or {numbers}"
         return scoring.Remedies(" or ".join(memory), numbers)
 
     @functools.cached_property
-    def _installed(self) -> dict[str, Callable]:
-        """Those of `FREE` that are installed and whose weights are there; of the other installed ones it is said."""
-        found = {}
-        for name in filter(extra_metrics.installed, FREE):
+    def _installed_metrics(self) -> dict[str, Callable]:
+        """Those of `NO_REFERENCE` that are installed and load; installed ones that fail to load are reported."""
+        loaded = {}
+        for name in filter(extra_metrics.installed, NO_REFERENCE):
             try:
-                found |= extra_metrics.load([name], self.device)
+                loaded |= extra_metrics.load([name], self.device)
             except UserError as error:
                 self.say(f"left out: {error}")
-        return found
+        return loaded
 
     def _skip(self, error: UserError | str) -> None:
-        if str(error) not in self.told:  # every method meets it again
-            self.told[str(error)] = None
+        if str(error) not in self.messages:  # the same for every method
+            self.messages[str(error)] = None
             self.say(f"skipped: {error}")
 
-    def _look_for_equal(self, pictures: ImageSet, scores: Sequence[scoring.Score]) -> None:
+    def _warn_of_equal_images(self, image_set: ImageSet, scores: Sequence[scoring.Score]) -> None:
         key = f"{self.settings.test.protocols[0]}.psnr"
         equal = [score.name for score in scores if score.figures.get(key) == math.inf]
         if equal:
             count = f"{len(equal)} of {len(scores)}" if len(equal) > 1 else "one"
-            pictures.remarks.append(
+            image_set.remarks.append(
                 f"{count} hazy images equal their ground truth (the first: {equal[0]}); are the folders mixed up?"
             )
-            self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
+            self.say(f"warning: {image_set.name}: {image_set.remarks[-1]}")
 
-    def _look_for_choice(self, pictures: ImageSet, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
-        """Say it where the weights were chosen on what they are scored on."""
-        if candidate.chosen_on is None or not pictures.truth:
+    def _warn_of_selection(self, image_set: ImageSet, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
+        """Warn where the weights were chosen on the images that they are scored on."""
+        if candidate.chosen_on is None or not image_set.truth:
             return
-        known = self.truths[pictures.name]
+        known = self.truths[image_set.name]
         for score in scores:
-            if score.name not in known:  # measured by the interrupted run that this one continues
-                item = pictures.items[pictures.items.names.index(score.name)]
+            if score.name not in known:  # scored by the interrupted run that this one continues
+                item = image_set.items[image_set.items.names.index(score.name)]
                 known[score.name] = selection.fingerprint(item["clear"])
-        if told := selection.remark(candidate.chosen_on, [known[score.name] for score in scores]):
-            pictures.remarks.append(f"{candidate.name}: {told}")
-            self.say(f"warning: {pictures.name}: {pictures.remarks[-1]}")
+        if warning := selection.warning(candidate.chosen_on, [known[score.name] for score in scores]):
+            image_set.remarks.append(f"{candidate.name}: {warning}")
+            self.say(f"warning: {image_set.name}: {image_set.remarks[-1]}")
 
-    def _panels(self, pictures: ImageSet, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
+    def _panels(self, image_set: ImageSet, candidate: Candidate, scores: Sequence[scoring.Score]) -> None:
         key = next(iter(scores[0].figures), None) if scores else None
         better = results.describe(key)["better"] if key else "higher"
-        folder = self.output / "panels" / pictures.folder / candidate.folder
-        for old in (old for place in panels.PLACES for old in folder.glob(f"{place}_*.png")):
-            old.unlink()  # an earlier run's best need not be this one's
-        for place, score in panels.choose(scores, key, better).items():
+        folder = self.output / "panels" / image_set.folder / candidate.folder
+        for old in (old for rank in panels.RANKS for old in folder.glob(f"{rank}_*.png")):
+            old.unlink()  # of an earlier run
+        for rank, score in panels.choose(scores, key, better).items():
             try:
-                item = pictures.items[pictures.items.names.index(score.name)]
+                item = image_set.items[image_set.items.names.index(score.name)]
                 with scoring.enough_memory(item, self.device, self._remedies):
-                    found = candidate.estimate(item["hazy"][None].to(self.device))
-            except UserError as error:  # the figures are there; an image less is no reason to lose them
+                    outputs = candidate.estimate(item["hazy"][None].to(self.device))
+            except UserError as error:  # a missing panel must not cost the figures
                 self.say(f"no panel: {error}")
                 continue
-            maps = {name: value[0].float().cpu() for name, value in found.items()}
+            maps = {name: value[0].float().cpu() for name, value in outputs.items()}
             shown = panels.parts(item["hazy"], maps, item.get("clear"), score)
-            self.write(folder / f"{place}_{Path(score.name).stem}.png", panels.panel(shown))
+            self.write(folder / f"{rank}_{Path(score.name).stem}.png", panels.panel(shown))
 
 
-def _in_force(candidate: Candidate, scores: Sequence[scoring.Score]) -> dict[str, Any]:
-    """The settings that the figures depend on, with the tiles where these are not exact and any image needed them."""
+def _settings_in_force(candidate: Candidate, scores: Sequence[scoring.Score]) -> dict[str, Any]:
+    """The settings that the figures depend on; with the tile side if tiles are not exact and any image needed them."""
     tiled = candidate.tile and any(max(score.width, score.height) > candidate.tile for score in scores)
     return candidate.settings | ({"tile": candidate.tile} if tiled else {})
 
 
-def _state(path: Path) -> list:
-    """What of a file changes when its content does; of one that is gone the name alone: to read it will tell."""
+def _file_state(path: Path) -> list:
+    """The path, size and modification time of a file, to detect changes; of an absent file only the path."""
     try:
         stat = path.stat()
     except OSError:

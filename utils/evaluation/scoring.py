@@ -1,7 +1,7 @@
-"""One way to dehaze many images and to measure them, for validation during training and for test.py alike.
+"""Dehazing and measuring of many images, for validation during training and for test.py.
 
-Decoding, the network, and measuring with saving run beside each other: threads read the next images and finish the
-last ones while the network works on the present one. Where the time went is counted by stage.
+Reading, the network, and measuring and saving run in parallel: threads read the next images and finish the previous
+ones while the network processes the current one. The time is counted by stage.
 """
 
 import math
@@ -27,17 +27,17 @@ Dehaze = Callable[[Tensor], Tensor]  # (1,3,H,W) in [0,1] -> the same shape
 Measure = Callable[[dict, Tensor], dict[str, float]]  # an item and its dehazed image (3,H,W) -> figures by name
 Save = Callable[[dict, Tensor], None]
 STAGES = ("reading", "dehazing", "measuring", "saving")
-LARGE = 8_000_000  # pixels: larger images are not held beside each other, memory matters more than time
+LARGE = 8_000_000  # pixels: larger images are processed one at a time, to save memory
 
 
 class Remedies(NamedTuple):
-    """What to do where memory does not suffice for an image, and where what comes out are no numbers."""
+    """What error messages recommend where memory does not suffice, and where results are not finite."""
 
     memory: str = "take smaller images"
     numbers: str = "use other weights"
 
 
-# Of training: its own settings for tests have no part in validation.
+# For validation during training, where test-time settings do not apply.
 VALIDATION = Remedies(
     "set test.tile=512, or take smaller validation images", "training has diverged: lower the learning rate"
 )
@@ -56,10 +56,10 @@ class Score:
 
 @dataclass
 class Outcome:
-    """What a pass over many images leaves: their scores in order, and of those skipped what was wrong.
+    """The results of a pass over many images: their scores in order, and the errors of those skipped.
 
-    ``seconds`` by stage are summed over threads; ``wall`` is the time that passed, ``waiting`` the part of it in which
-    the network waited for images to come or to be finished.
+    ``seconds`` by stage are summed over threads; ``wall`` is the elapsed time, ``waiting`` the part of it in which the
+    network waited for images to be read or finished.
     """
 
     scores: list[Score] = field(default_factory=list)
@@ -101,38 +101,41 @@ def run(
 ) -> Outcome:
     """Dehaze ``items`` (those at ``indices``; by default all) on ``device``, measure each and save it.
 
-    ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. One that
-    cannot be read, dehazed or measured is handed to ``on_error`` and left out, and so is one whose own file cannot be
-    written (`ImageError`); what else ``save`` raises ends the run, since it would be so for the next image too.
-    ``on_score`` hears of every image as soon as all is done with it, in order. ``workers`` threads read ahead and as
-    many finish; 0: everything in turn. ``bar`` names a progress bar, ``remedies`` what errors are to recommend.
+    ``items[k]``, k < len(items), is {hazy (3,H,W) in [0,1], name, ...}, as of `pictures.Paired` or `Folder`. The error
+    of one that cannot be read, dehazed or measured is passed to ``on_error``, and the image is left out; so is one for
+    which ``save`` raises `ImageError`. Other errors of ``save`` end the run, since they would recur for the next image.
+    ``on_score`` is called with every score, in order, when the image is finished. ``workers`` threads read ahead and as
+    many finish; 0: everything in turn. ``bar`` names a progress bar, ``remedies`` has the recommendations of errors.
     """
-    outcome, place, started = Outcome(), torch.device(device), time.perf_counter()
+    outcome = Outcome()
+    device = torch.device(device)
+    start = time.perf_counter()
     order = range(len(items)) if indices is None else indices
     pending: deque[Future] = deque()
     size = None
 
     def collect(limit: int) -> None:
         while len(pending) > limit:
-            _take(pending.popleft().result(), outcome, on_score, on_error)
+            _collect(pending.popleft().result(), outcome, on_score, on_error)
             progress.update()
 
     progress = tqdm(total=len(order), desc=bar, unit="picture", leave=False, disable=None if bar else True)
     with _pool(workers) as readers, _pool(workers) as finishers, progress:
-        with closing(_ahead(readers, lambda k: _read(items, k), order, workers)) as arriving:
+        with closing(_read_ahead(readers, lambda k: _read(items, k), order, workers)) as arriving:
             for arrived in arriving:
                 if arrived.item is not None:
-                    size, before = arrived.item["hazy"].shape, size
-                    if place.type == "cpu" and before not in (None, size):
+                    previous = size
+                    size = arrived.item["hazy"].shape
+                    if device.type == "cpu" and previous not in (None, size):
                         release_memory()
-                done = _dehaze(dehaze, arrived, place, remedies)
-                if place.type == "cpu" and _large(done):
-                    release_memory()  # to measure and to save it takes memory too
+                done = _dehaze(dehaze, arrived, device, remedies)
+                if device.type == "cpu" and _large(done):
+                    release_memory()  # for measuring and saving
                 pending.append(finishers.submit(_finish, done, measure, save, remedies))
                 collect(0 if _large(done) else workers)
         collect(0)
     seconds = outcome.seconds
-    seconds["wall"] = time.perf_counter() - started
+    seconds["wall"] = time.perf_counter() - start
     seconds["waiting"] = max(0.0, seconds["wall"] - seconds["dehazing"])
     return outcome
 
@@ -143,7 +146,7 @@ def mean(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def left_out(scores: Sequence[Score]) -> dict[str, int]:
-    """How many values `mean` leaves out, by figure; only those of which it leaves out any."""
+    """How many values `mean` leaves out, by figure; only figures with any."""
     counts = {key: sum(not math.isfinite(score.figures[key]) for score in scores) for key in _keys(scores)}
     return {key: count for key, count in counts.items() if count}
 
@@ -155,7 +158,7 @@ def median_seconds(scores: Sequence[Score]) -> float:
 
 @dataclass
 class _Work:
-    """An image on its way through the stages; ``error`` says what was wrong with it."""
+    """The state of an image in the stages; ``error`` is set if one of them failed."""
 
     item: dict | None = None
     dehazed: Tensor | None = None
@@ -165,12 +168,12 @@ class _Work:
 
 
 @contextmanager
-def _timed(work: _Work, stage: str, carry: type[UserError] = UserError) -> Iterator[None]:
-    """Count the seconds of a stage; an error in it of the kind ``carry`` becomes the picture's, and it is left out."""
+def _timed(work: _Work, stage: str, caught: type[UserError] = UserError) -> Iterator[None]:
+    """Count the seconds of a stage; an error of the type ``caught`` is stored in ``work``, which is then left out."""
     start = time.perf_counter()
     try:
         yield
-    except carry as error:
+    except caught as error:
         work.error = error
     finally:
         work.seconds[stage] = time.perf_counter() - start
@@ -184,7 +187,7 @@ def _read(items: Sequence[dict], index: int) -> _Work:
         except (MemoryError, RuntimeError) as error:
             if not exhausted(error):
                 raise
-            raise UserError(f"{_name(items, index)}: there is too little memory to read it; shrink it") from None
+            raise UserError(f"{_name(items, index)}: there is not enough memory to read it; shrink it") from None
     return work
 
 
@@ -205,9 +208,9 @@ def _dehaze(dehaze: Dehaze, work: _Work, device: torch.device, remedies: Remedie
 def _dehazed(dehaze: Dehaze, item: dict, device: torch.device, remedies: Remedies) -> Tensor:
     with enough_memory(item, device, remedies):
         dehazed = dehaze(item["hazy"][None].to(device))[0].float()
-        finite = bool(dehazed.isfinite().all())  # asks for a value, so a GPU has finished when it is there
+        finite = bool(dehazed.isfinite().all())  # waits for a GPU
     if not finite:
-        raise UserError(f"{item['name']}: the model gives values that are not numbers; {remedies.numbers}")
+        raise UserError(f"{item['name']}: the model's output has values that are not numbers; {remedies.numbers}")
     return dehazed
 
 
@@ -219,31 +222,33 @@ def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> Itera
     except (MemoryError, RuntimeError) as error:
         if not exhausted(error):
             raise
-        size = f"{item['hazy'].shape[2]}x{item['hazy'].shape[1]}"
-        what = f"{item['name']}: {size} pixels are too many for the memory of {device}"
-        raise ImageError(f"{what}; {remedies.memory}") from None
+        height, width = item["hazy"].shape[1:]
+        problem = f"{item['name']}: {width}x{height} pixels are too many for the memory of {device}"
+        raise ImageError(f"{problem}; {remedies.memory}") from None
 
 
 def _finish(work: _Work, measure: Measure | None, save: Save | None, remedies: Remedies) -> _Work:
     """Measure and save, on a finishing thread."""
     if work.error is not None:
         return work
-    item, dehazed, figures = work.item, work.dehazed, {}
+    item = work.item
+    dehazed = work.dehazed
+    figures = {}
     cpu = torch.device("cpu")
     if measure is not None:
         with _timed(work, "measuring"), enough_memory(item, cpu, remedies):
             figures = measure(item, dehazed)
     if save is not None and work.error is None:
-        with _timed(work, "saving", carry=ImageError), enough_memory(item, cpu, remedies):
+        with _timed(work, "saving", caught=ImageError), enough_memory(item, cpu, remedies):
             save(item, dehazed)
     if work.error is None:
         height, width = dehazed.shape[1:]
         work.score = Score(item["name"], width, height, work.seconds["dehazing"], figures)
-    work.item = work.dehazed = None  # their memory is wanted for the next
+    work.item = work.dehazed = None  # free their memory
     return work
 
 
-def _take(work: _Work, outcome: Outcome, on_score: Callable | None, on_error: Callable | None) -> None:
+def _collect(work: _Work, outcome: Outcome, on_score: Callable | None, on_error: Callable | None) -> None:
     for stage, seconds in work.seconds.items():
         outcome.seconds[stage] += seconds
     if work.error is not None:
@@ -256,15 +261,16 @@ def _take(work: _Work, outcome: Outcome, on_score: Callable | None, on_error: Ca
         on_score(work.score)
 
 
-def _ahead(pool: Executor, read: Callable[[int], _Work], order: Iterable[int], count: int) -> Iterator[_Work]:
-    """What ``read`` gives for each of ``order``; up to ``count`` are read ahead, none beside a large image."""
-    waiting, rest = deque(), deque(order)
-    while waiting or rest:
-        if not waiting:
-            waiting.append(pool.submit(read, rest.popleft()))
-        work = waiting.popleft().result()
-        while rest and len(waiting) < count and not _large(work):
-            waiting.append(pool.submit(read, rest.popleft()))
+def _read_ahead(pool: Executor, read: Callable[[int], _Work], order: Iterable[int], count: int) -> Iterator[_Work]:
+    """The results of ``read`` for each of ``order``; up to ``count`` are read ahead, none while an image is large."""
+    submitted = deque()
+    remaining = deque(order)
+    while submitted or remaining:
+        if not submitted:
+            submitted.append(pool.submit(read, remaining.popleft()))
+        work = submitted.popleft().result()
+        while remaining and len(submitted) < count and not _large(work):
+            submitted.append(pool.submit(read, remaining.popleft()))
         yield work
 
 
@@ -272,8 +278,8 @@ def _large(work: _Work) -> bool:
     return work.item is not None and work.item["hazy"][0].numel() > LARGE
 
 
-class _Here(Executor):
-    """An executor without threads: what is submitted is done at once."""
+class _InlineExecutor(Executor):
+    """An executor without threads: submitted calls run at once."""
 
     def submit(self, f: Callable, /, *args: Any) -> Future:
         future = Future()
@@ -286,14 +292,14 @@ class _Here(Executor):
 
 @contextmanager
 def _pool(workers: int) -> Iterator[Executor]:
-    """Threads that compute with one thread each: they are the parallelism. What has not begun is dropped on errors."""
-    own = torch.get_num_threads()  # asked before the first of them: else it may become the network's number too
-    pool = ThreadPoolExecutor(workers, initializer=_one_thread) if workers else _Here()
+    """Workers that use one PyTorch thread each. On errors, calls that have not begun are cancelled."""
+    threads = torch.get_num_threads()  # read before the workers start, since they may change it
+    pool = ThreadPoolExecutor(workers, initializer=_one_thread) if workers else _InlineExecutor()
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(own)
+        torch.set_num_threads(threads)
 
 
 def _one_thread() -> None:
@@ -305,7 +311,7 @@ def _keys(scores: Sequence[Score]) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean of the finite ones; of none, what they all are (inf, as of perfect images), else nan."""
+    """The mean of the finite values; without any, their common value (inf for identical images), or else nan."""
     finite = [value for value in values if math.isfinite(value)]
     if finite:
         return statistics.fmean(finite)

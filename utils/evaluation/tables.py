@@ -1,4 +1,4 @@
-"""The figures of a scoring run as tables, for a terminal and in Markdown, each beside its protocol."""
+"""The figures of a scoring run as tables, for a terminal and in Markdown, with their protocols."""
 
 import textwrap
 from collections import defaultdict
@@ -13,10 +13,10 @@ MEBIBYTE = 2**20
 
 
 def text(rows: Sequence[Row], results: Mapping) -> str:
-    """The figures of every set under those of its hazy input, how long they took, and the protocols, for a terminal."""
+    """The figures of every set, starting with its hazy input, the times, and the protocols, for a terminal."""
     lines = []
     for name, members in _by_set(rows).items():
-        title = f"{name}: " if members[0].expected is not None else ""  # a set of one's own has no name to tell
+        title = f"{name}: " if members[0].expected is not None else ""  # the user's own images have no name
         lines += ["", title + image_count(members[0].count), *_screen_table(members)]
         lines += [line for row in members for line in _notes(row)]
     lines += [line for each in results["protocols"].values() for line in _protocol(each)]
@@ -26,28 +26,28 @@ def text(rows: Sequence[Row], results: Mapping) -> str:
 def markdown(rows: Sequence[Row], results: Mapping) -> str:
     """The figures as Markdown tables, one for each protocol, sets side by side; then settings, cost and protocols."""
     parts = [_figures_table(rows, name, [f"{name}.psnr", f"{name}.ssim"]) for name in results["protocols"]]
-    further = [key for key in results["metrics"] if "." not in key]
-    parts += [_figures_table(rows, None, [key]) for key in further]
+    extra = [key for key in results["metrics"] if "." not in key]
+    parts += [_figures_table(rows, None, [key]) for key in extra]
     parts.append(_cost_table(rows, results["methods"]))
-    about = [
+    notes = [
         f"- protocol `{p['name']}`: {p['pixels']}. PSNR: {p['psnr']}. SSIM: {p['ssim']}."
         for p in results["protocols"].values()
     ]
-    about += [f"- {results['metrics'][key]['title']}: {results['metrics'][key]['source']}." for key in further]
-    about += [f"- {name}: {remark}" for name, members in _by_set(rows).items() for remark in members[0].remarks]
-    about += [f"- {row.benchmark}, {row.method}: {note}" for row in rows for note in _exceptions(row)]
+    notes += [f"- {results['metrics'][key]['title']}: {results['metrics'][key]['source']}." for key in extra]
+    notes += [f"- {name}: {remark}" for name, members in _by_set(rows).items() for remark in members[0].remarks]
+    notes += [f"- {row.benchmark}, {row.method}: {note}" for row in rows for note in _exceptions(row)]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    about.append(f"- {results['device']}, {results['settings']['precision']}; {versions}.")
-    return "\n\n".join([*filter(None, parts), "\n".join(about)]) + "\n"
+    notes.append(f"- {results['device']}, {results['settings']['precision']}; {versions}.")
+    return "\n\n".join([*filter(None, parts), "\n".join(notes)]) + "\n"
 
 
 def image_count(count: int | str) -> str:
-    """``1 picture``, ``24 pictures``, ``60 of 500 pictures``."""
+    """``1 image``, ``24 images``, ``60 of 500 images``."""
     return "1 image" if count in (1, "1") else f"{count} images"
 
 
 def pace(rows: Sequence[Row]) -> str:
-    """How long the images of all methods took, and each of them; empty where there were none."""
+    """The time for the images of all methods, in total and each; empty if there were none."""
     rows = [row for row in rows if row.method != HAZY]
     seconds = sum(row.outcome.seconds["wall"] for row in rows)
     count = sum(len(row.outcome.scores) - row.resumed for row in rows)
@@ -55,16 +55,18 @@ def pace(rows: Sequence[Row]) -> str:
 
 
 def _screen_table(members: Sequence[Row]) -> list[str]:
-    """The methods on one set; the protocol stands over its PSNR and SSIM."""
-    shown, width = keys(members), max(len(row.method) for row in members)
+    """The methods on one set; the names of protocols are above their PSNR and SSIM."""
+    shown = keys(members)
+    width = max(len(row.method) for row in members)
     heads = [f"{_title(key):>6}" for key in shown]
-    above, at = "", width
+    protocols = ""
+    column = width
     for key, head in zip(shown, heads, strict=True):
         if key.endswith(".psnr"):
-            above = f"{above:{at + 2}}{key.removesuffix('.psnr')}"
-        at += 2 + len(head)
-    lines = [above] if above else []
-    lines.append("  ".join([" " * width, *heads, "s/picture", "pictures/s"]))
+            protocols = f"{protocols:{column + 2}}{key.removesuffix('.psnr')}"
+        column += 2 + len(head)
+    lines = [protocols] if protocols else []
+    lines.append("  ".join([" " * width, *heads, "  s/image", "  images/s"]))
     for row in members:
         mean = scoring.mean(row.outcome.scores)
         cells = [f"{_number(key, mean.get(key)):>{len(head)}}" for key, head in zip(shown, heads, strict=True)]
@@ -75,7 +77,7 @@ def _screen_table(members: Sequence[Row]) -> list[str]:
 
 
 def _figures_table(rows: Sequence[Row], protocol: str | None, figures: Sequence[str]) -> str:
-    """Methods down, sets across; sets that have none of these figures are left out."""
+    """A row for each method, a column for each set that has any of these figures."""
     cells = {(row.method, row.benchmark): scoring.mean(row.outcome.scores) for row in rows}
     sets = {name: members for name, members in _by_set(rows).items() if set(figures) & set(keys(members))}
     if not sets:
@@ -90,13 +92,13 @@ def _figures_table(rows: Sequence[Row], protocol: str | None, figures: Sequence[
 
 
 def _cost_table(rows: Sequence[Row], methods: Mapping[str, dict]) -> str:
-    """Per set and method: the settings in force and what it took."""
-    table = [["set", "method", "settings", "s/picture", "pictures/s", "peak memory", "parameters", "MACs at 256x256"]]
+    """The settings in force and the cost, for each set and method."""
+    table = [["set", "method", "settings", "s/image", "images/s", "peak memory", "parameters", "MACs at 256x256"]]
     for row in rows:
         if row.method == HAZY:
             continue
         cost = methods[row.method]
-        settings = ", ".join(f"{key} {_word(value)}" for key, value in row.settings.items())
+        settings = ", ".join(f"{key} {_text(value)}" for key, value in row.settings.items())
         speed = [f"{scoring.median_seconds(row.outcome.scores):.3f}", f"{row.per_second:.2f}"]
         memory = f"{row.peak_memory / MEBIBYTE:,.0f} MiB" if row.peak_memory else "-"
         size = (
@@ -109,13 +111,13 @@ def _cost_table(rows: Sequence[Row], methods: Mapping[str, dict]) -> str:
 
 
 def _notes(row: Row) -> list[str]:
-    """Lines below a set's table: where the time went, and what is not in the means."""
+    """Lines below a set's table: the time by stage, and the images that are not in the means."""
     lines = [f"  {row.method}: {note}" for note in _exceptions(row)]
     seconds = row.outcome.seconds
     if row.method != HAZY and seconds["wall"]:
-        shares = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in scoring.STAGES)
-        share = seconds["waiting"] / seconds["wall"]
-        lines.append(f"  {row.method}: {seconds['wall']:.1f} s; in seconds, {shares}; the network waited {share:.0%}")
+        stages = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in scoring.STAGES)
+        waiting = seconds["waiting"] / seconds["wall"]
+        lines.append(f"  {row.method}: {seconds['wall']:.1f} s; in seconds, {stages}; the network waited {waiting:.0%}")
     return lines
 
 
@@ -124,7 +126,7 @@ def _exceptions(row: Row) -> list[str]:
     lines = [f"left out of the mean {key}: {count}, infinite or undefined" for key, count in counts]
     if row.outcome.skipped:
         count = image_count(len(row.outcome.skipped))
-        lines.append(f"{count} could not be used; no figure or time is of them")
+        lines.append(f"{count} could not be used; figures and times do not include them")
     if "tile" in row.settings:
         lines.append(f"in cross-faded tiles of {row.settings['tile']}, so not the figures of whole images")
     if row.resumed:
@@ -154,5 +156,5 @@ def _number(key: str, value: float | None) -> str:
     return "" if value is None else f"{value:.{describe(key)['digits']}f}"
 
 
-def _word(value: Any) -> str:
+def _text(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -41,12 +41,13 @@ def changes(saved: Mapping[str, Any], settings: config.Settings, file: Path) -> 
     """
     if saved.get("model") != settings.model:
         raise UserError(f"{file} is a checkpoint of {saved.get('model')}, not of {settings.model}")
-    checkpoint.require(saved, REQUIRED_FIELDS, file)
     before = dict(_flat(saved.get("settings", {})))
     now = dict(_flat(config.to_dict(settings)))
     changed = {key: (before[key], value) for key, value in now.items() if key in before and before[key] != value}
     changed = {key: both for key, both in changed.items() if not key.startswith("test.")}
-    warm_start_over = saved["stage"] != "warm_start" and any((before.get("warm_start.steps"), now["warm_start.steps"]))
+    warm_start_over = saved.get("stage") != "warm_start" and any(
+        (before.get("warm_start.steps"), now["warm_start.steps"])
+    )
     for key, (old, new) in changed.items():
         past = warm_start_over and key.startswith("warm_start.") and key not in FREE_IN_WARM_START
         reason = "the warm start is over" if past else FIXED.get(key)
@@ -55,6 +56,7 @@ def changes(saved: Mapping[str, Any], settings: config.Settings, file: Path) -> 
                 f"--resume: {key} was {_text(old)} until now, and cannot become {_text(new)}, since {reason}; give "
                 f"{key}={_text(old)} as before, or start a new run in another folder"
             )
+    checkpoint.require(saved, REQUIRED_FIELDS, file)
     return changed
 
 

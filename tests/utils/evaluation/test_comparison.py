@@ -228,7 +228,7 @@ def test_protocols_of_one_run_only_are_left_out(save):
 
 def test_benchmarks_of_one_method_only_are_left_out(save):
     found = comparison.compare([save("a", NEAR | {"alone": NEAR["set"]}), save("b", FAR)])
-    assert "left out, since one method alone was scored on them: alone (a)" in found.remarks
+    assert "left out, since only one method was scored on them: alone (a)" in found.remarks
     assert {table.benchmark for table in found.tables} == {"set"}
 
 

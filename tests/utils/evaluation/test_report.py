@@ -149,8 +149,8 @@ def test_markdown_has_a_table_for_each_protocol_and_metric(rows, found):
 
 def test_picture_names_keep_folders_and_never_collide():
     names = ["a.jpg", "b/a.png", "b/a.jpg", "b/c.d.tif"]
-    assert list(report.picture_names(names).values()) == ["a.png", "b/a.png.png", "b/a.jpg.png", "b/c.d.png"]
-    assert list(report.picture_names(["A.png", "a.jpg", "a.jpg.bmp"]).values()) == [
+    assert list(report.image_names(names).values()) == ["a.png", "b/a.png.png", "b/a.jpg.png", "b/c.d.png"]
+    assert list(report.image_names(["A.png", "a.jpg", "a.jpg.bmp"]).values()) == [
         "A.png.png",
         "a.jpg.png",
         "a.jpg.bmp.png",
@@ -162,6 +162,6 @@ names = st.from_regex(r"([ab]/)?[ab](\.(png|jpg))?\.(png|jpg)", fullmatch=True)
 
 @given(st.sets(names, max_size=12))
 def test_no_two_inputs_share_an_output(inputs):
-    outputs = report.picture_names(sorted(inputs))
+    outputs = report.image_names(sorted(inputs))
     assert outputs.keys() == inputs
     assert len(set(outputs.values())) == len(inputs)

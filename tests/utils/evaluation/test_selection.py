@@ -18,5 +18,5 @@ def test_a_truth_is_known_by_what_it_shows():
 def test_what_is_said_of_figures():
     chosen = selection.chosen_on(["mine"], 3, ["a", "b", "b"])
     assert chosen == {"sets": ["mine"], "pictures": 3, "truths": ["a", "b"]}
-    assert selection.remark(chosen, ["c", "d"]) is None
-    assert "ground truths of 2 of these 3 images (validation on mine)" in selection.remark(chosen, ["a", "a", "c"])
+    assert selection.warning(chosen, ["c", "d"]) is None
+    assert "ground truths of 2 of these 3 images (validation on mine)" in selection.warning(chosen, ["a", "a", "c"])
