@@ -179,6 +179,7 @@ def test_the_hazy_input_comes_out_as_scikit_image_has_it(run, pairs, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_mistake_as_a_process_is_one_line(tmp_path):
     argv = [sys.executable, ROOT / "test.py", "--model", "dcp", "--hazy", "nowhere"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -394,6 +395,7 @@ def test_what_is_passed_over_and_how_it_is_paired_is_said_and_reported(run, tmp_
     assert "2 CR2" in (tmp_path / "out3/results.md").read_text()
 
 
+@pytest.mark.slow
 def test_lists_models(run):
     assert run("--list-models").out.startswith(models.listing())
 

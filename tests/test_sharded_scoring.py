@@ -54,6 +54,7 @@ def test_two_processes_report_what_one_does(tmp_path, pairs):
     assert not list((tmp_path / "two").glob("progress*"))
 
 
+@pytest.mark.slow
 def test_what_processes_did_is_not_done_again(tmp_path, pairs):
     """A run that cannot write its report leaves the notes of both; one process goes on with them."""
     (tmp_path / "out/results.json").mkdir(parents=True)
@@ -69,6 +70,7 @@ def test_what_processes_did_is_not_done_again(tmp_path, pairs):
     assert not list((tmp_path / "out").glob("progress*"))
 
 
+@pytest.mark.slow
 def test_a_bad_picture_is_told_once_wherever_it_falls(tmp_path, pairs):
     (tmp_path / "hazy/1.png").write_bytes(b"no image")  # the second process's
     status, out, err = run(tmp_path, 2, *pairs, "--output", "out")

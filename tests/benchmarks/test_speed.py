@@ -81,6 +81,7 @@ def test_the_largest_batch_that_fits(monkeypatch, most):
     assert speed_cases._largest(OURS._replace(kind="step", batch=0), torch.device("cpu")) == most
 
 
+@pytest.mark.slow
 def test_loading_is_measured():
     options = speed.parse(["--repeats", "3"])
     run = Run(**speed.worker(Case("loading", "ours", "float32", 96, 128, 2), torch.device("cpu"), options))
@@ -134,6 +135,7 @@ def test_a_file_without_marks_is_refused_before_anything_is_measured(measured, t
     assert not measured
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_told_in_one_line():
     options = speed.parse(["--repeats", "3"])
     with pytest.raises(UserError, match=r"^forward pass, 128x128, nonsense could not be measured: .*; leave that size"):

@@ -208,12 +208,12 @@ FIRST = "Tencoder.patch_embed1.proj.weight"
 REFUSED = {
     "missing": ({"block.conv1.bias": None}, r"1 missing \(removal\.first\.bias\)"),
     "extra": ({"block.conv3.bias": torch.zeros(3)}, r"1 unknown \(block\.conv3\.bias\)"),
-    "shape": ({"clean.conv2d.bias": torch.zeros(4)}, r"1 no tensors \(last\.bias\)"),
+    "shape": ({"clean.conv2d.bias": torch.zeros(4)}, r"1 of another shape \(last\.bias\)"),
     "first": ({FIRST: None}, "incomplete or foreign"),
     "first's shape": ({FIRST: torch.zeros(8)}, "incomplete or foreign"),
     "width": ({FIRST: torch.zeros(16, 3, 7, 7)}, "of another shape"),
     "odd width": ({FIRST: torch.zeros(12, 3, 7, 7)}, r"kanet\.width=12"),
-    "number": ({"clean.conv2d.bias": 3}, r"1 no tensors \(last\.bias\)"),
+    "number": ({"clean.conv2d.bias": 3}, r"1 not tensors \(last\.bias\)"),
 }
 
 

@@ -138,7 +138,13 @@ def grad_norm(module: nn.Module) -> float:
     return sum(p.grad.double().square().sum() for p in module.parameters() if p.grad is not None).sqrt().item()
 
 
-@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 1), (torch.float32, 5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "slack"),
+    [
+        pytest.param(torch.float64, 1, id="float64", marks=pytest.mark.slow),
+        pytest.param(torch.float32, 5, id="float32"),
+    ],
+)
 def test_one_training_step(official_file, golden_train, monkeypatch, dtype, slack):
     """The released numbers are float32: their last places, which 60 batch norms amplify, are an instruction set's.
 

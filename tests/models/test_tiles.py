@@ -92,6 +92,7 @@ def test_tiled_is_whole_with_any_airlight_and_filter(airlight, guided):
     assert_same(vivid(*D4, f"nedr.airlight={airlight}", f"nedr.guided_filter={guided}"), hazy, 128)
 
 
+@pytest.mark.slow
 def test_tiled_is_whole_with_the_full_encoder():
     assert_same(vivid(D4[2], shallow=False), smooth(4, 290, 385), 192)
 
