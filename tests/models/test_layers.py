@@ -95,7 +95,7 @@ def test_depthwise_in_bf16_is_near_float32(stride):
 
 def pair_of_norms() -> tuple[nn.Module, nn.Module]:
     theirs = BatchNormAct2d(5, act_layer=nn.ReLU6)
-    nn.init.normal_(theirs.weight, 1.0)
+    nn.init.normal_(theirs.weight, 3.0)  # so that some values reach 6
     nn.init.normal_(theirs.bias, 1.0)
     ours = layers.BatchNorm(5, theirs.eps, theirs.momentum, theirs.act)
     ours.load_state_dict(theirs.state_dict())
@@ -110,6 +110,7 @@ def test_batch_norm_with_relu6(momentum):
         x = (3 * torch.randn(2, 5, 6, 7) + 1).requires_grad_()
         a, b = ours(layers.channels_last(x)), theirs(x)
         torch.testing.assert_close(a, b)
+        assert (a == 6).any()
         found = gradients(a, x, *ours.parameters()), gradients(b, x, *theirs.parameters())
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
