@@ -1,4 +1,4 @@
-"""Method: what train.py and test.py need from any published system, and nothing more."""
+"""Method: the interface of a dehazing method to train.py and test.py."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping

@@ -45,8 +45,9 @@ class StatisticsAirlight(nn.Module):
         self.layers = nn.Sequential(nn.Linear(count, 128), nn.ReLU(), nn.Linear(128, 3))
 
     def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
+        small, small_t = halved(hazy), halved(t.detach())
         low, high = self.bounds
-        statistics = torch.cat([image_statistics(hazy), haze_statistics(halved(hazy), halved(t.detach()))], 1)
+        statistics = torch.cat([image_statistics(hazy), haze_statistics(small, small_t)], 1)
         raw = low + (high - low) * self.layers(self.standardise(statistics)).sigmoid()
         return raw.clamp(max=1)[..., None, None]
 

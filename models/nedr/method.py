@@ -422,11 +422,11 @@ class NeDR(Method):
         removal = self.removal(hazy, self.settings.airlight)
         depth = self.depth(clear)
         beta, airlight = self._random_haze(clear)
-        own = self._production_airlight(removal)
+        rehazing_airlight = self._production_airlight(removal)
         return {
             "hazy": hazy,
             "dehazed": removal.clear,
-            "rehazed": self.production(removal.clear, self.depth(removal.clear), removal.density, own),
+            "rehazed": self.production(removal.clear, self.depth(removal.clear), removal.density, rehazing_airlight),
             "transmission": removal.transmission,
             "clear": clear,
             "synthetic": self.production(clear, depth, beta, airlight),
