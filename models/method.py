@@ -216,7 +216,7 @@ class Method(nn.Module):
         if strength == 1:
             return found
         self.check_haze(found, f"test.strength={strength:g}")
-        return found | {"clear": physics.thinned(hazy, found["transmission"], found["airlight"], strength)}
+        return found | {"clear": physics.restore_partly(hazy, found["transmission"], found["airlight"], strength)}
 
     @torch.no_grad()
     def haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class Steady:
             self._average(view, haze, *before)
         self.view, self.size = view, hazy.shape
         t = self.method.fine(self.t, hazy)
-        return {"clear": physics.thinned(hazy, t, self.A, self.strength), "transmission": t, "airlight": self.A}
+        return {"clear": physics.restore_partly(hazy, t, self.A, self.strength), "transmission": t, "airlight": self.A}
 
     def _moved(self, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The last frame and its t, moved along with the camera to where they are in ``view``, and where known."""

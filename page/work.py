@@ -31,7 +31,7 @@ class View(NamedTuple):
     def clear(self, strength: float) -> Tensor:
         if self.transmission is None:
             return self.made
-        return physics.thinned(self.hazy, self.transmission, self.airlight, strength)
+        return physics.restore_partly(self.hazy, self.transmission, self.airlight, strength)
 
 
 def check(path: Path, megapixels: float) -> None:
@@ -109,7 +109,7 @@ def _found(path: Path, method: Method, strength: float = 1.0) -> tuple[Tensor, d
         there = hazy.to(next(method.parameters(), hazy).device)
         found = method.estimate(there, method.tile(there, "auto"))
         if strength != 1 and "transmission" in found:
-            found["clear"] = physics.thinned(there, found["transmission"], found["airlight"], strength)
+            found["clear"] = physics.restore_partly(there, found["transmission"], found["airlight"], strength)
         return hazy, {name: value.float().cpu() for name, value in found.items()}
     except (MemoryError, RuntimeError) as error:
         if memory.exhausted(error):

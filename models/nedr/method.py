@@ -244,7 +244,7 @@ class NeDR(Method):
             return super().look(hazy, tile)
         t, A, small = self._seen_small(hazy, tile)
         t = self.to_full_size(t, small, hazy)
-        return {"clear": physics.thinned(hazy, t, A), "transmission": t, "airlight": A}
+        return {"clear": physics.restore_partly(hazy, t, A), "transmission": t, "airlight": A}
 
     def haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         if seen_size(*hazy.shape[2:], self.settings.working_size) is None:
