@@ -56,10 +56,10 @@ def maps(network: nn.Module, image: Tensor, tile: int | None) -> list[Tensor]:
     if tile is None or not getattr(network, "in_tiles", False):
         return network(image)
     first, *others = (network.blocks[blocks] for blocks in BLOCKS)
-    x = tiling.through(nn.Sequential(network.conv_stem, network.bn1, first), image, tile=tile, down=4)
+    x = tiling.apply_module(nn.Sequential(network.conv_stem, network.bn1, first), image, tile=tile, down=4)
     outputs = [x]
     for stage in others:
-        x = tiling.through(stage, x, tile=tiling.part(tile, 2), down=2)
+        x = tiling.apply_module(stage, x, tile=tiling.coarse_side(tile, 2), down=2)
         outputs.append(x)
     return outputs
 

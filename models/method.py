@@ -213,7 +213,7 @@ class Method(nn.Module):
         if strength == 1:
             return outputs
         self.require_haze(outputs, f"test.strength={strength:g}")
-        return outputs | {"clear": physics.thinned(hazy, outputs["transmission"], outputs["airlight"], strength)}
+        return outputs | {"clear": physics.restore_partly(hazy, outputs["transmission"], outputs["airlight"], strength)}
 
     @torch.no_grad()
     def estimate_haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:

@@ -85,10 +85,10 @@ class Pyramid(nn.Module):
         with torch.autocast(image.device.type, enabled=False):  # in bf16 its 24 blocks alone cost the output 35 dB
             maps = encoder.maps(self.encoder, channels_last(single(image)), tile)
         pooled = torch.cat([single(m.mean((2, 3))) for m in maps], 1)
-        half = tiling.part(tile, 2)
-        eighth = tiling.part(tile, 8)  # the mixers' spline bases take eight times the memory
+        half = tiling.coarse_side(tile, 2)
+        eighth = tiling.coarse_side(tile, 8)  # the mixers' spline bases take eight times the memory
         mixers = [nn.Sequential(*layers) for layers in zip(self.reduce, self.mixers, strict=True)]
-        skips = [tiling.through(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
+        skips = [tiling.apply_module(mix, m, tile=eighth) for m, mix in zip(maps, mixers, strict=True)]
         x = None
         for fuse, skip in zip(reversed(self.fusion), reversed(skips), strict=True):
             fuse = recomputed(fuse) if self.recompute else fuse

@@ -68,7 +68,7 @@ class TemporalFilter:
             self._average(frame, haze, *history)
         self.previous, self.size = frame, hazy.shape
         t = self.method.upsample_transmission(self.t, hazy)
-        return {"clear": physics.thinned(hazy, t, self.A, self.strength), "transmission": t, "airlight": self.A}
+        return {"clear": physics.restore_partly(hazy, t, self.A, self.strength), "transmission": t, "airlight": self.A}
 
     def _shifted(self, frame: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The previous frame and its t, shifted to match ``frame``, and the mask (h,w) of known pixels."""

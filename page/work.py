@@ -31,7 +31,7 @@ class View(NamedTuple):
     def clear(self, strength: float) -> Tensor:
         if self.transmission is None:
             return self.dehazed
-        return physics.thinned(self.hazy, self.transmission, self.airlight, strength)
+        return physics.restore_partly(self.hazy, self.transmission, self.airlight, strength)
 
 
 def check(path: Path, megapixels: float) -> None:
@@ -109,7 +109,7 @@ def _estimate(path: Path, method: Method, strength: float = 1.0) -> tuple[Tensor
         on_device = hazy.to(next(method.parameters(), hazy).device)
         outputs = method.estimate(on_device, method.tile(on_device, "auto"))
         if strength != 1 and "transmission" in outputs:
-            outputs["clear"] = physics.thinned(on_device, outputs["transmission"], outputs["airlight"], strength)
+            outputs["clear"] = physics.restore_partly(on_device, outputs["transmission"], outputs["airlight"], strength)
         return hazy, {name: value.float().cpu() for name, value in outputs.items()}
     except (MemoryError, RuntimeError) as error:
         if memory.exhausted(error):

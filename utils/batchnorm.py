@@ -1,4 +1,4 @@
-"""Batch norm: running statistics, taken anew where asked, and taken over several processes."""
+"""Batch norm: recalibration of running statistics, and statistics over several processes."""
 
 from collections.abc import Iterable
 
@@ -12,17 +12,17 @@ from torch.optim.swa_utils import update_bn
 
 @torch.no_grad()
 def track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
-    """Take a batch's ``mean`` and unbiased ``var`` (C,) into the running statistics of ``norm``, as batch norm does."""
+    """Update the running statistics of ``norm`` by a batch's ``mean`` and unbiased ``var`` (C,), as batch norm does."""
     norm.num_batches_tracked.add_(1)
-    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean, share)
-    norm.running_var.lerp_(var, share)
+    weight = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean, weight)
+    norm.running_var.lerp_(var, weight)
 
 
 def recalibrate(method: nn.Module, batches: Iterable[dict], device: torch.device) -> None:
-    """Take the batch-norm statistics of ``method.inference`` anew, as plain means over the hazy ``batches``, in place.
+    """Recompute the batch-norm statistics of ``method.inference`` as plain means over the hazy ``batches``, in place.
 
-    Running averages from tiny batches jump from step to step; these do not. Modes are left as they were.
+    Running averages of tiny batches vary from step to step; these do not. Training modes are unchanged.
     """
     batches = [batch["hazy"] for batch in batches]
     for network in (getattr(method, name) for name in method.inference):
@@ -31,10 +31,10 @@ def recalibrate(method: nn.Module, batches: Iterable[dict], device: torch.device
 
 
 def synchronise(module: nn.Module) -> None:
-    """Batch norm in ``module`` takes its statistics over the batches of all processes from now on, in place.
+    """Make batch norm in ``module`` compute its statistics over the batches of all processes, in place.
 
-    Names, weights, buffers and activations stay. On GPUs PyTorch's own SyncBatchNorm computes; that refuses CPUs, and
-    its conversion loses the activation that timm's norms, and ours, carry.
+    Names, weights, buffers and activations are kept. GPUs use PyTorch's SyncBatchNorm, which does not support CPUs, and
+    whose conversion loses the activation that timm's norms, and ours, have.
     """
     for each in module.modules():
         if isinstance(each, nn.BatchNorm2d):
@@ -42,7 +42,7 @@ def synchronise(module: nn.Module) -> None:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes while training, and the activation that a norm may have after it."""
+    """Batch norm over the batches of all processes in training, followed by the norm's activation, if it has one."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.is_cuda:
@@ -57,18 +57,18 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def _by_pytorch(self, x: Tensor) -> Tensor:
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        share = self.momentum
-        if share is None:  # a plain mean: of how many must be known, for which the GPU is waited for
-            share = 1 / float(self.num_batches_tracked)
+        momentum = self.momentum
+        if momentum is None:  # a plain mean; waits for the GPU to read the number of batches
+            momentum = 1 / float(self.num_batches_tracked)
         running = self.running_mean, self.running_var
-        group = dist.group.WORLD
-        return _SyncBatchNorm.apply(x, self.weight, self.bias, *running, self.eps, share, group, dist.get_world_size())
+        processes = dist.group.WORLD, dist.get_world_size()
+        return _SyncBatchNorm.apply(x, self.weight, self.bias, *running, self.eps, momentum, *processes)
 
 
 class _Normalise(torch.autograd.Function):
     """x (N,C,H,W), weight and bias (C) -> the normalised x, and the mean and unbiased variance (C) of all processes.
 
-    Each process's share of n pixels may differ. Keeps no more for the backward pass than batch norm itself does.
+    Processes may have different numbers of pixels. Saves no more for the backward pass than batch norm does.
     """
 
     @staticmethod
@@ -91,8 +91,8 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, scale, n = ctx.saved_tensors
         centred, exact = x.to(mean.dtype) - mean.view(-1, 1, 1), g.to(mean.dtype)
         sums = torch.stack([exact.sum((0, 2, 3)), (exact * centred).sum((0, 2, 3)) * scale])
-        own = sums.clone()  # weight and bias have their gradients averaged with all others'
+        local = sums.clone()  # gradients of weight and bias, which are averaged over processes with all others
         dist.all_reduce(sums)
         of_mean, of_scale = ((sums / n).to(mean.dtype) * torch.stack([torch.ones_like(scale), scale])).view(2, -1, 1, 1)
         dx = (exact - of_mean).addcmul_(centred, of_scale, value=-1).mul_((weight * scale).view(-1, 1, 1))
-        return dx.to(x.dtype), own[1].to(weight.dtype), own[0].to(weight.dtype), None
+        return dx.to(x.dtype), local[1].to(weight.dtype), local[0].to(weight.dtype), None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown(rows: Iterable[Sequence[str]], numbers: bool = False) -> list[str]:
-    """The lines of a Markdown table, whose head is the first of ``rows``. ``numbers``: all columns but one go right."""
+    """The lines of a Markdown table; the first of ``rows`` is its head. ``numbers``: align all but the first right."""
     head, *body = ([cell.strip().replace("|", "\\|") for cell in row] for row in rows)
     rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
     return [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
@@ -13,7 +13,7 @@ def markdown(rows: Iterable[Sequence[str]], numbers: bool = False) -> list[str]:
 def aligned(rows: Iterable[Sequence[str]], sides: str = "", indent: str = "") -> list[str]:
     """The lines of a table in which every column is as wide as its widest cell.
 
-    ``sides`` has one of ``<`` and ``>`` for each column, flush left or right; by default the first alone goes left.
+    ``sides`` has ``<`` or ``>`` for each column, flush left or right; by default only the first is flush left.
     """
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

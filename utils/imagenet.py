@@ -18,7 +18,7 @@ REQUIREMENTS = "requirements-train.txt"
 def load(network: str, source: str, key: str) -> dict[str, Tensor]:
     """The state dict of timm's ``network`` with its head: ``source`` is hub, package or a file (.pth, .safetensors).
 
-    Raises `UserError` where it cannot be had; the remedies name the setting ``key``.
+    Raises `UserError` where they cannot be loaded; the remedies name the setting ``key``.
     """
     if source == "hub":
         return _hub(network, key)
@@ -28,7 +28,7 @@ def load(network: str, source: str, key: str) -> dict[str, Tensor]:
 
 
 def fit(module_state: dict[str, Tensor], state: dict[str, Tensor], network: str, source: str) -> dict[str, Tensor]:
-    """Of ``state`` what a network without its head, of ``module_state``, needs. Raises `UserError` if it lacks any."""
+    """The entries of ``state`` for a headless network with ``module_state``. Raises `UserError` if any are missing."""
     missing = [key for key in module_state if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [key for key in module_state if key in state and state[key].shape != module_state[key].shape]
     if missing or wrong:
@@ -43,16 +43,16 @@ def fit(module_state: dict[str, Tensor], state: dict[str, Tensor], network: str,
 def _hub(network: str, key: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(network, pretrained=True).state_dict()
-    except Exception as error:  # whatever the hub client raises offline: many kinds, one remedy
-        package = f", take those of the package index with {key}=package" if network in PACKAGES else ""
+    except Exception as error:  # the hub client raises many types offline, with the same remedy
+        package = f", use those of the package index with {key}=package" if network in PACKAGES else ""
         raise UserError(
-            f"the ImageNet weights of {network} cannot be had from the hub ({type(error).__name__}); put timm's "
+            f"the ImageNet weights of {network} cannot be fetched from the hub ({type(error).__name__}); put timm's "
             f"file on this machine and set {key}=FILE{package}, or train from scratch with {key}=none"
         ) from None
 
 
 def _package(network: str, key: str) -> dict[str, Tensor]:
-    """The weights in ``network``'s package, whose tensors have other names and the same order."""
+    """The weights in ``network``'s package, whose tensors have the same order but other names."""
     if network not in PACKAGES:
         raise UserError(f"{key}=package: no package holds {network}, only {', '.join(PACKAGES)}; set hub or a file")
     package = PACKAGES[network]
@@ -62,11 +62,12 @@ def _package(network: str, key: str) -> dict[str, Tensor]:
     files = sorted(Path(spec.origin).parent.glob("models/*.pth"))
     if len(files) != 1:
         raise UserError(f"{key}=package: {package} holds {len(files)} files of weights, wanted one; install it again")
-    state, own = read(files[0]), timm.create_model(network, pretrained=False).state_dict()
+    state = read(files[0])
+    expected = timm.create_model(network, pretrained=False).state_dict()
     shapes = [tuple(getattr(value, "shape", ())) for value in state.values()]
-    if shapes != [tuple(value.shape) for value in own.values()]:
+    if shapes != [tuple(value.shape) for value in expected.values()]:
         raise UserError(
             f"{key}=package: the {len(shapes)} tensors of {files[0].name} are not those of timm's {network} "
-            f"({len(own)}); install {package} 0.1.0"
+            f"({len(expected)}); install {package} 0.1.0"
         )
-    return dict(zip(own, state.values(), strict=True))
+    return dict(zip(expected, state.values(), strict=True))

@@ -1,4 +1,4 @@
-"""The atmospheric scattering model and the estimates around it, as pure functions on (N,C,H,W) tensors.
+"""The atmospheric scattering model and its estimators, as pure functions on (N,C,H,W) tensors.
 
 I = J t + A (1 - t), t = exp(-beta d): I the hazy image, J the clear one, t the transmission, A the airlight
 (atmospheric light), beta the density of the haze, d the depth. Images and transmissions lie in [0,1].
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from utils import tiling
 
-AIRLIGHT_CAP = 220 / 255  # D4's and NeDR's ceiling for the dark-channel airlight
+AIRLIGHT_CAP = 220 / 255  # D4's and NeDR's upper bound of the dark-channel airlight
 DARK_CHANNEL_SIZE = 15  # pixels
-LEAST_TRANSMISSION = 0.1  # DCP's t0 (section 4.4): in a sky t comes out near 0, or below, and J black
+LEAST_TRANSMISSION = 0.1  # DCP's t0 (section 4.4): in a sky the estimated t is near 0, or below, and J black
 GUIDE_RADIUS = 40  # pixels
 GUIDE_EPS = 1e-3
-PIECE = 512  # pixels: sides of the pieces in which J is computed at full size; they lie in the cache
+PIECE = 512  # pixels: the side of the tiles in which J is computed at full size; they fit into the cache
 
 
 def transmission(depth: Tensor, density: Tensor) -> Tensor:
@@ -32,12 +32,12 @@ def scatter(clear: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
 
 
 def restore(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
-    """J = (I - A) / t + A, clamped to [0,1]: the scattering model turned round. ``t`` must be positive."""
+    """J = (I - A) / t + A, clamped to [0,1]: the inverse of the scattering model. ``t`` must be positive."""
     return unbounded(hazy, t, airlight).clamp(0, 1)
 
 
-def thinned(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float = 1.0) -> Tensor:
-    """J as of `restore` with t^strength: 0 gives the hazy image, 1 the clear one. In pieces; t is positive."""
+def restore_partly(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float = 1.0) -> Tensor:
+    """J as of `restore` with t^strength: 0 gives the hazy image, 1 the clear one. In tiles; ``t`` must be positive."""
 
     def restored(piece: Tensor, window: tiling.Window) -> Tensor:
         part = window.cut(t)
@@ -47,7 +47,7 @@ def thinned(hazy: Tensor, t: Tensor, airlight: Tensor, strength: float = 1.0) ->
 
 
 def unbounded(hazy: Tensor, t: Tensor, airlight: Tensor) -> Tensor:
-    """J as of `restore`, not clamped: an error of t is seen in it, and learnt from, beyond black and white too."""
+    """J as of `restore`, not clamped, so that errors of t have gradients beyond black and white, too."""
     return (hazy - airlight) / t + airlight
 
 
@@ -66,8 +66,8 @@ def _line_minimum(x: Tensor, size: int, dim: int) -> Tensor:
     span = 1
     while span < size:
         step = min(span, size - span)
-        left = x.shape[dim] - step
-        x = torch.minimum(x.narrow(dim, 0, left), x.narrow(dim, step, left))
+        length = x.shape[dim] - step
+        x = torch.minimum(x.narrow(dim, 0, length), x.narrow(dim, step, length))
         span += step
     return x
 
@@ -95,7 +95,7 @@ def dark_channel_transmission(
     image: Tensor, airlight: Tensor, omega: float = 0.95, size: int = DARK_CHANNEL_SIZE
 ) -> Tensor:
     """t = 1 - omega * dark_channel(I / A), not clamped, not refined. DCP, eq. 12. -> (N,1,H,W)."""
-    return 1 - omega * dark_channel(image / airlight.clamp(min=1e-6), size)  # a channel may be black throughout
+    return 1 - omega * dark_channel(image / airlight.clamp(min=1e-6), size)  # a channel may be entirely black
 
 
 def box_mean(x: Tensor, radius: int) -> Tensor:
@@ -110,11 +110,11 @@ def _line_mean(x: Tensor, radius: int, dim: int) -> Tensor:
     """Mean of the pixels within ``radius`` along one side, as `box_mean`."""
     size = x.shape[dim]
     radius = min(radius, size - 1)
-    upto = x.cumsum(dim, dtype=torch.float64)
-    sums = torch.cat([upto.narrow(dim, radius, size - radius), *[upto.narrow(dim, size - 1, 1)] * radius], dim)
-    sums.narrow(dim, radius + 1, size - radius - 1).sub_(upto.narrow(dim, 0, size - radius - 1))
-    place = torch.arange(size, device=x.device)
-    count = (place + radius).clamp(max=size - 1) - (place - radius).clamp(min=0) + 1
+    running = x.cumsum(dim, dtype=torch.float64)
+    sums = torch.cat([running.narrow(dim, radius, size - radius), *[running.narrow(dim, size - 1, 1)] * radius], dim)
+    sums.narrow(dim, radius + 1, size - radius - 1).sub_(running.narrow(dim, 0, size - radius - 1))
+    position = torch.arange(size, device=x.device)
+    count = (position + radius).clamp(max=size - 1) - (position - radius).clamp(min=0) + 1
     return (sums / count.view(-1, 1) if dim == 2 else sums / count).to(x.dtype)
 
 
@@ -131,12 +131,13 @@ def guided_filter(
     def smooth(piece: Tensor, window: tiling.Window) -> Tensor:
         return _smooth((piece - low) / (high - low).clamp(min=1e-12), window.cut(x), radius, eps)
 
-    return tiling.apply(smooth, guide, tile=tile, halo=2 * radius)  # a mean of means
+    return tiling.apply(smooth, guide, tile=tile, halo=2 * radius)  # twice, for a mean of means
 
 
 def fast_guided_filter(guide: Tensor, small: Tensor, x: Tensor, radius: int, eps: float = GUIDE_EPS) -> Tensor:
-    """The guided filter of a coarse map at full size: ``guide`` (N,3,H,W), ``small`` it and ``x`` (N,1,h,w) the map at
-    the coarse size -> (N,1,H,W).
+    """The guided filter of a coarse map ``x`` (N,1,h,w) at the full size of ``guide`` (N,3,H,W) -> (N,1,H,W).
+
+    ``small`` (N,3,h,w) is the guide at the coarse size.
 
     He and Sun, "Fast Guided Filter" (arXiv 1505.00996): the local lines are fitted at the coarse size, where ``radius``
     counts, and applied at the full one. By luminance, the mean of the channels.
@@ -153,7 +154,7 @@ def _smooth(guide: Tensor, x: Tensor, radius: int, eps: float) -> Tensor:
 
 
 def _lines(guide: Tensor, x: Tensor, radius: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Slope and intercept of the lines, one a pixel and channel of the guide, by which ``x`` follows it."""
+    """Slope and intercept of the local linear fits of ``x`` to the guide, for each of its pixels and channels."""
     mean_g, mean_x = box_mean(guide, radius), box_mean(x, radius)
     covariance = box_mean(guide * x, radius) - mean_g * mean_x
     variance = box_mean(guide * guide, radius) - mean_g * mean_g

@@ -1,4 +1,4 @@
-"""What 8 bits make of numbers in [0,1]."""
+"""Rounding of images in [0,1] to 8 bit."""
 
 import numpy as np
 from torch import Tensor

@@ -97,7 +97,7 @@ class RemovalNet(nn.Module):
         else:
             halo = 1 + tiling.reach(self.drem, self.head)  # IDRM sees one pixel
             transmission = recomputed(self._transmission) if self.recompute else self._transmission
-            t = tiling.apply(transmission, x, tile=tiling.part(tile, 2), halo=halo, up=2)
+            t = tiling.apply(transmission, x, tile=tiling.coarse_side(tile, 2), halo=halo, up=2)
         with torch.autocast(hazy.device.type, enabled=False):
             return Haze(beta, t, self.estimate_airlight(hazy, pooled, t, airlight))
 

@@ -247,7 +247,7 @@ class NeDR(Method):
             return super().predict_any_size(hazy, tile)
         t, A, small = self._estimate_reduced(hazy, tile)
         t = self.to_full_size(t, small, hazy)
-        return {"clear": physics.thinned(hazy, t, A), "transmission": t, "airlight": A}
+        return {"clear": physics.restore_partly(hazy, t, A), "transmission": t, "airlight": A}
 
     def estimate_haze(self, hazy: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         if network_size(*hazy.shape[2:], self.settings.working_size) is None:

@@ -74,7 +74,7 @@ def test_strided_convolutions_keep_their_padding_in_step(height, width, tile, ki
     network, x = whole_numbers(*convs), integers(4 * height, 4 * width)
     tiled_is_whole(network, x, tile, down=4)
     with torch.no_grad():
-        assert torch.equal(tiling.through(network, x, tile=tile, down=4), network(x))
+        assert torch.equal(tiling.apply_module(network, x, tile=tile, down=4), network(x))
 
 
 @SMALL
@@ -111,7 +111,7 @@ def test_the_whole_at_once_is_the_function_itself_with_gradients():
         x.grad = None
         tiling.apply(lambda piece, _: piece * 2, x, tile=tile, halo=1).sum().backward()
         assert (x.grad == 2).all()
-    assert torch.equal(tiling.through(nn.Identity(), x, tile=None), x)
+    assert torch.equal(tiling.apply_module(nn.Identity(), x, tile=None), x)
 
 
 # Cross-fading.
@@ -159,9 +159,9 @@ def test_what_cannot_be_tiled(size, options, message):
 
 
 def test_part():
-    assert tiling.part(None, 8) is None
-    assert tiling.part(1024, 8) == 128
-    assert tiling.part(3, 8) == 1
+    assert tiling.coarse_side(None, 8) is None
+    assert tiling.coarse_side(1024, 8) == 128
+    assert tiling.coarse_side(3, 8) == 1
 
 
 # How large.

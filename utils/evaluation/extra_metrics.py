@@ -1,7 +1,7 @@
 """Metrics beside PSNR and SSIM: colour and perceptual distances, and quality without ground truth.
 
-All see images as they would be saved, 8 bit by rounding. All but CIEDE2000 come from optional packages
-(requirements-extras.txt, which names their licences), imported only when asked for.
+All measure images as they would be saved, rounded to 8 bit. All but CIEDE2000 come from optional packages
+(requirements-extras.txt, which names their licences), imported only when used.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from utils.evaluation import metrics
 
 Figure = Callable[[Tensor, Tensor | None], float]  # of a dehazed and its clear image, (3,H,W) in [0,1]
 STRIP = 2**18  # pixels that CIEDE2000 takes at a time: scikit-image makes dozens of float64 maps of them
-MODULES = {"lpips": "lpips", "fade-python": "pyfade", "pyiqa": "pyiqa"}  # a package's name in Python
-WEIGHTS = {"lpips": "checkpoints", "pyiqa": "pyiqa"}  # where below PyTorch's hub folder a package looks for them
+MODULES = {"lpips": "lpips", "fade-python": "pyfade", "pyiqa": "pyiqa"}  # the Python modules of packages
+WEIGHTS = {"lpips": "checkpoints", "pyiqa": "pyiqa"}  # the packages' folders of weights, in PyTorch's hub folder
 _TORCHVISION = "https://download.pytorch.org/models"
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured, and where it comes from.
+    """A metric and its source.
 
-    ``package`` is what pip has to install, None if nothing; ``weights`` the URL of what that downloads at its first
-    use; ``least`` the shortest side in pixels of which it is defined.
+    ``package`` is the pip package that it needs, if any; ``weights`` the URL of the file that the package downloads at
+    its first use; ``least`` the shortest side in pixels for which it is defined.
     """
 
     name: str
@@ -129,7 +129,7 @@ def metric(name: str) -> Metric:
 
 
 def installed(name: str) -> bool:
-    """Is the package of this metric there? Looks for it without importing it."""
+    """Whether the package of this metric is installed; it is not imported."""
     package = metric(name).package
     return package is None or importlib.util.find_spec(MODULES[package]) is not None
 
@@ -138,8 +138,8 @@ def load(names: Sequence[str], device: torch.device | str = "cpu") -> dict[str, 
     """Functions by name, each called as f(dehazed, clear) with float images (3,H,W) in [0,1] on any device.
 
     ``clear`` may be None where the metric does not need it. Networks compute on ``device``. A figure is nan if a side
-    is shorter than the metric is defined for. Raises `UserError` for unknown names, for packages that are not installed
-    or broken, and for weights that cannot be fetched; the functions do for images that cannot be compared.
+    is shorter than the metric is defined for. Raises `UserError` for unknown names, for packages that are missing or
+    broken, and for weights that cannot be fetched; the functions raise it for images that cannot be compared.
     """
     chosen = [metric(name) for name in dict.fromkeys(names)]
     missing = [each for each in chosen if not installed(each.name)]
@@ -155,11 +155,11 @@ def _figure(each: Metric, measure: Callable[..., float]) -> Figure:
     def figure(dehazed: Tensor, clear: Tensor | None = None) -> float:
         if each.needs_clear and clear is None:
             raise UserError(f"{each.name} compares with a clear image, and there is none; take {each.name} out")
-        pictures = [dehazed, clear] if each.needs_clear else [dehazed]
-        metrics.check(pictures[0], pictures[-1])
+        images = [dehazed, clear] if each.needs_clear else [dehazed]
+        metrics.check(images[0], images[-1])
         if min(dehazed.shape[1:]) < each.least:
             return math.nan
-        return float(measure(*map(rounding.to_8bit, pictures)))
+        return float(measure(*map(rounding.to_8bit, images)))
 
     return figure
 
@@ -171,13 +171,13 @@ def _build(each: Metric, device: torch.device) -> Callable[..., float]:
     with _quiet():
         try:
             module = importlib.import_module(MODULES[each.package])
-        except (ImportError, OSError) as error:  # OSError: a shared library that is not there
+        except (ImportError, OSError) as error:  # OSError: a missing shared library
             raise UserError(
                 f"{each.name}: its package cannot be imported ({error}); pip install {each.package}"
             ) from None
         try:
             return BUILDERS[each.package](each.name, module, device)
-        except OSError as error:  # no network; urllib's errors are all of this kind
+        except OSError as error:  # no network; the base class of urllib's errors
             folder = Path(torch.hub.get_dir()) / WEIGHTS[each.package]
             raise UserError(
                 f"{each.name}: its weights are not here and cannot be fetched ({error}); "
@@ -187,16 +187,17 @@ def _build(each: Metric, device: torch.device) -> Callable[..., float]:
 
 def _ciede2000(dehazed: np.ndarray, clear: np.ndarray) -> float:
     height, width = dehazed.shape[:2]
-    step, total = max(1, STRIP // width), 0.0
+    step = max(1, STRIP // width)
+    total = 0.0
     for start in range(0, height, step):
-        strips = (rgb2lab(picture[start : start + step]) for picture in (clear, dehazed))
+        strips = (rgb2lab(image[start : start + step]) for image in (clear, dehazed))
         total += deltaE_ciede2000(*strips).sum()
     return total / (height * width)
 
 
 def _lpips(name: str, module: ModuleType, device: torch.device) -> Callable[..., float]:
     network = module.LPIPS(net="alex", version="0.1", verbose=False).to(device).eval()
-    return lambda dehazed, clear: network(*(_batch(picture, device) * 2 - 1 for picture in (dehazed, clear))).item()
+    return lambda dehazed, clear: network(*(_batch(image, device) * 2 - 1 for image in (dehazed, clear))).item()
 
 
 def _fade(name: str, module: ModuleType, device: torch.device) -> Callable[..., float]:
@@ -216,14 +217,14 @@ def _pyiqa(name: str, module: ModuleType, device: torch.device) -> Callable[...,
 BUILDERS = {"lpips": _lpips, "fade-python": _fade, "pyiqa": _pyiqa}
 
 
-def _batch(picture: np.ndarray, device: torch.device) -> Tensor:
+def _batch(image: np.ndarray, device: torch.device) -> Tensor:
     """(H,W,3) uint8 as (1,3,H,W) float in [0,1]."""
-    return torch.from_numpy(picture).to(device).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(image).to(device).permute(2, 0, 1)[None].float() / 255
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the chatter of other people's packages to themselves; a download's progress bar, on stderr, stays."""
+    """Inside, the output and warnings of packages are suppressed, except the progress bar of a download on stderr."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

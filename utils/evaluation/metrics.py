@@ -1,9 +1,9 @@
-"""PSNR and SSIM under named protocols; a figure without its protocol is worthless, they differ by more than methods do.
+"""PSNR and SSIM under named protocols: figures of different protocols differ by more than methods do.
 
-Every protocol is a row of `PROTOCOLS`, made of the few decisions that change the numbers. SSIM is that of Wang, Bovik,
-Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", TIP 2004, eq. 13, with
-K1 = 0.01 and K2 = 0.03. Images are measured where they are, in float64, in parts that fit a cache: the largest
-benchmark images have 20 million pixels.
+A `Protocol` has the few decisions that change the numbers. SSIM is that of Wang, Bovik, Sheikh, Simoncelli, "Image
+quality assessment: from error visibility to structural similarity", TIP 2004, eq. 13, with K1 = 0.01 and K2 = 0.03.
+Images are measured on their device, in float64, in parts that fit a cache: the largest benchmark images have 20 million
+pixels.
 """
 
 import importlib.metadata
@@ -49,10 +49,10 @@ POOLING = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """The decisions that make a figure what it is.
+    """The decisions that determine a figure.
 
-    ``side`` is that of SSIM's window in pixels, ``pooled`` the size from which its average pooling is computed, if any;
-    with ``sample`` its covariances are divided by N-1, not N.
+    ``side`` is the side of SSIM's window in pixels, ``pooled`` the size from which its average pooling is computed, if
+    any; with ``sample`` its covariances are divided by N-1, not N.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Protocol:
 
     @property
     def range(self) -> int:
-        """The distance from black to white."""
+        """The data range: the difference between white and black."""
         return 1 if self.pixels == "float" else 255
 
     def describe(self) -> dict[str, str]:
-        """What is measured and how, for people and JSON: name, pixels, psnr, ssim, used by."""
+        """A description for reports and JSON: name, pixels, psnr, ssim, used by."""
         window = f"{WINDOWS[self.window]} window {self.side}"
         ssim = [COLOURS[self.ssim_of], POOLING[self.pooled], window, BORDERS[self.border], f"data range {self.range}"]
         ssim += ["sample covariance (N-1)"] if self.sample else []
@@ -106,7 +106,7 @@ def protocol(name: str) -> Protocol:
 
 
 def psnr(a: Tensor, b: Tensor, protocol: str = "ours") -> float:
-    """Peak signal-to-noise ratio in dB of two images (3,H,W), float in [0,1]; inf if the protocol sees them equal.
+    """Peak signal-to-noise ratio in dB of two images (3,H,W), float in [0,1]; inf if they are equal in the protocol.
 
     Raises `UserError` as `figures` does.
     """
@@ -124,29 +124,30 @@ def ssim(a: Tensor, b: Tensor, protocol: str = "ours") -> float:
 
 @torch.no_grad()
 def figures(a: Tensor, b: Tensor, protocols: Sequence[str], kinds: Sequence[str] = KINDS) -> dict[str, float]:
-    """Figures of two images (3,H,W), float in [0,1], such as {"ours.psnr": 25.3, "ours.ssim": 0.91}, as asked.
+    """Figures of two images (3,H,W), float in [0,1], such as {"ours.psnr": 25.3, "ours.ssim": 0.91}.
 
-    They are computed on the device of ``a``, and what protocols share is computed once. Raises `UserError` for unknown
-    protocols, different shapes, and whatever else is not such an image.
+    They are computed on the device of ``a``; steps that protocols share are computed once. Raises `UserError` for
+    unknown protocols, different shapes, and other invalid images.
     """
     chosen = [protocol(name) for name in dict.fromkeys(protocols)]
     check(a, b)
-    found = {}
+    results = {}
     for pixels, members in groupby(sorted(chosen, key=lambda each: each.pixels), key=lambda each: each.pixels):
         x, y = _pixels(a, pixels), _pixels(b.to(a.device), pixels)
-        errors = {}  # PSNR by colour: protocols differ in it less than in SSIM
+        psnr_by_colour = {}
         for each in members:
             if "psnr" in kinds:
-                if each.psnr_of not in errors:
-                    errors[each.psnr_of] = _psnr(_colour(x, each.psnr_of), _colour(y, each.psnr_of), each.range)
-                found[f"{each.name}.psnr"] = errors[each.psnr_of]
+                if each.psnr_of not in psnr_by_colour:
+                    images = _colour(x, each.psnr_of), _colour(y, each.psnr_of)
+                    psnr_by_colour[each.psnr_of] = _psnr(*images, each.range)
+                results[f"{each.name}.psnr"] = psnr_by_colour[each.psnr_of]
             if "ssim" in kinds:
-                found[f"{each.name}.ssim"] = _ssim(_prepared(x, each), _prepared(y, each), each)
-    return {key: found[key] for each in chosen for kind in KINDS if (key := f"{each.name}.{kind}") in found}
+                results[f"{each.name}.ssim"] = _ssim(_prepared(x, each), _prepared(y, each), each)
+    return {key: results[key] for each in chosen for kind in KINDS if (key := f"{each.name}.{kind}") in results}
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that figures depend on: decoders and metrics move between them."""
+    """Versions of Python and of the libraries that figures depend on, for decoders and metrics."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
@@ -161,7 +162,7 @@ def check(a: Tensor, b: Tensor) -> None:
 
 
 def _pixels(image: Tensor, pixels: str) -> Tensor:
-    """(3,H,W) as the protocol sees it: uint8, or float in [0,1]."""
+    """(3,H,W) as the protocol measures it: uint8, or float in [0,1]."""
     if pixels == "float":
         return image.clamp(0, 1)
     out = torch.empty(image.shape, dtype=torch.uint8, device=image.device)
@@ -178,7 +179,7 @@ def _colour(image: Tensor, colour: str) -> Tensor:
     kind = torch.uint8 if colour == "grey" else torch.float64
     out = torch.empty((1, *image.shape[1:]), dtype=kind, device=image.device)
     for rows in _strips(image.shape, image.device):
-        if colour == "grey":  # in whole thousandths, halves up, so that no machine rounds otherwise
+        if colour == "grey":  # in integers, halves rounded up: the same on every machine
             red, green, blue = image[:, rows].int()
             out[0, rows] = (299 * red + 587 * green + 114 * blue + 500) // 1000
         else:
@@ -188,7 +189,7 @@ def _colour(image: Tensor, colour: str) -> Tensor:
 
 
 def _prepared(image: Tensor, each: Protocol) -> Tensor:
-    """The (C,H,W) of which SSIM is measured: right colour, pooled to about 256 pixels where the protocol does that."""
+    """The (C,H,W) for SSIM: in the protocol's colour, and pooled to about 256 pixels if the protocol does that."""
     image = _colour(image, each.ssim_of)
     if each.pooled is None:
         return image
@@ -196,63 +197,68 @@ def _prepared(image: Tensor, each: Protocol) -> Tensor:
     if each.pooled == "padded":
         height, width = (height // 4 + 1) * 4, (width // 4 + 1) * 4
     ratio = max(1, round(min(height, width) / 256))
-    size = int(height / ratio), int(width / ratio)  # padded with ratio 1 is larger than the image: so be it
+    size = int(height / ratio), int(width / ratio)  # "padded" with ratio 1 enlarges the image
     if size == image.shape[1:]:
         return image
-    return torch.cat([F.adaptive_avg_pool2d(plane[None].double(), size) for plane in image])  # one at a time: memory
+    return torch.cat([F.adaptive_avg_pool2d(plane[None].double(), size) for plane in image])  # saves memory
 
 
-def _psnr(x: Tensor, y: Tensor, span: int) -> float:
+def _psnr(x: Tensor, y: Tensor, data_range: int) -> float:
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for rows in _strips(x.shape, x.device):
         total += x[:, rows].double().sub_(y[:, rows]).square_().sum()
     error = float(total) / x.numel()
-    return 10 * math.log10(span**2 / error) if error else math.inf
+    return 10 * math.log10(data_range**2 / error) if error else math.inf
 
 
 def _ssim(x: Tensor, y: Tensor, each: Protocol) -> float:
     """Mean SSIM of two (C,H,W), channel by channel, in tiles that overlap by the window."""
-    most, halo = TILE.get(x.device.type, TILE["cpu"]), each.side - 1
+    tile = TILE.get(x.device.type, TILE["cpu"])
+    halo = each.side - 1
     pad = each.side // 2 if each.border == "zero" else 0
-    down, across = x.shape[1] + 2 * pad - halo, x.shape[2] + 2 * pad - halo  # places of the window
-    if min(down, across) < 1:
+    height, width = (side + 2 * pad - halo for side in x.shape[1:])  # of the map of window positions
+    if min(height, width) < 1:
         return math.nan
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for u, v in zip(x, y, strict=True):
-        for rows, columns in product(_spans(down, most), _spans(across, most)):
-            reach = [slice(part.start - pad, part.stop - pad + halo) for part in (rows, columns)]
-            total += _similarity(_tile(u, *reach), _tile(v, *reach), each).sum()
-    return float(total) / (len(x) * down * across)
+        for rows, columns in product(_spans(height, tile), _spans(width, tile)):
+            pixels = [slice(span.start - pad, span.stop - pad + halo) for span in (rows, columns)]
+            total += _similarity(_tile(u, *pixels), _tile(v, *pixels), each).sum()
+    return float(total) / (len(x) * height * width)
 
 
 def _tile(plane: Tensor, rows: slice, columns: slice) -> Tensor:
-    """A part of (H,W) in float64; what lies outside is 0."""
+    """A part of (H,W) in float64, with 0 outside."""
     height, width = plane.shape
     part = plane[max(rows.start, 0) : rows.stop, max(columns.start, 0) : columns.stop].double()
-    aside = max(-columns.start, 0), max(columns.stop - width, 0)
-    outside = (*aside, max(-rows.start, 0), max(rows.stop - height, 0))
-    return F.pad(part, outside) if any(outside) else part
+    padding = (max(-columns.start, 0), max(columns.stop - width, 0), max(-rows.start, 0), max(rows.stop - height, 0))
+    return F.pad(part, padding) if any(padding) else part
 
 
 def _similarity(x: Tensor, y: Tensor, each: Protocol) -> Tensor:
-    """SSIM at every window of two (H,W), eq. 13 of the paper; of the variances only their sum is needed."""
+    """SSIM at every window of two (H,W), eq. 13 of the paper, which needs only the sum of the variances."""
     maps = torch.empty((4, *x.shape), dtype=x.dtype, device=x.device)
-    maps[0], maps[1] = x, y
+    maps[0] = x
+    maps[1] = y
     torch.mul(x, y, out=maps[2])
     torch.mul(x, x, out=maps[3]).addcmul_(y, y)
-    uniform, gaussian = partial(_box, side=each.side), partial(_filter, weights=_gaussian(each.side))
-    average = uniform if each.window == "uniform" else gaussian
+    average = partial(_box, side=each.side)
+    if each.window == "gaussian":
+        average = partial(_filter, weights=_gaussian(each.side))
     a, b, products, squares = average(average(maps, dim=-2), dim=-1)
     unbiased = each.side**2 / (each.side**2 - 1) if each.sample else 1.0
-    c1, c2 = (K1 * each.range) ** 2, (K2 * each.range) ** 2
-    ab, both = a * b, a.square_().addcmul_(b, b)
-    covariance, variances = products.sub_(ab).mul_(unbiased), squares.sub_(both).mul_(unbiased)
-    upper = ab.mul_(2).add_(c1).mul_(covariance.mul_(2).add_(c2))
-    return upper.div_(both.add_(c1)).div_(variances.add_(c2))
+    c1 = (K1 * each.range) ** 2
+    c2 = (K2 * each.range) ** 2
+    ab = a * b
+    squared_means = a.square_().addcmul_(b, b)
+    covariance = products.sub_(ab).mul_(unbiased)
+    variances = squares.sub_(squared_means).mul_(unbiased)
+    numerator = ab.mul_(2).add_(c1).mul_(covariance.mul_(2).add_(c2))
+    return numerator.div_(squared_means.add_(c1)).div_(variances.add_(c2))
 
 
 def _filter(maps: Tensor, dim: int, weights: Sequence[float]) -> Tensor:
-    """Weighted sums along ``dim``, only of whole windows. On a CPU ten times faster than conv2d in float64."""
+    """Weighted sums along ``dim``, of complete windows only. On a CPU ten times faster than conv2d in float64."""
     size = maps.shape[dim] - len(weights) + 1
     out = maps.narrow(dim, 0, size) * weights[0]
     for k, weight in enumerate(weights[1:], 1):
@@ -261,13 +267,17 @@ def _filter(maps: Tensor, dim: int, weights: Sequence[float]) -> Tensor:
 
 
 def _box(maps: Tensor, dim: int, side: int) -> Tensor:
-    """Means of ``side`` along ``dim``, only of whole windows: sums of 1, 2, 4, ... pixels, put together to ``side``."""
+    """Means of ``side`` along ``dim``, of complete windows only: sums of 1, 2, 4, ... pixels, combined to ``side``."""
     size = maps.shape[dim] - side + 1
-    sums, power, done, out = maps, 1, 0, None
+    sums = maps
+    power = 1  # pixels in each of ``sums``
+    done = 0  # pixels in each of ``out``
+    out = None
     while True:
         if side & power:
             part = sums.narrow(dim, done, size)
-            out, done = part.clone() if out is None else out.add_(part), done + power
+            out = part.clone() if out is None else out.add_(part)
+            done += power
         if done == side:
             return out.div_(side)
         length = sums.shape[dim] - power
@@ -281,12 +291,12 @@ def _gaussian(side: int) -> list[float]:
 
 
 def _strips(shape: Sequence[int], device: torch.device) -> list[slice]:
-    """Slices that cover the rows of (C,H,W), with about as many pixels each as a tile."""
+    """Slices that cover the rows of (C,H,W), each with about as many pixels as a tile."""
     channels, height, width = shape
     return _spans(height, max(1, TILE.get(device.type, TILE["cpu"]) ** 2 // (channels * width)))
 
 
 def _spans(size: int, most: int) -> list[slice]:
-    """Slices of nearly equal length, ``most`` or less, that cover ``size``."""
+    """Slices of nearly equal length, at most ``most``, that cover ``size``."""
     step = math.ceil(size / math.ceil(size / most))
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
