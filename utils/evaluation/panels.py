@@ -50,7 +50,7 @@ def parts(
 
 def panel(shown: Mapping[str, Tensor]) -> Tensor:
     """The parts side by side, scaled to at most 480 pixels, each under its caption. -> (3,H,W) in [0,1]."""
-    pieces = [_shrink(picture) for picture in shown.values()]
+    pieces = [_shrink(image) for image in shown.values()]
     height = max(piece.height for piece in pieces) + CAPTION
     width = sum(piece.width for piece in pieces) + GAP * (len(pieces) - 1)
     canvas = Image.new("RGB", (width, height), "white")
@@ -79,8 +79,8 @@ def _caption(score: Score | None) -> str:
     return f"dehazed: {figures[f'{protocol}.psnr']:.2f} dB / {figures[f'{protocol}.ssim']:.4f} ({protocol})"
 
 
-def _shrink(picture: Tensor) -> Image.Image:
-    image = Image.fromarray(to_8bit(picture.expand(3, -1, -1)))
+def _shrink(tensor: Tensor) -> Image.Image:
+    image = Image.fromarray(to_8bit(tensor.expand(3, -1, -1)))
     scale = LONG_SIDE / max(image.size)
     if scale >= 1:
         return image

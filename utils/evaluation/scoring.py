@@ -119,7 +119,7 @@ def run(
             _collect(pending.popleft().result(), outcome, on_score, on_error)
             progress.update()
 
-    progress = tqdm(total=len(order), desc=bar, unit="picture", leave=False, disable=None if bar else True)
+    progress = tqdm(total=len(order), desc=bar, unit="image", leave=False, disable=None if bar else True)
     with _pool(workers) as readers, _pool(workers) as finishers, progress:
         with closing(_read_ahead(readers, lambda k: _read(items, k), order, workers)) as arriving:
             for arrived in arriving:
