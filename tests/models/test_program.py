@@ -148,7 +148,7 @@ def test_what_is_no_picture_is_refused_in_words(wrong):
 
 def test_methods_without_transmission_say_so():
     method = models.load("dcp")
-    method.find = lambda hazy, tile=None: {"clear": hazy}
+    method.predict = lambda hazy, tile=None: {"clear": hazy}
     with pytest.raises(UserError, match="DCP finds no transmission; nedr, d4 and dcp do"):
         method.transmission(ARRAY)
 
