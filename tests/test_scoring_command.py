@@ -555,7 +555,7 @@ def test_what_the_interrupted_run_did_otherwise_is_done_anew(run, pairs, tmp_pat
         (tmp_path / "out/pictures/1_2.png").unlink()
     done = run(*argv)
     assert done.status == 0
-    assert ("beginning anew" in done.err) == (change != "picture")
+    assert ("starting again" in done.err) == (change != "picture")
     assert row(tmp_path / "out")["resumed"] == (2 if change == "picture" else 0)
     assert pictures(tmp_path / "out/pictures") == {"1_1.png", "1_2.png", "2_1.png"}
 
