@@ -121,9 +121,12 @@ def test_what_cannot_be_written_is_its_own_misfortune_unless_the_disk_is_full(ru
     assert "File name too long" in err
     assert made(tmp_path).keys() == {"a_dehazed", "c_dehazed"}
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(source, target):
+        if str(target).endswith(".png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
 
+    replace = os.replace
     monkeypatch.setattr(os, "replace", full)
     status, out, err = run("--overwrite")
     assert (status, err.count("\n")) == (2, 1)

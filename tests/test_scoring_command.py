@@ -104,7 +104,12 @@ def pairs(tmp_path):
 def experiment(tmp_path_factory):
     """A folder with a small NeDR, untrained."""
     folder = tmp_path_factory.mktemp("experiment")
-    small = ["nedr.base_channels=8", "nedr.encoder_weights=none", "data.crop_size=128"]
+    small = [
+        "nedr.base_channels=8",
+        "nedr.encoder=test_efficientnet",
+        "nedr.encoder_weights=none",
+        "data.crop_size=128",
+    ]
     settings = config.load("nedr", models.settings_types(), overrides=small)
     torch.manual_seed(0)
     state = models.build(settings).state_dict()
@@ -128,7 +133,7 @@ def trained_aknet(tmp_path_factory):
 def seen(monkeypatch):
     """The settings under which NeDR dehazes; it gives the hazy image back."""
     seen = []
-    monkeypatch.setattr(NeDR, "find", lambda self, hazy, tile: seen.append(self.settings) or {"clear": hazy})
+    monkeypatch.setattr(NeDR, "predict", lambda self, hazy, tile: seen.append(self.settings) or {"clear": hazy})
     return seen
 
 
