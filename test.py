@@ -211,7 +211,8 @@ def score(run: Evaluation, sets: list[ImageSet], tested: list[candidates.Tested]
     if results:
         print(tables.text(run.rows, results))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
-    existing = f"; {tables.image_count(run.existing)} existed already (--overwrite makes them again)"
+    existing = f"; {tables.image_count(run.existing)} existed already, perhaps made with other settings "
+    existing += "(--overwrite makes them again)"
     print(
         f"{tables.image_count(done)} done{tables.pace(run.rows)}{existing if run.existing else ''}; "
         f"see {quoted(run.output)}"

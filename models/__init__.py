@@ -20,7 +20,13 @@ from utils.files import expand_home
 from utils.training import progress
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
-METHODS: dict[str, type[Method]] = {"nedr": NeDR, "d4": D4, "aknet": AKNet, "kanet": KANet, "dcp": DCP}
+METHODS: dict[str, type[Method]] = {
+    "nedr": NeDR,
+    "d4": D4,
+    "aknet": AKNet,
+    "kanet": KANet,
+    "dcp": DCP,
+}
 
 
 def names() -> list[str]:
@@ -30,7 +36,8 @@ def names() -> list[str]:
 
 def listing() -> str:
     """All methods as a table of at most 120 columns: size, cost, training data and the paper to cite."""
-    row = "{:8}{:>12}{:>16}  {}".format
+    width = max(8, *(len(name) + 2 for name in METHODS))
+    row = f"{{:{width}}}{{:>12}}{{:>16}}  {{}}".format
     lines = [row("method", "parameters", "MACs (256x256)", "trained on")]
     papers = []
     for name, kind in METHODS.items():
@@ -38,7 +45,8 @@ def listing() -> str:
         size, macs = cost.parameters(method, kind.inference), cost.macs(method.dehaze)
         figures = [f"{size / 1e6:.2f} M" if size else "-", f"{macs / 1e9:.2f} G" if macs else "-"]
         lines.append(row(name, *figures, kind.about.trained_on))
-        papers += textwrap.wrap(f"{name:8}{kind.about.title}. {kind.about.citation}", 110, subsequent_indent=" " * 8)
+        cited = f"{name:{width}}{kind.about.title}. {kind.about.citation}"
+        papers += textwrap.wrap(cited, 110, subsequent_indent=" " * width)
     note = "Cost of dehazing with the defaults of configs.yml. MACs: convolutions, matrix products and attention."
     return "\n".join([*lines, note, "", *papers])
 
@@ -73,8 +81,8 @@ def shipped(name: str) -> Path | None:
 def load(file: str | Path | None = None, device: str | torch.device = "cpu", ema: bool = True, **test_time) -> Method:
     """A trained method from a file, in eval mode: .pt or .safetensors of this project, or any official file.
 
-    ``file`` may be the name of a method (``d4``; ``dcp`` needs no weights) for the weights shipped with this project;
-    the default is NeDR's. Call the method with an image to dehaze it, see `Method.forward`:
+    ``file`` may be the name of a method, for the weights in its folder of checkpoints/ (``nedr``, the default, ships
+    with this project; ``dcp`` needs none). Call the method with an image to dehaze it, see `Method.forward`:
 
     >>> import numpy as np
     >>> dehaze = load()
@@ -147,7 +155,8 @@ def change(method: Method, test_time: dict) -> None:
     changed = {}
     for key, value in test_time.items():
         if key not in method.test_time:
-            raise UserError(f"'{quoted(key)}' cannot change after training{nearest(key, method.test_time)}")
+            known = nearest(key, method.test_time) if method.test_time else "; no setting of it can"
+            raise UserError(f"'{quoted(key)}' of {name_of(method)} cannot change after training{known}")
         changed[key] = config.convert(value, types[key], f"{name_of(method)}.{key}")
     method.accept(dataclasses.replace(method.settings, **changed))
 

@@ -88,7 +88,7 @@ def test_what_is_there_is_left_so(run, photos, tmp_path):
     status, out, _ = run()
     assert (status, marked.read_bytes()) == (0, b"mine")
     assert "1 image done" in out
-    assert "4 images existed already (--overwrite makes them again)" in out
+    assert "4 images existed already, perhaps made with other settings (--overwrite makes them again)" in out
     assert "5 images done" in run("--overwrite")[1]
     assert images.read(marked).shape == (3, 12, 20)
 

@@ -117,7 +117,7 @@ def _notes(row: Row) -> list[str]:
     if row.method != HAZY and seconds["wall"]:
         stages = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in scoring.STAGES)
         waiting = seconds["waiting"] / seconds["wall"]
-        lines.append(f"  {row.method}: {seconds['wall']:.1f} s; in seconds, {stages}; the network waited {waiting:.0%}")
+        lines.append(f"  {row.method}: {seconds['wall']:.1f} s; in seconds, {stages}; dehazing waited {waiting:.0%}")
     return lines
 
 

@@ -113,7 +113,7 @@ def test_the_screen_shows_sets_methods_and_protocols(rows, found):
     assert "nedr: left out of the mean ours.psnr: 1" in text
     assert "dcp: 1 image could not be used" in text
     assert "1 image is from an interrupted run" in text
-    assert "the network waited 25%" in text
+    assert "dehazing waited 25%" in text
     assert "protocol ours: 8 bit by rounding" in text
     assert "protocol d4: " in text
 
