@@ -206,7 +206,7 @@ def test_the_border_may_change_after_training(method):
     models.change(method, {"border": "zero"})
     assert not torch.equal(zero, reflect)
     assert torch.equal(zero, method.dehaze(hazy))
-    with pytest.raises(UserError, match="'width' cannot change"):
+    with pytest.raises(UserError, match="'width' of aknet cannot change"):
         models.change(method, {"width": 16})
 
 

@@ -1,10 +1,13 @@
+import itertools
 import json
 import logging
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from utils.errors import UserError
 from utils.training.run_log import NullLog, RunLog, Speed
@@ -18,6 +21,13 @@ def scalars(folder, name: str) -> list[tuple[int, float]]:
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     return [(event.step, pytest.approx(event.value)) for event in board.Scalars(name)]
+
+
+@pytest.fixture(autouse=True)
+def _every_file_in_another_second(monkeypatch):
+    """TensorBoard reads files in the order of the seconds in their names; runs are never as close as tests."""
+    clock = itertools.count(int(time.time()), 2)
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(clock)))
 
 
 def test_figures_and_pictures(tmp_path):
