@@ -49,6 +49,21 @@ def check_archive(path: Path) -> None:
     size = path.stat().st_size
     if stated > size:
         raise UserError(f"cannot read {path}: it claims to hold {stated} bytes in {size}; fetch it again")
+    with zipfile.ZipFile(path) as archive:
+        changed = [member.filename for member in members if not _is_whole(archive, member)]
+    if changed and len(changed) < len(members):  # all of them: torch.save was told to write no CRC
+        raise UserError(f"cannot read {path}: {changed[0]} in it has changed since it was written; fetch it again")
+
+
+def _is_whole(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Does a member of an archive have the CRC that it was written with?"""
+    try:
+        with archive.open(member) as file:
+            while file.read(2**20):
+                pass
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def plain(state: Any, path: Path) -> Any:

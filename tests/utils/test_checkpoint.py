@@ -460,3 +460,21 @@ def test_random_states_that_are_none_are_refused():
         with pytest.raises(UserError, match="random states are damaged"):
             checkpoint.set_random_states(states | change)
     checkpoint.set_random_states(states)
+
+
+def test_a_flipped_bit_in_a_foreign_file_is_found(tmp_path):
+    """By the CRC that torch.save writes; a file for which it was told to write none is read."""
+    file = tmp_path / "official.pth"
+    torch.save({"a": torch.zeros(1000), "b": torch.ones(3)}, file)
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(bytes(2000)) + 7] ^= 4
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=r"official\.pth: .*data/0 in it has changed since it was written"):
+        checkpoint.read(file)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.zeros(1000)}, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert len(checkpoint.read(file)["a"]) == 1000
