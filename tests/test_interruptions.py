@@ -213,11 +213,11 @@ def test_a_deterministic_run_gives_the_same_bytes_twice(folders, monkeypatch):
 
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing():
-    """Also the command of docs/reliability.md."""
-    for given in (["50"], ["2", "--large"]):
-        command = [sys.executable, "-W", "ignore", kills.__file__, *given]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stdout + done.stderr
-        counts = json.loads(done.stdout.splitlines()[-1])
-        assert counts["kills"] == int(given[0])
-        assert counts["kills"] - counts["at random"] >= counts["kills"] // 3  # while a file was being written
+    """Also the command of docs/reliability.md, which has one of a large state beside it."""
+    command = [sys.executable, "-W", "ignore", kills.__file__, "50"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] == 50
+    assert counts["kills"] - counts["at random"] >= 16  # while a file was being written
