@@ -81,9 +81,8 @@ def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
         others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
         clips.check([*clip_paths, *others], settings.test)
         tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
-        return ranks.all_max(clips.run(clip_paths[ranks.rank :: ranks.world], tested, settings, torch_device, output))[
-            0
-        ]
+        status = clips.run(clip_paths[ranks.rank :: ranks.world], tested, settings, torch_device, output)
+        return ranks.all_max(status)[0]
     sets = find(settings.test, output)
     tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
     return score(run, sets, tested)
@@ -211,12 +210,11 @@ def score(run: Evaluation, sets: list[ImageSet], tested: list[candidates.Tested]
     if results:
         print(tables.text(run.rows, results))
     done = sum(len(row.outcome.scores) for row in run.rows if row.method != HAZY)
-    existing = f"; {tables.image_count(run.existing)} existed already, perhaps made with other settings "
-    existing += "(--overwrite makes them again)"
-    print(
-        f"{tables.image_count(done)} done{tables.pace(run.rows)}{existing if run.existing else ''}; "
-        f"see {quoted(run.output)}"
-    )
+    existing = ""
+    if run.existing:
+        existing = f"; {tables.image_count(run.existing)} existed already, perhaps made with other settings "
+        existing += "(--overwrite makes them again)"
+    print(f"{tables.image_count(done)} done{tables.pace(run.rows)}{existing}; see {quoted(run.output)}")
     if run.unusable:
         listed = quoted(run.output / report.SKIPPED)
         count = tables.image_count(run.unusable)

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -167,16 +166,10 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-@contextlib.contextmanager
-def _enough_memory(path: str | Path) -> Iterator[None]:
-    """Turn an out-of-memory error of any library into a `UserError` that names the file."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not memory.exhausted(error):
-            raise
-        why, remedy = _explain(MemoryError())
-        raise UserError(f"{path}: cannot be read as an image ({why}); {remedy}") from error
+def _enough_memory(path: str | Path) -> contextlib.AbstractContextManager[None]:
+    """Turns a lack of memory of any library inside into a `UserError` that names the file."""
+    why, remedy = _explain(MemoryError())
+    return memory.shortage_as(lambda: UserError(f"{path}: cannot be read as an image ({why}); {remedy}"))
 
 
 def _explain(error: Exception) -> tuple[str, str]:

@@ -196,7 +196,7 @@ def test_clips_that_cannot_be_taken(run, tmp_path):
     assert (status, "3 frames done" in out, "text.mp4" in err) == (2, True, True)
     assert (
         "in two commands" in run("--hazy", "whole.mp4", "a.png")[2]
-        or "neither a path" in run("--hazy", "whole.mp4", "a.png")[2]
+        or "neither an existing path" in run("--hazy", "whole.mp4", "a.png")[2]
     )
 
 

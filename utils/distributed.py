@@ -66,11 +66,7 @@ class Ranks:
 
     def all_max(self, *numbers: int) -> list[int]:
         """The largest of each of ``numbers`` over all processes; cheap enough for every step."""
-        if self.world == 1:
-            return list(numbers)
-        largest = torch.tensor(numbers)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.tolist()
+        return list(numbers) if self.world == 1 else self.largest(torch.tensor(numbers)).tolist()
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest ``value`` of all processes, on its device, without waiting for the device."""

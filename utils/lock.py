@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils import processes
 from utils.errors import UserError
-from utils.files import clear_temporaries, writing
+from utils.files import clear_temporaries, temporary_path, writing
 
 NAME = ".lock"
 OWNER_TIMEOUT = 1.0  # seconds for another process to write its identity
@@ -88,7 +88,7 @@ def _is_alive(owner: dict) -> bool:
 
 def _remove(path: Path, owner: dict | None) -> bool:
     """Remove the lock of a dead ``owner``; False, with the lock unchanged, if another process was faster."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = temporary_path(path)
     try:
         os.replace(path, aside)
     except FileNotFoundError:

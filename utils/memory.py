@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -51,6 +52,17 @@ def exhausted(error: Exception) -> bool:
     """Whether ``error`` means a lack of memory; on a CPU PyTorch has no special exception for it."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(message in str(error) for message in EXHAUSTED)
+
+
+@contextlib.contextmanager
+def shortage_as(make_error: Callable[[], Exception]) -> Iterator[None]:
+    """Turns a lack of memory inside into the error that ``make_error`` returns; all other errors stay."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not exhausted(error):
+            raise
+        raise make_error() from None
 
 
 def keep_memory() -> None:

@@ -34,10 +34,15 @@ def check_archive(path: Path) -> None:
         if file.read(4) != b"PK\3\4":
             return
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+        archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise UserError(f"cannot read {path}: it is damaged or cut short; fetch it again") from None
+    with archive:
+        _check_members(archive, path)
+
+
+def _check_members(archive: zipfile.ZipFile, path: Path) -> None:
+    members = archive.infolist()
     packed = next((member.filename for member in members if member.compress_type != zipfile.ZIP_STORED), None)
     if packed is not None and any(member.filename.endswith("/constants.pkl") for member in members):
         raise RuntimeError("a TorchScript program")  # as PyTorch's error
@@ -49,8 +54,7 @@ def check_archive(path: Path) -> None:
     size = path.stat().st_size
     if stated > size:
         raise UserError(f"cannot read {path}: it claims to hold {stated} bytes in {size}; fetch it again")
-    with zipfile.ZipFile(path) as archive:
-        changed = [member.filename for member in members if not _is_whole(archive, member)]
+    changed = [member.filename for member in members if not _is_whole(archive, member)]
     if changed and len(changed) < len(members):  # all of them: torch.save was told to write no CRC
         raise UserError(f"cannot read {path}: {changed[0]} in it has changed since it was written; fetch it again")
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils.errors import ImageError, UserError
 from utils.evaluation import metrics
-from utils.memory import exhausted, release_memory
+from utils.memory import release_memory, shortage_as
 
 Dehaze = Callable[[Tensor], Tensor]  # (1,3,H,W) in [0,1] -> the same shape
 Measure = Callable[[dict, Tensor], dict[str, float]]  # an item and its dehazed image (3,H,W) -> figures by name
@@ -182,12 +182,9 @@ def _timed(work: _Work, stage: str, caught: type[UserError] = UserError) -> Iter
 def _read(items: Sequence[dict], index: int) -> _Work:
     work = _Work()
     with _timed(work, "reading"):
-        try:
+        what = "there is not enough memory to read it; shrink it"
+        with shortage_as(lambda: UserError(f"{_name(items, index)}: {what}")):
             work.item = items[index]
-        except (MemoryError, RuntimeError) as error:
-            if not exhausted(error):
-                raise
-            raise UserError(f"{_name(items, index)}: there is not enough memory to read it; shrink it") from None
     return work
 
 
@@ -214,17 +211,11 @@ def _dehazed(dehaze: Dehaze, item: dict, device: torch.device, remedies: Remedie
     return dehazed
 
 
-@contextmanager
-def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> Iterator[None]:
+def enough_memory(item: dict, device: torch.device, remedies: Remedies) -> AbstractContextManager[None]:
     """Turns a lack of memory inside into a `UserError` that names the image, its size and the remedy."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not exhausted(error):
-            raise
-        height, width = item["hazy"].shape[1:]
-        problem = f"{item['name']}: {width}x{height} pixels are too many for the memory of {device}"
-        raise ImageError(f"{problem}; {remedies.memory}") from None
+    height, width = item["hazy"].shape[1:]
+    problem = f"{item['name']}: {width}x{height} pixels are too many for the memory of {device}"
+    return shortage_as(lambda: ImageError(f"{problem}; {remedies.memory}"))
 
 
 def _finish(work: _Work, measure: Measure | None, save: Save | None, remedies: Remedies) -> _Work:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from utils.config import Settings
 from utils.device import autocast, describe
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.memory import exhausted, release_memory
+from utils.memory import release_memory, shortage_as
 from utils.training.progress import Stage
 from utils.training.updater import Updater
 
@@ -35,7 +35,7 @@ class MemoryGuard:
 
     def step(self, updater: Updater, batches: Sequence[dict]) -> dict[str, Tensor]:
         """`Updater.step` on ``batches``. Raises `UserError` if there is not enough memory for it."""
-        with contextlib.suppress(_OutOfMemoryError), _memory_errors():
+        with contextlib.suppress(_OutOfMemoryError), shortage_as(_OutOfMemoryError):
             return updater.step(lambda batch: self.method.losses(batch, self.stage.name), batches)
         # Outside the block, where the first error and the tensors that it referenced are freed.
         raise self.refusal(self.largest_batch(batches[0]))
@@ -52,7 +52,7 @@ class MemoryGuard:
         return largest(self.stage.batch, lambda n: self.fits(method, batch, n))
 
     def fits(self, method: nn.Module, batch: dict[str, Any], n: int) -> bool:
-        with contextlib.suppress(_OutOfMemoryError), _memory_errors():
+        with contextlib.suppress(_OutOfMemoryError), shortage_as(_OutOfMemoryError):
             release(method, self.device)
             self.forward_backward(method, batch, n)
             return True
@@ -135,17 +135,6 @@ def release(method: nn.Module, device: torch.device) -> None:
 
 class _OutOfMemoryError(Exception):
     """There is not enough memory."""
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Turns a lack of memory inside into `_OutOfMemoryError`, without its cause, which would keep tensors alive."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not exhausted(error):
-            raise
-        raise _OutOfMemoryError from None
 
 
 def _can_save_memory(method: nn.Module) -> bool:
