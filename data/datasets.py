@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from data import degradations, paths, synthesis
+from data import degradations, images, paths, synthesis
 from data.cache import Cache
 from data.pictures import Paired
 from data.sets import locate, pairing
@@ -39,8 +40,6 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
             f"data.pairs={quoted(data.pairs)}: {settings.model} does not train on pairs; empty it, set data.clear"
         )
     transform = partial(crop, shape=data.crop_shape, rule=data.crop, flip=data.flip, view=data.view)
-    add_haze = partial(synthesis.random_haze, law=settings.haze)
-
     warnings: list[str] = []
 
     def find(source: str, extensions: frozenset[str] = paths.EXTENSIONS) -> list[Path]:
@@ -61,6 +60,8 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         outdoor_haze = partial(add_haze, generated="outdoor")
         outdoor = Synthetic(find(warm_start.outdoor), None, transform, outdoor_haze, settings.seed, "outdoor", cache)
         return Mixed(with_depth, outdoor, warm_start.outdoor_share)
+
+    add_haze = partial(synthesis.random_haze, law=settings.haze, colours=_airlight_colours(settings, find))
 
     match kind:
         case "paired":
@@ -108,6 +109,14 @@ def _clear_and_depth(settings: Settings, stage: str, find: Callable) -> tuple[li
         clear = _required(data.clear, "data.clear")
         depth = data.depth
     return find(clear), None if depth is None else find(depth, paths.DEPTH_EXTENSIONS)
+
+
+def _airlight_colours(settings: Settings, find: Callable) -> np.ndarray | None:
+    """The airlights' colours of up to 200 images of haze.colours_of, evenly spread: (N,3)."""
+    if settings.haze.colours_of is None:
+        return None
+    files = find(settings.haze.colours_of)
+    return np.stack([synthesis.airlight_colour(images.read(file)) for file in files[:: math.ceil(len(files) / 200)]])
 
 
 def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], list[str]]:

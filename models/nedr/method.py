@@ -100,6 +100,11 @@ class NeDR(Method):
                 raise UserError(
                     f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}"
                 )
+        trained, block = settings.method.trained, settings.method.block
+        if trained != "all" and settings.warm_start.steps and not settings.train.init:
+            raise UserError(f"{block}.trained={trained}: name the trained weights to go on from as train.init=FILE")
+        if trained == "airlight" and settings.method.airlight != "learned":
+            raise UserError(f"{block}.trained=airlight: there is no airlight head; set {block}.airlight=learned")
 
     def save_memory(self) -> None:
         self.removal.recompute = True  # the network with the largest maps; the depth network is frozen at times
@@ -209,7 +214,8 @@ class NeDR(Method):
         s, warm = self.settings, settings.warm_start
         if stage == "warm_start":
             options = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}
-            parts = {"generators": self.removal} | ({"depth": self.depth} if s.depth_weight else {})
+            parts = {"generators": self.removal.airlight if s.trained == "airlight" else self.removal}
+            parts |= {"depth": self.depth} if s.depth_weight else {}
             groups = {name: _parameter_groups(part, s.encoder_rate, options["lr"]) for name, part in parts.items()}
             return {name: AdamW(group, **options) for name, group in groups.items()}
         parts = {"generators": ([self.removal, self.production], 1.0)}
@@ -289,7 +295,8 @@ class NeDR(Method):
         """
         hazy, clear, t = self._rescaled([batch[key] for key in ("hazy", "clear", "transmission")])
         s, airlight, beta = self.settings, batch["airlight"], batch["density"].view(-1, 1, 1, 1)
-        haze = self.removal.estimate_haze(hazy, s.airlight)
+        with self._partly_frozen():
+            haze = self.removal.estimate_haze(hazy, s.airlight)
         terms = {
             "transmission": F.l1_loss(haze.transmission, t),
             "clear": F.l1_loss(physics.unbounded(hazy, haze.transmission, airlight), clear),
@@ -307,6 +314,15 @@ class NeDR(Method):
         if s.depth_weight:
             depth = (-t.log() / beta).clamp(*s.depth_range)
             yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
+
+    @contextlib.contextmanager
+    def _partly_frozen(self) -> Iterator[None]:
+        """Context in which only what ``trained`` names is trained in the removal network."""
+        fixed = [network for name, network in self.removal.named_children() if name != "airlight"]
+        if self.settings.trained != "all":
+            freeze_batch_norm(*fixed)
+        with frozen(*(fixed if self.settings.trained == "airlight" else ())):
+            yield
 
     def _rescaled(self, maps: list[Tensor]) -> list[Tensor]:
         """``maps`` at one of the scales, drawn at random in every step; the sides suit the networks."""
@@ -436,6 +452,6 @@ class NeDR(Method):
 
 def _parameter_groups(network: torch.nn.Module, factor: float, rate: float) -> list[dict]:
     """An optimiser's groups: the encoder at ``factor`` times the learning ``rate``, then all other parameters."""
-    encoder_ids = {id(p) for p in network.pyramid.encoder.parameters()}
+    encoder_ids = {id(p) for p in network.pyramid.encoder.parameters()} if hasattr(network, "pyramid") else set()
     parts = [[p for p in network.parameters() if (id(p) in encoder_ids) == inside] for inside in (True, False)]
     return [{"params": parts[0], "lr": factor * rate}, {"params": parts[1], "lr": rate}]

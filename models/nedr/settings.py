@@ -66,6 +66,7 @@ class NeDRSettings:
     dark_channel_energy_weight: Weight
     dark_channel_energy: DarkChannelEnergy
     frozen_statistics: bool
+    trained: Literal["all", "weights", "airlight"]
 
     @property
     def cycles(self) -> bool:

@@ -39,7 +39,11 @@ def step(method: models.Method, values: config.Settings, name: str, size: int) -
 
 
 def moved(method: models.Method, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name.split(".")[0] for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    return {name.split(".")[0] for name in moved_parameters(method, before)}
+
+
+def moved_parameters(method: models.Method, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
 
 
 def parameters(method: models.Method) -> dict[str, torch.Tensor]:
@@ -406,3 +410,26 @@ def test_checkpointing_changes_no_number():
     (terms, plain), (again, recomputed) = results
     assert terms == again
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("trained", ["all", "weights", "airlight"])
+def test_the_warm_start_trains_what_it_is_told_to(trained):
+    overrides = (*SMALLEST, f"nedr.trained={trained}", "nedr.airlight_head=statistics", "nedr.found_airlight_weight=1")
+    method, values = tiny(*overrides), tiny_settings(*overrides)
+    buffers = {name: b.clone() for name, b in method.removal.named_buffers() if "running" in name}
+    before = parameters(method)
+    step(method, values, "warm_start", 64)
+    changed = {name.split(".")[1] for name in moved_parameters(method, before) if name.startswith("removal")}
+    assert "airlight" in changed
+    assert ({"head", "pyramid"} <= changed) == (trained != "airlight")
+    changed = {
+        name.split(".")[0] for name, b in method.removal.named_buffers() if not torch.equal(b, buffers.get(name, b))
+    }
+    assert changed == ({"airlight", "pyramid"} if trained == "all" else {"airlight"})
+
+
+def test_training_a_part_needs_trained_weights():
+    with pytest.raises(UserError, match=r"trained=airlight.*train\.init=FILE"):
+        models.NeDR.check(tiny_settings("nedr.trained=airlight", "warm_start.steps=2"))
+    with pytest.raises(UserError, match=r"airlight=learned"):
+        models.NeDR.check(tiny_settings("nedr.trained=airlight", "nedr.airlight=max", "train.init=a.pt"))
