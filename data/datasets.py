@@ -18,6 +18,7 @@ from data.cache import Cache
 from data.pictures import Paired
 from data.sets import locate, pairing
 from data.streams import Mixed, Pairs, Replayed, Stream, Synthetic, Unpaired, crop
+from utils import physics
 from utils.config import Settings
 from utils.errors import UserError, quoted
 
@@ -116,7 +117,8 @@ def _airlight_colours(settings: Settings, find: Callable) -> np.ndarray | None:
     if settings.haze.colours_of is None:
         return None
     files = find(settings.haze.colours_of)
-    return np.stack([synthesis.airlight_colour(images.read(file)) for file in files[:: math.ceil(len(files) / 200)]])
+    chosen = files[:: math.ceil(len(files) / 200)]
+    return np.stack([physics.bright_colour(images.read(file)[None]).flatten().numpy() for file in chosen])
 
 
 def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], list[str]]:

@@ -157,13 +157,6 @@ def random_haze(
     }
 
 
-def airlight_colour(hazy: Tensor) -> np.ndarray:
-    """The colour of the airlight of ``hazy`` (3,H,W): the 99.5 % quantile of each channel, over the largest; (3,)."""
-    small = F.interpolate(hazy[None], (96, 128), mode="area").flatten(2)[0]
-    bright = small.quantile(0.995, dim=1).clamp(min=1e-3)
-    return (bright / bright.max()).numpy()
-
-
 def _sometimes(change: config.Sometimes, rng: np.random.Generator, count: int = 1) -> np.ndarray | None:
     """``count`` values uniform in the range, or None if the change is not applied. The number of draws is constant."""
     applied = rng.random() < change.probability

@@ -55,7 +55,7 @@ class NeDR(Method):
     )
     Settings = NeDRSettings
     multiple = STRIDE
-    test_time = ("airlight", "guided_filter", "working_size", "query", "guided_radius")
+    test_time = ("airlight", "guided_filter", "balance", "working_size", "query", "guided_radius")
     inference = ("removal",)
     averaged = ("removal", "production", "depth")
     replaceable = ("removal.airlight.",)
@@ -103,6 +103,10 @@ class NeDR(Method):
         trained, block = settings.method.trained, settings.method.block
         if trained != "all" and settings.warm_start.steps and not settings.train.init:
             raise UserError(f"{block}.trained={trained}: name the trained weights to go on from as train.init=FILE")
+        if settings.method.balance != "none" and settings.train.steps:
+            raise UserError(
+                f"{block}.balance=image: not in adversarial training; set train.steps=0, or the balance in tests"
+            )
         if trained == "airlight" and settings.method.airlight != "learned":
             raise UserError(f"{block}.trained=airlight: there is no airlight head; set {block}.airlight=learned")
 
@@ -240,8 +244,17 @@ class NeDR(Method):
         return self.watch.warnings(step, figures) if stage == "train" else iter(())
 
     def predict(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
-        removal = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
-        return {"clear": removal.clear, "transmission": removal.transmission, "airlight": removal.airlight}
+        colour = self._colour(hazy)
+        removal = self.removal(hazy / colour, self.settings.airlight, self.settings.guided_filter, tile)
+        return {
+            "clear": removal.clear * colour,
+            "transmission": removal.transmission,
+            "airlight": removal.airlight * colour,
+        }
+
+    def _colour(self, hazy: Tensor) -> Tensor | int:
+        """What the images are divided by before their haze is estimated, (N,3,1,1): I/c = (J/c) t + (A/c) (1-t)."""
+        return physics.bright_colour(hazy) if self.settings.balance == "image" else 1
 
     def predict_any_size(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """As `Method.predict_any_size`; with a working size the haze is estimated in a reduced image of the whole view.
@@ -269,9 +282,11 @@ class NeDR(Method):
         """t and A as estimated in the reduced image of the whole view, and that image."""
         s, size = self.settings, network_size(*hazy.shape[2:], self.settings.working_size)
         small = F.interpolate(hazy, size, mode="bilinear", antialias=True).clamp(0, 1)
-        haze = self.removal.estimate_haze(self.padded(small), s.airlight, tile, s.query)
+        colour = self._colour(small)
+        balanced = (small / colour).clamp(0, 1)
+        haze = self.removal.estimate_haze(self.padded(balanced), s.airlight, tile, s.query)
         t = single(haze.transmission)[..., : s.query * size[0], : s.query * size[1]]
-        return t, single(haze.airlight), small
+        return t, single(haze.airlight) * colour, small
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
         """t of the ``small`` image at the size of ``hazy``, (N,1,H,W); along its edges if the settings ask for that."""
@@ -294,7 +309,9 @@ class NeDR(Method):
         compensated by t. The production network needs no warm start: untrained, it nearly is the scattering model.
         """
         hazy, clear, t = self._rescaled([batch[key] for key in ("hazy", "clear", "transmission")])
-        s, airlight, beta = self.settings, batch["airlight"], batch["density"].view(-1, 1, 1, 1)
+        colour = self._colour(hazy)
+        hazy, clear, airlight = hazy / colour, clear / colour, batch["airlight"] / colour
+        s, beta = self.settings, batch["density"].view(-1, 1, 1, 1)
         with self._partly_frozen():
             haze = self.removal.estimate_haze(hazy, s.airlight)
         terms = {

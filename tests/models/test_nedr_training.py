@@ -9,7 +9,7 @@ from conftest import D4, picture, tiny, tiny_settings
 
 import models
 from models.encoder import RELEASED
-from utils import config
+from utils import config, physics
 from utils.errors import UserError
 from utils.training import progress
 from utils.training.updater import Updater
@@ -433,3 +433,26 @@ def test_training_a_part_needs_trained_weights():
         models.NeDR.check(tiny_settings("nedr.trained=airlight", "warm_start.steps=2"))
     with pytest.raises(UserError, match=r"airlight=learned"):
         models.NeDR.check(tiny_settings("nedr.trained=airlight", "nedr.airlight=max", "train.init=a.pt"))
+
+
+def test_balance_takes_a_cast_out_before_the_haze_is_estimated():
+    """A cast of the whole image, (I c) = (J c) t + (A c) (1-t), moves nothing but the colours of J and A."""
+    method = tiny(*SMALLEST, "nedr.balance=image", "nedr.airlight_head=statistics").eval()
+    hazy, cast = batch(64)["hazy"], torch.tensor([1.0, 0.8, 0.6]).view(1, 3, 1, 1)
+    hazy = 0.6 * hazy / physics.bright_colour(hazy)  # its brightest parts are grey
+    with torch.no_grad():
+        for working_size in (0, 32):
+            method.settings.working_size = working_size
+            plain, shifted = method.predict_any_size(hazy), method.predict_any_size(hazy * cast)
+            torch.testing.assert_close(shifted["transmission"], plain["transmission"], atol=1e-4, rtol=0)
+            torch.testing.assert_close(shifted["airlight"], plain["airlight"] * cast, atol=1e-4, rtol=0)
+            torch.testing.assert_close(shifted["clear"], plain["clear"] * cast, atol=1e-3, rtol=0)
+            method.settings.balance = "none"
+            unbalanced = method.predict_any_size(hazy * cast)["airlight"]
+            assert (unbalanced - plain["airlight"] * cast).abs().max() > 1e-2
+            method.settings.balance = "image"
+
+
+def test_balance_is_refused_in_adversarial_training():
+    with pytest.raises(UserError, match=r"balance=image.*train\.steps=0"):
+        models.NeDR.check(tiny_settings("nedr.balance=image", "train.steps=2"))
