@@ -61,19 +61,25 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; the file written there replaces ``path`` if the block succeeds."""
     temporary = temporary_path(path)
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """As `replacing`, with the file on the disk before it replaces ``path``, and errors as of `writing`."""
+    with writing(path), replacing(path) as temporary:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
