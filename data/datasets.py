@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from data import degradations, images, paths, synthesis
+from data import degradations, images, paths, pool_checks, synthesis
 from data.cache import Cache
 from data.pictures import Paired
 from data.sets import locate, pairing
@@ -75,6 +75,7 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         case "unpaired":
             clear = stream(_required(data.clear, "data.clear"), "clear")
             hazy = synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy")
+            warnings += pool_checks.warnings(None if data.hazy is None else hazy.paths, clear.paths)
             dataset = Unpaired(hazy, clear)
             dataset = Replayed(dataset, supervised("warm_start")) if warm_start.replay else dataset
         case _:
