@@ -439,7 +439,9 @@ def test_balance_takes_a_cast_out_before_the_haze_is_estimated():
     """A cast of the whole image, (I c) = (J c) t + (A c) (1-t), moves nothing but the colours of J and A."""
     method = tiny(*SMALLEST, "nedr.balance=image", "nedr.airlight_head=statistics").eval()
     hazy, cast = batch(64)["hazy"], torch.tensor([1.0, 0.8, 0.6]).view(1, 3, 1, 1)
-    hazy = 0.6 * hazy / physics.bright_colour(hazy)  # its brightest parts are grey
+    hazy = (
+        0.6 * hazy / physics.bright_colour(hazy) * torch.tensor([1.0, 0.85, 0.85]).view(1, 3, 1, 1)
+    )  # red is brightest
     with torch.no_grad():
         for working_size in (0, 32):
             method.settings.working_size = working_size
