@@ -113,7 +113,7 @@ def test_sync_batchnorm_is_batch_norm_over_all_shares(checked):
             torch.testing.assert_close(each["statistics"][key], value)
 
 
-def test_figures_states_and_errors_reach_all(checked):
+def test_figures_states_and_errors_reach_all_processes(checked):
     first, second = found(checked, "small")
     for each in (first, second):
         assert each["spread"] == [0, 1, 4, 9, 16]
@@ -160,7 +160,7 @@ def test_sharded_validation_has_the_mean_of_all(checked):
     assert mean["ours.psnr"] == pytest.approx(checkpoint.read(folder / "last.pt")["best"], abs=1e-4)
 
 
-def test_an_error_of_one_process_is_told_once_and_ends_all(checked):
+def test_an_error_of_one_process_is_reported_once_and_ends_all(checked):
     said = checked[1]
     assert said.count("error: the sky fell; put it back") == 1
     assert said.count("error: another process of this run has ended") == 1

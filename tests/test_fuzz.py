@@ -163,7 +163,7 @@ def together(works: list[tuple[str, Callable]], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("seed", "count"), [(1, 100), pytest.param(2, 2000, marks=pytest.mark.slow)])
-def test_pictures(tmp_path, seed, count):
+def test_images(tmp_path, seed, count):
     """Read as an image, as a depth map, and written again in their own format with what is kept of them."""
 
     def work(path: Path) -> None:
@@ -271,7 +271,7 @@ def test_lists_and_odd_paths(tmp_path, monkeypatch, seed, count):
     together(works, tmp_path)
 
 
-def test_no_word_of_a_library_comes_between_the_lines(run, tmp_path, monkeypatch):  # noqa: F811
+def test_libraries_print_nothing(run, tmp_path, monkeypatch):  # noqa: F811
     """Warnings of Pillow, of NumPy, and of libraries in C."""
     monkeypatch.setattr("utils.memory.free_memory", lambda device: 2**28)  # else large ones take seconds
     (tmp_path / "in").mkdir()

@@ -253,12 +253,12 @@ def faults(whole: Path, folder: Path, numbers: range) -> list[str]:
     return found
 
 
-def test_a_few(whole, tmp_path):
+def test_a_few_damaged_files_end_in_one_line(whole, tmp_path):
     assert not faults(whole, tmp_path, range(FEW))
 
 
 @pytest.mark.slow
-def test_many(whole, tmp_path):
+def test_many_damaged_files_end_in_one_line(whole, tmp_path):
     found = faults(whole, tmp_path, range(FEW, FEEDS))
     assert not found, "\n\n".join(found)
 

@@ -80,7 +80,7 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize("cut", CUTS, ids=("random", "short_side"))
 @pytest.mark.parametrize("pictures", [0.5, 4.5, 100])
-def test_the_numbers_are_those_without_it(pool, cut, pictures):
+def test_cached_images_equal_uncached_ones(pool, cut, pictures):
     (pool / "clear" / "3.png").write_bytes(b"junk")
     for plain, kept in zip(streams(pool, cut, None), streams(pool, cut, room(pictures)), strict=True):
         alone = batches(plain, 0)
@@ -96,7 +96,7 @@ def test_workers_change_nothing(pool, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_processes_share_what_one_has_decoded(pool, decoded, workers):
+def test_processes_share_decoded_images(pool, decoded, workers):
     stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", room(100))
     batches(stream, workers, stop=COUNT)
     assert decoded.value == COUNT
@@ -106,7 +106,7 @@ def test_all_processes_share_what_one_has_decoded(pool, decoded, workers):
     assert stream.cache.used == COUNT * SIZE
 
 
-def test_streams_of_the_same_pictures_share_them(pool, decoded):
+def test_streams_of_the_same_images_share_the_cache(pool, decoded):
     kept = room(100)
     made, mixed, pairs, pools = streams(pool, CUTS[0], kept)
     for stream in (made, mixed, mixed):
@@ -118,7 +118,7 @@ def test_streams_of_the_same_pictures_share_them(pool, decoded):
     assert kept.used == COUNT * (2 * SIZE + SIZE // 3)
 
 
-def test_the_budget_is_kept_and_what_is_in_stays(pool, decoded):
+def test_the_budget_is_respected_and_nothing_is_evicted(pool, decoded):
     stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", room(3.9))
     for epoch in range(4):
         batches(stream, 0, epoch * COUNT, (epoch + 1) * COUNT)
@@ -126,7 +126,7 @@ def test_the_budget_is_kept_and_what_is_in_stays(pool, decoded):
         assert decoded.value == COUNT + epoch * (COUNT - 3)
 
 
-def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
+def test_only_registered_images_that_fit_are_cached(pool, decoded):
     path = paths.find(pool / "clear")[0]
     for kept in (room(100), Cache(), Cache(0)):
         for _ in range(2):
@@ -138,7 +138,7 @@ def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
     assert decoded.value == 6 + 6 + 1
 
 
-def test_what_a_stream_hands_out_is_its_own(pool):
+def test_items_of_a_stream_are_copies(pool):
     stream = Stream(paths.find(pool / "clear"), lambda image, rng: image[:], 1, "clear", room(100))
     first = stream[0]["clear"].clone()
     for _ in range(3):
@@ -147,7 +147,7 @@ def test_what_a_stream_hands_out_is_its_own(pool):
         item.zero_()
 
 
-def test_a_picture_may_be_a_depth_map_too(pool):
+def test_a_file_may_be_both_an_image_and_a_depth_map(pool):
     path = paths.find(pool / "depth")[0]
     kept = room(100)
     kept.add([path], [path])
@@ -157,7 +157,7 @@ def test_a_picture_may_be_a_depth_map_too(pool):
     assert kept.used == SIZE + SIZE // 3
 
 
-def test_only_8_bit_is_kept(tmp_path):
+def test_only_8_bit_images_are_cached(tmp_path):
     rng, kept = np.random.default_rng(0), room(100)
     grey, depth = tmp_path / "grey.png", tmp_path / "depth.npy"
     Image.fromarray(rng.integers(0, 65536, (9, 8), dtype=np.uint16)).save(grey)
@@ -181,7 +181,7 @@ def test_broken_files_are_refused_every_time(pool):
     assert kept.used == 0
 
 
-def test_a_spawned_worker_has_none(pool):
+def test_a_spawned_worker_has_no_cache(pool):
     for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], room(100)), strict=True):
         batches(kept, 0)
         sent = pickle.loads(pickle.dumps(kept))
@@ -191,7 +191,7 @@ def test_a_spawned_worker_has_none(pool):
 
 @settings(max_examples=50, deadline=None)
 @given(st.data(), st.integers(1, 20), st.integers(1, 20), st.integers(0, 255))
-def test_a_slice_is_what_is_cut_from_the_numbers(data, height, width, most):
+def test_a_slice_equals_the_slice_of_the_tensor(data, height, width, most):
     values = torch.randint(0, most + 1, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in (height, width)]
     cut = (slice(None), *(slice(*ends) for ends in bounds))
@@ -207,7 +207,7 @@ def test_a_slice_is_what_is_cut_from_the_numbers(data, height, width, most):
     assert picture[cut].is_contiguous()
 
 
-def test_more_than_the_machine_has_is_refused(monkeypatch):
+def test_a_cache_larger_than_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 3.26 * 2**30)
     with pytest.raises(UserError, match=r"data\.cache=3\.5: only 3\.3 GiB of memory are free, .*; set a smaller data"):
         Cache(3.5)
@@ -223,7 +223,7 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
         Cache(3)
 
 
-def test_memory_is_taken_as_pictures_come():
+def test_memory_is_allocated_as_images_arrive():
     """Resident, in this process: 2 GiB that are not there yet."""
 
     def resident():
@@ -237,13 +237,13 @@ def test_memory_is_taken_as_pictures_come():
 
 
 @pytest.mark.parametrize("value", ["-1", "much", "true", ".inf", ".nan"])
-def test_settings_that_cannot_be(value):
+def test_invalid_cache_settings_are_refused(value):
     with pytest.raises(UserError, match=r"data\.cache"):
         config.section("data", [f"cache={value}"])
     assert config.section("data").cache > 0
 
 
-def test_pictures_are_kept_without_border_and_small(pool):
+def test_images_are_cached_after_border_and_resizing(pool):
     """Cut first, then shrunk; read anew or from memory, in 8-bit steps both times. Small ones stay as they are."""
     path = next((pool / "clear").iterdir())
     whole = images.read(path)

@@ -70,7 +70,7 @@ def test_source_names(folder, monkeypatch):
     assert paths.find("sample:test/clear") == [folder / "test/clear/chelsea.png", folder / "test/clear/coffee.png"]
 
 
-def test_motorcycle_depth_fits_its_pictures():
+def test_motorcycle_depth_fits_its_images():
     """Disparity moves the left view onto the right one, and both maps are whole."""
     for right in (False, True):
         depth = sample.motorcycle_depth(right)

@@ -11,7 +11,7 @@ UNDECIDED = {"lsgan": (0.25, 0.25), "vanilla": (math.log(2), math.log(2)), "hing
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_undecided_discriminator(kind):
+def test_an_undecided_discriminator_has_the_known_loss(kind):
     logits = torch.zeros(2, 1, 3, 3)
     judged, fooled = UNDECIDED[kind]
     assert discriminator_loss(logits, logits, kind).item() == pytest.approx(judged)
@@ -35,7 +35,7 @@ def test_closed_forms(real, fake):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_two_pull_apart(kind):
+def test_generator_and_discriminator_losses_oppose_each_other(kind):
     """The discriminator lowers a fake's score, the generator raises it; a score of 1e4 stays finite."""
     fake = torch.zeros(1, 1, 2, 2, requires_grad=True)
     down = torch.autograd.grad(discriminator_loss(fake.detach(), fake, kind), fake)[0]

@@ -47,13 +47,13 @@ def test_statistics_have_the_size_that_the_head_expects():
 
 @pytest.mark.parametrize("picture", [torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.rand(1, 3, 64, 64)])
 @pytest.mark.parametrize("t", [0.001, 0.05, 1.0])
-def test_statistics_of_flat_pictures_are_numbers(picture, t):
+def test_statistics_of_flat_images_are_finite(picture, t):
     found = airlight.haze_statistics(picture, torch.full((1, 1, 64, 64), t))
     assert found.isfinite().all()
     assert found.abs().max() < 100
 
 
-def test_the_value_one_can_be_found():
+def test_the_head_can_predict_one():
     head = airlight.StatisticsAirlight((0.5, 1.15))
     with torch.no_grad():
         head.layers[-1].weight.zero_()
@@ -78,7 +78,7 @@ def test_the_head_learns_in_the_warm_start():
     assert method.removal.airlight.layers[0].weight.grad.any()
 
 
-def test_checkpoints_from_before_there_was_a_choice(tmp_path):
+def test_checkpoints_without_the_setting_of_the_head_load(tmp_path):
     """They name no head, no encoder and no sizes, and have the paper's head under its old names."""
     of_then = (*D4, f"nedr.encoder={RELEASED}")
     whole = tiny(*of_then).eval()
@@ -118,7 +118,7 @@ def test_heads_are_named():
         assert isinstance(RemovalNet(4, kan_cid=False, idrm=False, drem=False, airlight_head=name).airlight, kind)
 
 
-def test_dim_airlights_can_be_found():
+def test_the_head_can_predict_dim_airlights():
     head = airlight.StatisticsAirlight((0.25, 1.15))
     with torch.no_grad():
         head.layers[-1].weight.zero_()

@@ -219,7 +219,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ways_to_pack_the_same_weights(official_state, shape):
+def test_packagings_of_the_same_weights_are_recognised(official_state, shape):
     state = foreign.find(SHAPES[shape](official_state), official.recognise)
     expected, found = official.translate(official_state), official.translate(state)
     assert found.networks.keys() == expected.networks.keys()

@@ -49,13 +49,13 @@ def method(request) -> models.Method:
     return small(request.param).eval()
 
 
-def test_it_says_what_it_is(method):
+def test_a_method_has_its_citation_and_name(method):
     assert all(method.about)
     assert type(method) is models.METHODS[models.name_of(method)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 131), (67, 90)])
-def test_any_size_goes_through(method, size):
+def test_any_size_is_dehazed(method, size):
     hazy = picture(1, 2, 3, *size)
     found = method.estimate(hazy)
     assert found["clear"].shape == hazy.shape
@@ -128,7 +128,7 @@ def test_stages_that_a_method_has_not_are_refused():
         models.check_training(settings("aknet", "warm_start.steps=3"))
 
 
-def test_the_listing_names_them_all():
+def test_the_listing_names_all_methods():
     text = models.listing()
     assert max(map(len, text.splitlines())) <= 120
     for name in NAMES:
@@ -189,7 +189,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("case", KEPT)
-def test_released_weights_as_people_keep_them(released, tmp_path, case):
+def test_packaged_released_weights_load(released, tmp_path, case):
     name, method, file = released
     torch.save(KEPT[case](flat(torch.load(file))), tmp_path / "kept.ckpt")
     with warnings.catch_warnings(action="ignore"):
@@ -241,7 +241,7 @@ def file_of(folder: Path, *overrides: str, **change: torch.Tensor) -> Path:
     return folder / "weights.safetensors"
 
 
-def test_weights_that_are_no_numbers_are_named_where_they_are_read(tmp_path):
+def test_nonfinite_weights_are_named_when_read(tmp_path):
     file = file_of(tmp_path, **{"network.stem.bias": torch.full((8,), torch.nan)})
     for reading in (
         lambda: official.main(["inspect", str(file)]),
@@ -252,7 +252,7 @@ def test_weights_that_are_no_numbers_are_named_where_they_are_read(tmp_path):
             reading()
 
 
-def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):
+def test_a_small_file_cannot_request_a_large_network(tmp_path):
     assert models.load(file_of(tmp_path)).settings.width == 8
     with pytest.raises(UserError, match="asks for networks far larger than its"):
         models.load(file_of(tmp_path, "width=512"))

@@ -21,7 +21,7 @@ def test_nedr_ships():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_they_are_small_and_of_their_preset(name):
+def test_shipped_weights_are_small_and_of_their_preset(name):
     path = models.shipped(name)
     assert path.stat().st_size < 20e6
     _, metadata = checkpoint.read_safetensors(path)

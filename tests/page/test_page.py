@@ -144,7 +144,7 @@ def found(coffee):
     return {name: models.load(name).estimate(images.read(coffee)[None]) for name in ("nedr", "dcp")}
 
 
-def test_a_photograph_is_dropped_and_seen_without_haze(visit, coffee, found):
+def test_a_dropped_photograph_is_shown_dehazed(visit, coffee, found):
     page = visit()
     drop(page, coffee)
     urls = shown(page)
@@ -205,7 +205,7 @@ def test_a_jpeg_keeps_its_format_profile_and_exif(visit, coffee, tmp_path):
         assert image.info["icc_profile"] == profile
 
 
-def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
+def test_several_uploads_with_invalid_ones_among_them(visit, coffee, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(coffee.read_bytes()[:20000])
     notes = tmp_path / "notes.jpg"
@@ -234,7 +234,7 @@ def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
     page.wait_for_function("() => document.querySelector('#choice input').value == 'chelsea_1.png'")
 
 
-def test_wrong_and_too_large_files_are_answered_in_words(visit, tmp_path):
+def test_invalid_and_too_large_files_are_answered_with_a_message(visit, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     Image.new("1", (6000, 5000)).save(tmp_path / "poster.png")
     page = visit()
@@ -263,7 +263,7 @@ def test_twenty_megapixels(visit, coffee, tmp_path):
         assert image.size == (5480, 3650)
 
 
-def test_two_visitors_at_once_see_their_own(visit, coffee, found):
+def test_concurrent_visitors_see_their_own_images(visit, coffee, found):
     one, other = visit(), visit()
     chelsea = coffee.with_name("chelsea_2.png")
     drop(one, coffee)
@@ -273,13 +273,13 @@ def test_two_visitors_at_once_see_their_own(visit, coffee, found):
         assert any(near(pixels(page, url), clear) for url in shown(page))
 
 
-def test_an_example_is_a_press_away(visit):
+def test_an_example_can_be_selected(visit):
     page = visit()
     page.locator("#samples button img").first.click()
     assert len(shown(page)) >= 2
 
 
-def test_uploads_go_when_the_page_is_left_even_at_work(visit, server, coffee):
+def test_uploads_are_deleted_when_the_page_is_closed(visit, server, coffee):
     page = visit()
     drop(page, coffee)
     shown(page)
@@ -293,7 +293,7 @@ def test_uploads_go_when_the_page_is_left_even_at_work(visit, server, coffee):
     assert not any(folder.exists() for folder in folders)
 
 
-def test_only_this_computer_unless_told_otherwise_and_taken_ports_are_said(server):
+def test_the_page_is_local_by_default_and_reports_a_port_in_use(server):
     port = server[0].rsplit(":", 1)[1]
     command = [sys.executable, "-m", "page", "--port", port]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)

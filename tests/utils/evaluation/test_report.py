@@ -78,7 +78,7 @@ def test_results_are_valid_json_and_complete(tmp_path, rows, found):
     assert (real["mean"], real["resumed"], real["images_per_second"]) == ({}, 1, 0.25)
 
 
-def test_what_was_written_can_be_compared(tmp_path, rows, found):
+def test_written_results_can_be_compared(tmp_path, rows, found):
     report.write(tmp_path, rows, found)
     assert "O-HAZE" in comparison.compare([tmp_path]).text()
 
@@ -97,7 +97,7 @@ def test_rows_read_back(tmp_path, rows, found):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["per_image.csv", "results.json", "results.md"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path, rows, found):
+def test_an_unwritable_folder_is_named(tmp_path, rows, found):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(UserError, match=r"results\.json"):
         report.write(tmp_path, rows, found)
@@ -147,7 +147,7 @@ def test_markdown_has_a_table_for_each_protocol_and_metric(rows, found):
     assert f"torch {metrics.versions()['torch']}" in text
 
 
-def test_picture_names_keep_folders_and_never_collide():
+def test_image_names_keep_folders_and_never_collide():
     names = ["a.jpg", "b/a.png", "b/a.jpg", "b/c.d.tif"]
     assert list(report.image_names(names).values()) == ["a.png", "b/a.png.png", "b/a.jpg.png", "b/c.d.png"]
     assert list(report.image_names(["A.png", "a.jpg", "a.jpg.bmp"]).values()) == [

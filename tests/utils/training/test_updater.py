@@ -48,7 +48,7 @@ def batches(count: int, size: int = 3) -> list[dict[str, torch.Tensor]]:
     return [{"x": torch.randn(size, 4, generator=g), "y": torch.randn(size, 2, generator=g)} for _ in range(count)]
 
 
-def test_a_step_is_that_of_the_optimiser():
+def test_a_step_equals_the_optimisers():
     one, other, data = net(), net(), batches(1)
     terms = updater(one).step(losses(one), data)
     plain = torch.optim.Adam(other.parameters(), 0.05)
@@ -193,7 +193,7 @@ def test_a_resumed_run_may_be_given_more_steps():
     assert longer.rates()["net"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 5 / 20)) / 2)
 
 
-def test_a_resumed_run_has_the_rates_betas_and_decay_that_are_set_now():
+def test_a_resumed_run_uses_the_current_rates_betas_and_decay():
     module, data = net(), batches(1)
     first = Updater({"net": torch.optim.AdamW(module.parameters(), 0.05)}, *told(schedule="cosine"), CPU)
     first.step(losses(module), data)
@@ -225,7 +225,7 @@ def test_the_remedy_for_a_loss_names_settings_of_its_stage():
 
 
 @pytest.mark.parametrize("kind", ["constant", "multistep", "cosine"])
-def test_going_on_from_a_state_is_the_same_run(kind):
+def test_a_restored_updater_continues_the_same_run(kind):
     straight, data = net(), batches(8)
     how = {"schedule": kind, "milestones": [3.0], "gamma": 0.5}
     mover = updater(straight, **how)
@@ -265,7 +265,7 @@ def test_precision_on_the_cpu():
         updater(module, precision="fp16").step(losses(module), data)
 
 
-def test_what_is_not_finite_is_refused():
+def test_nonfinite_values_are_refused():
     assert finite({"a": torch.tensor(0.5)}) == {"a": 0.5}
     for bad in ("nan", "inf", "-inf"):
         with pytest.raises(UserError, match="the loss 'b' has become"):
