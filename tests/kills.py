@@ -176,8 +176,8 @@ def look(case: Case, folder: Path, before: int) -> int:
         assert yaml.safe_load((folder / "settings.yml").read_text())["model"] == case.model
     records, damaged = files.read_records(folder / "log.jsonl")
     assert len(damaged) <= 1, f"log.jsonl: lines {damaged} are damaged"
-    told = Counter(record["step"] for record in records if "loss/generators" in record and record["step"] <= step)
-    assert told == Counter(range(1, step + 1)), f"log.jsonl: of {step} steps there are {told}"
+    logged = Counter(record["step"] for record in records if "loss/generators" in record and record["step"] <= step)
+    assert logged == Counter(range(1, step + 1)), f"log.jsonl: of {step} steps there are {logged}"
     points = losses(folder)
     lost = [k for k in range(1, step + 1) if k not in points]
     assert not lost, f"TensorBoard has lost the points of steps {lost} of {step}"

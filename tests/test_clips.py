@@ -154,18 +154,18 @@ def test_a_rotated_clip_is_upright(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codec", "pix_fmt", "told"),
+    ("codec", "pix_fmt", "message"),
     [
         ("libx265", "yuv420p10le", "10 bits a channel, read and written as 8"),
         ("png", "rgba", "its transparency is left out"),
     ],
 )
-def test_what_the_output_clip_cannot_keep_is_reported(run, tmp_path, codec, pix_fmt, told):
+def test_what_the_output_clip_cannot_keep_is_reported(run, tmp_path, codec, pix_fmt, message):
     frames = [np.dstack([pixels(f), np.full((64, 96), 128, np.uint8)]) for f in pan(2, 0, 64, 96)]
     write(tmp_path / "a.mov", frames, codec=codec, pix_fmt=pix_fmt)
     status, _, err = run("--hazy", "a.mov")
     assert status == 0
-    assert told in err
+    assert message in err
     assert len(read(tmp_path / "out/videos/a.mov")[1]) == 2
 
 
@@ -181,7 +181,7 @@ def test_unsuitable_clips_are_refused(run, tmp_path):
         heard.sample_rate, heard.pts, heard.time_base = 48000, 0, Fraction(1, 48000)
         out.mux(track.encode(heard))
         out.mux(track.encode(None))
-    for name, told in {
+    for name, message in {
         "hdr": "is HDR, PQ",
         "text": "cannot be read as a clip",
         "empty": "cannot be read as a clip",
@@ -190,7 +190,7 @@ def test_unsuitable_clips_are_refused(run, tmp_path):
     }.items():
         status, out, err = run("--hazy", f"{name}.mp4")
         assert (status, out, err.count("error")) == (2, "", 1), name
-        assert told in err
+        assert message in err
         assert not list((tmp_path / "out").rglob("*.mp4"))
     status, out, err = run("--hazy", "text.mp4", "whole.mp4")  # one that is bad does not keep the others
     assert (status, "3 frames done" in out, "text.mp4" in err) == (2, True, True)

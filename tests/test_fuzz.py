@@ -147,17 +147,17 @@ def together(works: list[tuple[str, Callable]], folder: Path) -> None:
             try:
                 work()
             except UserError as error:
-                told = str(error).replace(str(folder), "")
-                assert told.isprintable(), (name, told)
-                assert len(told) < LONGEST, (name, told)
+                message = str(error).replace(str(folder), "")
+                assert message.isprintable(), (name, message)
+                assert len(message) < LONGEST, (name, message)
             except BaseException as error:
                 raise AssertionError(name) from error
 
     for start in range(0, len(works), TOGETHER):
         some = works[start : start + TOGETHER]
-        found = bounds.judge(lambda some=some: one_child(some), folder, seconds=30)
+        found = bounds.run(lambda some=some: one_child(some), folder, seconds=30)
         if found.fault:  # one by one, to name it
-            alone = {name: bounds.judge(lambda each=(name, work): one_child([each]), folder) for name, work in some}
+            alone = {name: bounds.run(lambda each=(name, work): one_child([each]), folder) for name, work in some}
             faults = {name: verdict.fault for name, verdict in alone.items() if verdict.fault}
             pytest.fail(f"of {[name for name, _ in some]}: {faults or found.fault}")
 
@@ -254,13 +254,13 @@ def test_lists_and_odd_paths(tmp_path, monkeypatch, seed, count):
     rng, works = np.random.default_rng(seed), []
 
     def work(source: str) -> None:
-        told: list[str] = []
-        for path in paths.find([source, "a.png"], absent=told):
+        messages: list[str] = []
+        for path in paths.find([source, "a.png"], absent=messages):
             try:
                 images.read(path)
             except UserError as error:
-                told.append(str(error))
-        assert [line for line in told if not line.isprintable() or len(line) > LONGEST] == []
+                messages.append(str(error))
+        assert [line for line in messages if not line.isprintable() or len(line) > LONGEST] == []
         paths.find(source)
 
     for number in range(count):

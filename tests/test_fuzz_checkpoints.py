@@ -245,7 +245,7 @@ def faults(whole: Path, folder: Path, numbers: range) -> list[str]:
     for number in numbers:
         name, how, data = spoilt(whole, number)
         (folder / name).write_bytes(data)
-        verdict = bounds.judge(lambda number=number, name=name: use(folder / name, number), folder)
+        verdict = bounds.run(lambda number=number, name=name: use(folder / name, number), folder)
         found += [f"feed {number}, {name}, {how}: {verdict.fault}"] if verdict.fault else []
         refused += bool(verdict.refused)
         (folder / name).unlink()
@@ -268,6 +268,6 @@ def test_whole_files_are_used(whole, tmp_path):
     for number, name in ((0, "last.pt"), (4, "last.pt"), (1, "weights.safetensors"), (2, "official.pth")):
         for file in ("config.yml", name):
             shutil.copy(whole / file, tmp_path)
-        found = bounds.judge(lambda number=number, name=name: use(tmp_path / name, number), tmp_path)
+        found = bounds.run(lambda number=number, name=name: use(tmp_path / name, number), tmp_path)
         assert found == ("", ""), name
         (tmp_path / name).unlink()

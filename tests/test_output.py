@@ -124,7 +124,7 @@ def test_side_by_side_and_transmission(run, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["--format", "gif"], "must be one of auto, png, jpg, webp"),
         (["--quality", "0"], "at least 1"),
@@ -133,11 +133,11 @@ def test_side_by_side_and_transmission(run, photos, tmp_path):
         (["--show", "transmission", "--clear", "other"], "there is no dehazed image to measure"),
     ],
 )
-def test_invalid_output_options_are_refused(run, photos, tmp_path, argv, told):
+def test_invalid_output_options_are_refused(run, photos, tmp_path, argv, message):
     images.write(tmp_path / "other/a.png", torch.rand(3, 12, 20))
     status, _, err = run(*argv, hazy="photos/a.jpg")
     assert (status, err.count("error")) == (2, 1)
-    assert told in err
+    assert message in err
     assert not written(tmp_path)
 
 

@@ -493,8 +493,8 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
     argv = ["--weights", "other.pt", "--benchmarks", "SOTS-indoor", "HSTS", *benchmarks]
 
     def in_force(name):
-        told = row(tmp_path / "results", "nedr", name)["settings"]
-        return told["airlight"], told["guided_filter"]
+        settings = row(tmp_path / "results", "nedr", name)["settings"]
+        return settings["airlight"], settings["guided_filter"]
 
     run(*argv)
     learned = airlight == "learned"
@@ -657,9 +657,9 @@ def test_figures_on_images_that_weights_were_chosen_on_are_warned_about(run, pai
     images.write(tmp_path / "clear" / "1.png", images.read(tmp_path / "clear" / "1.png"), compress_level=1)
     argv = ["--weights", "chosen.safetensors", "test.panels=false"]
     done = run(*argv, *pairs)
-    told = "chosen on the ground truths of 2 of these 3 images (validation on mine)"
-    assert f"warning: pictures: nedr: its weights were {told}" in done.err
-    assert told in "".join(row(tmp_path / "results", "nedr")["remarks"])
+    remark = "chosen on the ground truths of 2 of these 3 images (validation on mine)"
+    assert f"warning: pictures: nedr: its weights were {remark}" in done.err
+    assert remark in "".join(row(tmp_path / "results", "nedr")["remarks"])
     assert json.loads((tmp_path / "results" / "results.json").read_text())["methods"]["nedr"]["chosen_on"] == {
         "sets": ["mine"],
         "pictures": 2,

@@ -571,7 +571,7 @@ def test_jpeg_format(scenes):
 
 def test_dusk_darkens_scene_and_airlight_alike():
     clear = torch.rand(3, 6, 6)
-    plain, dusk = (draws(20, *told, "airlight=[0.8, 0.8]", clear=clear) for told in ((), DUSK))
+    plain, dusk = (draws(20, *overrides, "airlight=[0.8, 0.8]", clear=clear) for overrides in ((), DUSK))
     for item in dusk:
         assert 0.4 <= item["airlight"].max() / 0.8 <= 0.6
         torch.testing.assert_close(item["clear"] / clear, (item["airlight"] / 0.8).expand_as(clear))

@@ -191,17 +191,17 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("told", DEATHS)
-def test_a_worker_s_death_raises_where_its_batch_is_requested(told, monkeypatch):
+@pytest.mark.parametrize("how", DEATHS)
+def test_a_worker_s_death_raises_where_its_batch_is_requested(how, monkeypatch):
     """Not in the middle of a step, where PyTorch has it raise an error."""
     patience = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(patience, "__defaults__", (0.1,))  # in place of 5 s
     before = signal.getsignal(signal.SIGCHLD)
     others = multiprocessing.active_children()
-    with closing(iter(loader(Deadly(4, DEATHS[told]), 0, 60, 2, workers=1))) as batches:
+    with closing(iter(loader(Deadly(4, DEATHS[how]), 0, 60, 2, workers=1))) as batches:
         assert next(batches)["k"] == [0, 1]
         [worker] = [child for child in multiprocessing.active_children() if child not in others]
         worker.join()  # here SIGCHLD comes
         assert signal.getsignal(signal.SIGCHLD) == before
-        with pytest.raises(UserError, match=rf"process that reads images, {worker.pid}, {told}.*lower data\.workers"):
+        with pytest.raises(UserError, match=rf"process that reads images, {worker.pid}, {how}.*lower data\.workers"):
             next(batches)

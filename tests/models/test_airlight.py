@@ -100,11 +100,11 @@ def test_checkpoints_without_the_setting_of_the_head_load(tmp_path):
 @pytest.mark.parametrize("before", ["pooled", "max"])
 def test_training_may_begin_with_weights_of_another_head(tmp_path, before):
     """The head keeps its own start, all else is the file's."""
-    told = "nedr.airlight=max" if before == "max" else f"nedr.airlight_head={before}"
-    old, new = tiny(*D4, told), tiny(*D4, "nedr.airlight_head=statistics")
+    setting = "nedr.airlight=max" if before == "max" else f"nedr.airlight_head={before}"
+    old, new = tiny(*D4, setting), tiny(*D4, "nedr.airlight_head=statistics")
     with torch.no_grad():
         old.removal.head.conv3.bias.fill_(0.7)
-    metadata = {"model": "nedr", "settings": config.to_dict(tiny_settings(*D4, told))}
+    metadata = {"model": "nedr", "settings": config.to_dict(tiny_settings(*D4, setting))}
     checkpoint.save_weights(tmp_path / "old.safetensors", old.inference_state(), metadata)
     torch.manual_seed(3)
     models.start(new, tmp_path / "old.safetensors")

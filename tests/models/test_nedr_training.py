@@ -198,7 +198,7 @@ def test_frozen_statistics():
 def test_lasting_trivial_solutions_are_reported():
     method = tiny(*SMALLEST, started=False)
     said = {
-        step: [told.split(" ")[0:4] for told in method.training_warnings("train", step, figures)]
+        step: [warning.split(" ")[0:4] for warning in method.training_warnings("train", step, figures)]
         for step, figures in (
             (50, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
             (
@@ -218,12 +218,12 @@ def test_lasting_trivial_solutions_are_reported():
         550: [["the", "discriminator", "of", "clear"]],
     }
     assert not list(method.training_warnings("warm_start", 900, {"t_deviation": 0.0}))
-    told = [
+    warnings = [
         *method.training_warnings("train", 600, {"discriminator_clear": 0}),
         *method.training_warnings("train", 650, {"discriminator_clear": 0}),
     ]
-    assert len(set(told)) == 1  # so that the log says it once
-    assert "nedr.discriminator_rate" in told[0]
+    assert len(set(warnings)) == 1  # so that the log says it once
+    assert "nedr.discriminator_rate" in warnings[0]
 
 
 def test_weights_scale_the_terms():

@@ -76,14 +76,14 @@ def test_tiles_keep_the_size(method):
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_a_step_of_training(name, stage):
     """Losses and gradients are finite, every parameter gets one, and every network moves."""
-    method, told = small(name).train(), settings(name, *SMALL[name], "warm_start.steps=2", "train.steps=2")
+    method, values = small(name).train(), settings(name, *SMALL[name], "warm_start.steps=2", "train.steps=2")
     batch = {"hazy": picture(3, 2, 3, 128, 128), "clear": picture(4, 2, 3, 128, 128)}  # NeDR's smallest
     batch |= {"transmission": picture(5, 2, 1, 128, 128) * 0.8 + 0.1, "airlight": torch.full((2, 3, 1, 1), 0.9)}
     batch["density"] = torch.tensor([[0.9], [1.2]])
-    optimisers = method.optimisers(stage, told)
+    optimisers = method.optimisers(stage, values)
     before = [[p.detach().clone() for p in optimiser.param_groups[0]["params"]] for optimiser in optimisers.values()]
-    plan = next(each for each in progress.stages(told) if each.name == stage)
-    updater = Updater(optimisers, plan, told, torch.device("cpu"))
+    plan = next(each for each in progress.stages(values) if each.name == stage)
+    updater = Updater(optimisers, plan, values, torch.device("cpu"))
     figures = finite(updater.step(lambda batch: method.losses(batch, stage), [batch]))
     assert optimisers.keys() <= figures.keys()
     for earlier, optimiser in zip(before, optimisers.values(), strict=True):
@@ -163,9 +163,9 @@ def test_released_files_come_back(released, tmp_path, capsys):
     torch.testing.assert_close(dehazed(loaded), dehazed(method), rtol=0, atol=0)
 
     assert official.main(["inspect", str(file)]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{file}: {name}, in its authors' format\n")
-    assert f"{len(loaded.skipped)} in all" in told
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{file}: {name}, in its authors' format\n")
+    assert f"{len(loaded.skipped)} in all" in printed
 
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "again" / "theirs.pth"
     assert official.main(["import", str(file), "--output", str(ours)]) == 0
@@ -234,9 +234,13 @@ def test_damaged_and_foreign_files_are_refused(released, tmp_path):
 def file_of(folder: Path, *overrides: str, **change: torch.Tensor) -> Path:
     """The weights of a small AKNet as a file of before there were checksums, some of them changed."""
     values = settings("aknet", *SMALL["aknet"])
-    weights, told = small("aknet").state_dict(), config.to_dict(values)
-    told["aknet"] |= dict(text.split("=") for text in overrides)
-    header = {"format": checkpoint.FORMAT, "version": "1", "metadata": json.dumps({"model": "aknet", "settings": told})}
+    weights, saved = small("aknet").state_dict(), config.to_dict(values)
+    saved["aknet"] |= dict(text.split("=") for text in overrides)
+    header = {
+        "format": checkpoint.FORMAT,
+        "version": "1",
+        "metadata": json.dumps({"model": "aknet", "settings": saved}),
+    }
     safetensors.torch.save_file(weights | change, folder / "weights.safetensors", header)
     return folder / "weights.safetensors"
 

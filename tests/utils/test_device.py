@@ -107,11 +107,11 @@ def test_deterministic_mode_uses_only_deterministic_algorithms(monkeypatch):
 
 
 def test_an_operation_without_a_deterministic_form_is_named():
-    told = "grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set ..."
+    message = "grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set ..."
     with (
         pytest.raises(UserError, match=r"^deterministic=true: grid_sampler_2d_backward_cuda has no .* on cpu"),
         device.deterministic_errors(torch.device("cpu")),
     ):
-        raise RuntimeError(told)
+        raise RuntimeError(message)
     with pytest.raises(RuntimeError, match="other"), device.deterministic_errors(torch.device("cpu")):
         raise RuntimeError("other")

@@ -136,8 +136,8 @@ class Call:
 @pytest.mark.parametrize("function", [eval, exec, os.system, subprocess.call, getattr, __import__])
 def test_calls_beside_the_weights_are_refused_and_not_executed(tmp_path, function):
     trace = tmp_path / "trace"
-    told = {os.system: f"touch {trace}", subprocess.call: ["touch", str(trace)]}
-    args = (trace, "name") if function is getattr else (told.get(function, f"open({str(trace)!r}, 'w')"),)
+    commands = {os.system: f"touch {trace}", subprocess.call: ["touch", str(trace)]}
+    args = (trace, "name") if function is getattr else (commands.get(function, f"open({str(trace)!r}, 'w')"),)
     torch.save({"state_dict": WEIGHTS, "x": Call(function, *args)}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="code in checkpoints is never run"):
         checkpoint.read(tmp_path / "evil.pth")

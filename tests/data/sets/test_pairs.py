@@ -129,14 +129,14 @@ def test_pairs_of_unequal_sizes_are_skipped_and_reported(pools, tmp_path):
     (tmp_path / "own/hazy/1_2_0.9.png").write_bytes(b"junk")
     stream = training(**pools)
     items = [stream[k] for k in range(12)]
-    told = sorted(message for item in items for message in item["skipped"])
+    messages = sorted(message for item in items for message in item["skipped"])
     for words in (
         "1_2_0.9.png: cannot be read as an image",
         f"2_1_0.9.png is 25x20 but its ground truth {tmp_path / 'own/gt/2.png'} is 24x20; crop them to one size",
         "3_3_0.9.png is 24x11 but its ground truth",
         "4_1_0.9.png: 24x11 is smaller than the crop of 12; set a smaller data.crop_size",
     ):
-        assert any(words in message for message in told)
+        assert any(words in message for message in messages)
     assert {round(item["clear"][0, 0, 0].item() * 255) for item in items} == {1, 2, 3}
     for path in (tmp_path / "own/hazy").iterdir():
         path.write_bytes(b"")

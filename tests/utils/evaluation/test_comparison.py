@@ -37,7 +37,7 @@ def results(figures, *, protocols=(OURS,), metrics=None, versions=None, order=1)
         "versions": {"torch": "2.15.0", "pillow": "11.0"} | (versions or {}),
         "device": "cpu",
         "settings": {},
-        "methods": {name: told for name, told in methods.items() if name != "hazy input"},
+        "methods": {name: about for name, about in methods.items() if name != "hazy input"},
         "rows": rows,
     }
 

@@ -65,16 +65,16 @@ def test_output_of_low_precision_is_scored_in_full():
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_threads_change_nothing_but_the_time(workers):
-    saved, told = {}, []
+    saved, scores = {}, []
     outcome = scoring.run(
         half,
         Pairs(),
         lambda item, dehazed: {"error": float((dehazed - item["clear"]).abs().mean())},
         lambda item, dehazed: saved.update({item["name"]: dehazed}),
         workers=workers,
-        on_score=told.append,
+        on_score=scores.append,
     )
-    assert names(outcome) == ["a.png", "b.png", "c.png"] == [score.name for score in told]
+    assert names(outcome) == ["a.png", "b.png", "c.png"] == [score.name for score in scores]
     for score, item in zip(outcome.scores, Pairs(), strict=False):
         assert torch.equal(saved[score.name], half(item["hazy"]))
         assert score.figures == {"error": float((half(item["hazy"]) - item["clear"]).abs().mean())}
@@ -173,15 +173,15 @@ def test_an_image_that_cannot_be_measured_is_left_out():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failed_write_ends_the_run(workers):
-    told = []
+    scores = []
 
     def save(item, dehazed):
         if item["name"] == "b.png":
             raise UserError("the disk is full")
 
     with pytest.raises(UserError, match="disk is full"):
-        scoring.run(half, Pairs(), None, save, workers=workers, on_score=told.append)
-    assert [score.name for score in told] == ["a.png"]
+        scoring.run(half, Pairs(), None, save, workers=workers, on_score=scores.append)
+    assert [score.name for score in scores] == ["a.png"]
 
 
 def raised(error):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from test_updater import CPU, batches, losses, net, told
+from test_updater import CPU, batches, losses, net, stage_and_settings
 from torch import nn
 
 from utils.training.divergence import Divergence
@@ -25,7 +25,7 @@ def poisoned(module: nn.Module, part: str):
 
 
 def mover_of(module: nn.Module, **train) -> Updater:
-    return Updater({"net": torch.optim.Adam(module.parameters(), 0.05, fused=True)}, *told(**train), CPU)
+    return Updater({"net": torch.optim.Adam(module.parameters(), 0.05, fused=True)}, *stage_and_settings(**train), CPU)
 
 
 @pytest.mark.parametrize("clip", [0, 1])

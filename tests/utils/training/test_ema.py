@@ -13,7 +13,7 @@ class Pair(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout())
-        self.judge = nn.Linear(2, 2)
+        self.discriminator = nn.Linear(2, 2)
 
 
 def shift(pair: Pair, amount: float) -> None:
@@ -88,11 +88,11 @@ def test_applied_swaps_and_restores():
     ema = EMA(pair, ["net"], 0.9)
     ema.update()
     shift(pair, 1.0)
-    live, judge, modes = pair.net, pair.judge, [module.training for module in pair.modules()]
+    live, discriminator, modes = pair.net, pair.discriminator, [module.training for module in pair.modules()]
     with ema.applied() as inside:
         assert inside is pair
         assert pair.net is not live
-        assert pair.judge is judge
+        assert pair.discriminator is discriminator
         assert not any(module.training for module in pair.modules())
         torch.testing.assert_close(pair.net[0].weight + 1, live[0].weight)
     assert pair.net is live
