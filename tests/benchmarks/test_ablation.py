@@ -25,19 +25,19 @@ TINY = ROOT / "checkpoints" / "ablation_tiny" / "config.yml"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[str]:
-    """Settings that name two small pairs of the embedded sample set."""
+def scored(tmp_path_factory) -> list[str]:
+    """Settings that name two small pairs of the embedded sample set, and a small encoder."""
     folder = tmp_path_factory.mktemp("pairs")
     hazy = sorted(paths.find(sample.part("test/hazy")))
     for path, truth in pairing.pairs("sample:test/hazy", "sample:test/clear")[0]:
         if path in hazy[::3]:
             images.write(folder / "hazy" / path.name, images.read(path)[:, :128, :128])
             images.write(folder / "clear" / path.name, images.read(truth)[:, :128, :128])
-    return [f"test.hazy={folder / 'hazy'}", f"test.clear={folder / 'clear'}"]
+    return [f"test.hazy={folder / 'hazy'}", f"test.clear={folder / 'clear'}", "nedr.encoder=test_efficientnet"]
 
 
 @pytest.fixture(scope="module")
-def done(pictures, tmp_path_factory) -> SimpleNamespace:
+def done(scored, tmp_path_factory) -> SimpleNamespace:
     """D4 and NeDR trained and scored by the command: its folder, what it printed, the batches, the signals after."""
     folder, out, batches, before = tmp_path_factory.mktemp("run"), io.StringIO(), [], signal.getsignal(signal.SIGINT)
     shutil.copy(TINY, folder)
@@ -49,14 +49,14 @@ def done(pictures, tmp_path_factory) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(models.nedr.NeDR, "_adversarial", recorded)
-        status = ablation.main(["--checkpoints", str(folder), *pictures, "--cases", "nedr", "d4"])
+        status = ablation.main(["--checkpoints", str(folder), *scored, "--cases", "nedr", "d4"])
     assert status == 0
     assert signal.getsignal(signal.SIGINT) is before
-    return SimpleNamespace(folder=folder, printed=out.getvalue(), batches=batches, pictures=pictures)
+    return SimpleNamespace(folder=folder, printed=out.getvalue(), batches=batches, settings=scored)
 
 
 def again(done, *arguments: str) -> int:
-    return ablation.main(["--checkpoints", str(done.folder), *done.pictures, "--cases", "d4", "nedr", *arguments])
+    return ablation.main(["--checkpoints", str(done.folder), *done.settings, "--cases", "d4", "nedr", *arguments])
 
 
 def content(folder: Path) -> dict:
@@ -124,9 +124,9 @@ def test_finished_cases_are_neither_trained_nor_scored_again(done, monkeypatch, 
 
 
 def test_a_case_counts_as_scored_only_with_its_weights_and_settings(done, tmp_path):
-    case = ablation.plan(done.folder, "d4", done.pictures)
+    case = ablation.plan(done.folder, "d4", done.settings)
     assert ablation._scored(case)
-    assert not ablation._scored(ablation.plan(done.folder, "d4", [*done.pictures, "test.protocols=[ours,d4]"]))
+    assert not ablation._scored(ablation.plan(done.folder, "d4", [*done.settings, "test.protocols=[ours,d4]"]))
     shutil.copytree(case.folder, tmp_path / "d4")
     copy = case._replace(folder=tmp_path / "d4")
     (copy.folder / "weights.safetensors").write_bytes(b"others")
@@ -149,7 +149,7 @@ def test_cases_with_other_settings_are_refused(done, change, message):
 
 
 def test_device_workers_and_logging_may_change(done):
-    ablation.check([ablation.plan(done.folder, "d4", [*done.pictures, "data.workers=1", "log.every=7", "device=cpu"])])
+    ablation.check([ablation.plan(done.folder, "d4", [*done.settings, "data.workers=1", "log.every=7", "device=cpu"])])
 
 
 # The course of it, with cases that are copies of the trained ones.
