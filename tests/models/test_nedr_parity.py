@@ -302,7 +302,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_official_files(official_state, tmp_path, case):
     changes, message = REFUSED[case]
-    torch.save(edited(official_state, "net_h2c", **changes), tmp_path / "bad.pth")
+    dehazing = {name: official_state[name] for name in ("net_h2c", "drem")}
+    torch.save(edited(dehazing, "net_h2c", **changes), tmp_path / "bad.pth")
     with pytest.raises(UserError, match=message) as error:
         models.load(tmp_path / "bad.pth")
     assert len(str(error.value)) < 500
