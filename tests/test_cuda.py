@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY
+from fixtures import TINY
 from torch import nn
 
 import models

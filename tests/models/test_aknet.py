@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, _fill, picture
+from fixtures import GOLDEN, _fill, picture
 
 import models
 from models import cost

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import D4, tiny
+from fixtures import D4, tiny
 
 from models import encoder
 from models.pyramid import Pyramid

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import picture
+from fixtures import picture
 
 import models
 from utils import config

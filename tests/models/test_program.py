@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture, tiny
+from fixtures import picture, tiny
 from PIL import Image, ImageCms
 
 import models

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
+from fixtures import picture
 from PIL import Image, ImageCms
 
 import models
