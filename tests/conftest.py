@@ -1,4 +1,4 @@
-"""Registers fixtures.py; not in the controller of xdist, which runs no test and need not import PyTorch."""
+"""Registers helpers.py; not in the controller of xdist, which runs no test and need not import PyTorch."""
 
 import pytest
 
@@ -6,4 +6,4 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     is_controller = config.getoption("numprocesses", 0) and not hasattr(config, "workerinput")
     if not is_controller:
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("helpers")

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fixtures import picture, tiny, tiny_settings
+from helpers import picture, tiny, tiny_settings
 
 import train
 from models.method import Loss, frozen

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from fixtures import TINY
+from helpers import TINY
 from torch import nn
 
 import models

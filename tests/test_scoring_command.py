@@ -293,6 +293,7 @@ def test_better_weights_come_first(tmp_path):
 
 def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, trained_aknet, tmp_path):
     """In the order of --model, or else of the files; two files of one method bear the names of their folders."""
+    pairs = [*pairs, "test.panels=false"]
     files = [experiment / "last.pt", trained_aknet]
     done = run(
         "--model", "aknet", "dcp", "nedr", "--weights", *files, *pairs, "--output", "out", "aknet.border=reflect"
@@ -598,6 +599,7 @@ def test_raw_weights_in_place_of_the_averaged_ones(run, pairs, experiment, tmp_p
     averaged = {k: v * 1.1 if v.is_floating_point() else v for k, v in state["networks"].items() if "removal" in k}
     state["ema"] = {"weights": averaged, "steps": 1}
     checkpoint.save(tmp_path / "both.pt", {k: v for k, v in state.items() if k not in ("format", "version")})
+    pairs = [*pairs, "test.panels=false"]
     raw, named = run("--weights", experiment / "last.pt", *pairs, "--output", "raw"), ["--weights", "both.pt", *pairs]
     assert raw.status == run(*named, "--output", "ema").status == 0
     assert run(*named, "--output", "chosen", "test.ema=false").status == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fixtures import D4, tiny, tiny_settings
+from helpers import D4, tiny, tiny_settings
 
 import models
 from models.encoder import RELEASED

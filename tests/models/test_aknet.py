@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from fixtures import GOLDEN, _fill, picture
+from helpers import GOLDEN, _fill, picture
 
 import models
 from models import cost

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from fixtures import D4, tiny
+from helpers import D4, tiny
 
 from models import encoder
 from models.pyramid import Pyramid

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import tiny
+from helpers import tiny
 
 import models
 from data import images, paths

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import picture
+from helpers import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures import GOLDEN, fill
+from helpers import GOLDEN, fill
 
 import models
 from models.kanet import KANet, official

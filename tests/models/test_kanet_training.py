@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from fixtures import picture
+from helpers import picture
 
 import models
 from utils import config

@@ -5,7 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from fixtures import D4, tiny, tiny_settings
+from helpers import D4, tiny, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

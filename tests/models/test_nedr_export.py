@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from fixtures import D4, picture, tiny
+from helpers import D4, picture, tiny
 
 import models
 from models.nedr import official

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from fixtures import picture, rule_made
+from helpers import picture, rule_made
 from torch import nn
 
 import models

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from fixtures import D4, picture, tiny, tiny_settings
+from helpers import D4, picture, tiny, tiny_settings
 
 import models
 from models.encoder import RELEASED

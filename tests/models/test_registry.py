@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from fixtures import picture
+from helpers import picture
 
 import models
 from models import official

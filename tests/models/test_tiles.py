@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import D4, picture, tiny
+from helpers import D4, picture, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

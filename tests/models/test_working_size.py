@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import D4, tiny, tiny_settings
+from helpers import D4, tiny, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tiles import in_double, smooth, vivid

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import picture
+from helpers import picture
 from PIL import Image, ImageCms
 
 import models

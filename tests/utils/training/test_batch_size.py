@@ -3,7 +3,7 @@ import weakref
 
 import pytest
 import torch
-from fixtures import picture, tiny_settings
+from helpers import picture, tiny_settings
 from torch import nn
 
 from models.method import Loss, Method
