@@ -14,7 +14,6 @@ import models
 from models import DCP
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 HAZY = (picture(3, 1, 3, 70, 90) * 255).round().to(torch.uint8)
 ARRAY = HAZY[0].permute(1, 2, 0).numpy()
 
