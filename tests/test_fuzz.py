@@ -27,7 +27,7 @@ TOGETHER = 25  # files a child: to fork costs more than to read one
 LONGEST = 800  # characters of a message without the folder: it may list forty settings
 
 
-def base_pictures() -> dict[str, bytes]:
+def base_images() -> dict[str, bytes]:
     """Small images of all kinds that are read, by a name with their ending."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(90, 255, (19, 23, 3), dtype=np.uint8))
@@ -97,10 +97,10 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
             case 6:
                 changed[place : place + length] = rng.bytes(length)
         data = bytes(changed) or b"\0"
-    return mended(data) if data.startswith(b"\x89PNG") and rng.integers(2) else data
+    return with_valid_checksums(data) if data.startswith(b"\x89PNG") and rng.integers(2) else data
 
 
-def mended(data: bytes) -> bytes:
+def with_valid_checksums(data: bytes) -> bytes:
     """A PNG whose checksums fit what its chunks now hold."""
     out, place = bytearray(data), 8
     while place + 12 <= len(out):
@@ -113,7 +113,7 @@ def mended(data: bytes) -> bytes:
     return bytes(out)
 
 
-def claimed(rng: np.random.Generator) -> tuple[str, bytes]:
+def image_of_large_size(rng: np.random.Generator) -> tuple[str, bytes]:
     """An image of few bytes that says it is large, and one that is large."""
     width, height = (int(side) for side in rng.integers(1, 40_000, 2))
     if rng.integers(4):
@@ -124,18 +124,18 @@ def claimed(rng: np.random.Generator) -> tuple[str, bytes]:
     )
     body = zlib.compress(bytes(int(rng.integers(2**20))))
     chunks = [(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")]
-    return "claim.png", mended(
+    return "claim.png", with_valid_checksums(
         b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(each)) + kind + each + b"sums" for kind, each in chunks)
     )
 
 
-def hostile_pictures(seed: int, count: int) -> list[tuple[str, bytes]]:
-    rng, base = np.random.default_rng(seed), base_pictures()
+def hostile_images(seed: int, count: int) -> list[tuple[str, bytes]]:
+    rng, base = np.random.default_rng(seed), base_images()
     names = list(base)
     found = []
     for number in range(count):
         name = names[number % len(names)]
-        found.append(claimed(rng) if number % 20 == 19 else (name, mutated(base[name], rng)))
+        found.append(image_of_large_size(rng) if number % 20 == 19 else (name, mutated(base[name], rng)))
     return found
 
 
@@ -174,7 +174,7 @@ def test_images(tmp_path, seed, count):
         images.write(tmp_path / "out" / "made.jpg", made[:, :64, :64], like=path)
 
     works = []
-    for number, (name, data) in enumerate(hostile_pictures(seed, count)):
+    for number, (name, data) in enumerate(hostile_images(seed, count)):
         path = tmp_path / f"{number}_{name}"
         path.write_bytes(data)
         works.append((path.name, lambda path=path: work(path)))
@@ -275,7 +275,7 @@ def test_libraries_print_nothing(run, tmp_path, monkeypatch):  # noqa: F811
     """Warnings of Pillow, of NumPy, and of libraries in C."""
     monkeypatch.setattr("utils.memory.free_memory", lambda device: 2**28)  # else large ones take seconds
     (tmp_path / "in").mkdir()
-    for number, (name, data) in enumerate(hostile_pictures(3, 60)):
+    for number, (name, data) in enumerate(hostile_images(3, 60)):
         (tmp_path / "in" / f"{number}_{name}").write_bytes(data)
     _, out, err = run()
     assert [line for line in err.splitlines() if not line.startswith(("skipped: in/", "error: "))] == []

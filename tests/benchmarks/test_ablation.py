@@ -55,7 +55,7 @@ def done(scored, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, printed=out.getvalue(), batches=batches, settings=scored)
 
 
-def again(done, *arguments: str) -> int:
+def run_again(done, *arguments: str) -> int:
     return ablation.main(["--checkpoints", str(done.folder), *done.settings, "--cases", "d4", "nedr", *arguments])
 
 
@@ -118,7 +118,7 @@ def test_finished_cases_are_neither_trained_nor_scored_again(done, monkeypatch, 
     monkeypatch.setattr(train.Updater, "step", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(ablation.test, "main", lambda _: pytest.fail("scored again"))
     before = content(done.folder)
-    assert again(done) == 0
+    assert run_again(done) == 0
     assert content(done.folder) == before
     assert capsys.readouterr().out == done.printed
 
@@ -145,7 +145,7 @@ def test_a_case_counts_as_scored_only_with_its_weights_and_settings(done, tmp_pa
 )
 def test_cases_with_other_settings_are_refused(done, change, message):
     with pytest.raises(UserError, match=message):
-        again(done, change)
+        run_again(done, change)
 
 
 def test_device_workers_and_logging_may_change(done):

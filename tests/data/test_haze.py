@@ -189,7 +189,7 @@ def defaults():
     return config.section("degradations")
 
 
-def only(*names):
+def only_with(*names):
     """The degradations of configs.yml, those of ``names`` always and no others."""
     values = copy.deepcopy(defaults())
     for name in NAMES:
@@ -308,7 +308,7 @@ def test_jpeg():
 
 def test_haze_without_degradations_is_the_scattering_model():
     clear, depth = scene()
-    alone = only("haze")
+    alone = only_with("haze")
     alone.haze.density = synthesis.DENSITY
     for seed in range(10):
         item = degradations.degrade(clear, depth, np.random.default_rng(seed), alone)
@@ -325,7 +325,7 @@ def test_haze_without_degradations_is_the_scattering_model():
 
 def test_degradations_apply_in_their_order():
     clear, depth = scene()
-    values = only("illumination", "colour", "haze", "second_scattering", "blur")
+    values = only_with("illumination", "colour", "haze", "second_scattering", "blur")
     values.airlight, values.haze.density, values.blur.sigma = (0.8, 0.8), (1.5, 1.5), (0.9, 0.9)
     values.illumination.factor, values.illumination.gamma = (0.7, 0.7), (1.3, 1.3)
     values.colour.warmth, values.colour.green = (0.2, 0.2), (0.0, 0.0)
@@ -378,7 +378,7 @@ def test_degrade_keeps_shapes_and_ranges_whatever_the_settings(data, seed, with_
 def test_nothing_happens_with_probability_zero():
     clear, depth = scene()
     for seed in range(5):
-        item = degradations.degrade(clear, depth, np.random.default_rng(seed), only())
+        item = degradations.degrade(clear, depth, np.random.default_rng(seed), only_with())
         assert torch.equal(item["hazy"], clear)
         assert item["density"] == 0
         assert torch.equal(item["transmission"], torch.ones_like(depth))
@@ -388,7 +388,7 @@ def test_nothing_happens_with_probability_zero():
 def test_probability_one_is_always_and_a_half_is_half_the_time(name):
     clear, depth = scene(0, 8, 8)
     base = {"haze", "second_scattering"} - {name}  # colour and blur show where there is haze
-    rest, always, half = only(*base), only(name, *base), only(name, *base)
+    rest, always, half = only_with(*base), only_with(name, *base), only_with(name, *base)
     getattr(half, name).probability = 0.5
     for part in (rest, always, half):
         part.illumination.factor, part.airlight = (0.5, 0.6), (0.8, 0.8)
@@ -408,7 +408,7 @@ def test_disabling_one_degradation_leaves_the_others_unchanged():
     clear, depth = scene()
     for seed in range(20):
         item, without = (
-            degradations.degrade(clear, depth, np.random.default_rng(seed), only(*names))
+            degradations.degrade(clear, depth, np.random.default_rng(seed), only_with(*names))
             for names in (NAMES, set(NAMES) - {"jpeg", "blur", "noise"})
         )
         for key in ("transmission", "airlight", "density"):

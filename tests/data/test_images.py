@@ -209,7 +209,7 @@ def test_an_unreadable_image_is_reported_with_cause_and_remedy(tmp_path, monkeyp
     assert "fetch" not in str(refusal.value)
 
 
-def claimed(path: Path, width: int, height: int) -> Path:
+def large_header(path: Path, width: int, height: int) -> Path:
     path.write_bytes(b"P6\n%d %d\n255\nabc" % (width, height))
     return path
 
@@ -219,7 +219,7 @@ def test_an_image_too_large_for_memory_is_refused_from_its_header(tmp_path, monk
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**28)
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # not a byte is decoded
     one_bit = saved(tmp_path / "a.png", Image.new("1", (5000, 5000)))
-    for path in (one_bit, claimed(tmp_path / "b.ppm", 22000, 22000)):
+    for path in (one_bit, large_header(tmp_path / "b.ppm", 22000, 22000)):
         with pytest.raises(UserError, match=r"\(its \d+x\d+ pixels take \d\.\d GiB to read, 0\.2 GiB are free\); free"):
             images.read(path)
 

@@ -67,7 +67,7 @@ def test_records_are_read_around_damage(tmp_path):
         files.read_records(tmp_path)
 
 
-def gone() -> int:
+def dead_process() -> int:
     """The number of a process that ran, and is gone."""
     child = os.fork()
     if child == 0:
@@ -77,7 +77,7 @@ def gone() -> int:
 
 
 def test_only_fragments_of_dead_processes_are_removed(tmp_path):
-    dead = gone()
+    dead = dead_process()
     stray = [f".last.pt.{dead}.tmp", f".a b.png.{dead}.part", f".unfinished.last_pt-0badc0de-{dead}"]
     kept = [f".last.pt.{os.getpid()}.tmp", f"last.pt.{dead}.tmp", ".last.pt.tmp", f".last.pt.{dead}.old", "last.pt"]
     for name in (*stray, *kept):

@@ -84,7 +84,7 @@ def test_weights_that_match_no_method():
         assert foreign.find(state, fits) is None
 
 
-def beside() -> dict:
+def objects_beside_weights() -> dict:
     """Objects that people save beside weights."""
     layer = nn.Linear(3, 2)
     optimiser = torch.optim.AdamW(layer.parameters())
@@ -105,9 +105,9 @@ def beside() -> dict:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("case", beside())
+@pytest.mark.parametrize("case", objects_beside_weights())
 def test_objects_beside_the_weights_are_not_created(tmp_path, case, zipped):
-    state = {"state_dict": WEIGHTS, "beside": beside()[case]}
+    state = {"state_dict": WEIGHTS, "beside": objects_beside_weights()[case]}
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     read = checkpoint.read(tmp_path / "a.pth")
     assert same(foreign.find(read, fits))

@@ -15,7 +15,7 @@ def touch(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def lay(root: Path, hazy: str, clear: str) -> None:
+def touch_both(root: Path, hazy: str, clear: str) -> None:
     touch(root / "hazy", *hazy.split())
     touch(root / "clear", *clear.split())
 
@@ -93,7 +93,7 @@ def test_match_depth(tmp_path):
 )
 def test_pairs_by_common_naming_schemes(tmp_path, wanted):
     hazy, clear = zip(*(pair.split() for pair in wanted.split(", ")), strict=True)
-    lay(tmp_path, " ".join(f"{name}.png" for name in hazy), " ".join(f"{name}.jpg" for name in clear))
+    touch_both(tmp_path, " ".join(f"{name}.png" for name in hazy), " ".join(f"{name}.jpg" for name in clear))
     assert paired(tmp_path) == wanted
 
 
@@ -113,7 +113,7 @@ def test_pairs_by_common_naming_schemes(tmp_path, wanted):
     ],
 )
 def test_the_same_path_comes_before_the_name_alone(tmp_path, hazy, clear, wanted):
-    lay(tmp_path, hazy, clear)
+    touch_both(tmp_path, hazy, clear)
     assert paired(tmp_path) == wanted
 
 
@@ -137,13 +137,15 @@ def test_the_same_path_comes_before_the_name_alone(tmp_path, hazy, clear, wanted
     ],
 )
 def test_ambiguous_pairs_are_refused(tmp_path, hazy, clear, message):
-    lay(tmp_path, hazy, clear)
+    touch_both(tmp_path, hazy, clear)
     with pytest.raises(UserError, match=message):
         pairs(tmp_path / "hazy", tmp_path / "clear")
 
 
 def test_merged_sets_may_follow_several_rules(tmp_path):
-    lay(tmp_path, "0586.jpg 1_1_0.9.png 1400_1.png 07_outdoor_hazy.png", "0586.jpg 1.png 1400.png 07_outdoor_GT.png")
+    touch_both(
+        tmp_path, "0586.jpg 1_1_0.9.png 1400_1.png 07_outdoor_hazy.png", "0586.jpg 1.png 1400.png 07_outdoor_GT.png"
+    )
     assert paired(tmp_path) == "1_1_0.9 1, 07_outdoor_hazy 07_outdoor_GT, 0586 0586, 1400_1 1400"
 
 

@@ -24,7 +24,7 @@ def poisoned(module: nn.Module, part: str):
     return of
 
 
-def mover_of(module: nn.Module, **train) -> Updater:
+def fused_updater(module: nn.Module, **train) -> Updater:
     return Updater({"net": torch.optim.Adam(module.parameters(), 0.05, fused=True)}, *stage_and_settings(**train), CPU)
 
 
@@ -33,7 +33,7 @@ def mover_of(module: nn.Module, **train) -> Updater:
 def test_a_nonfinite_step_changes_no_weight_and_no_moment(part, clip):
     """As if it had not been, but for the schedule."""
     one, other, data = net(), net(), batches(3)
-    mover, straight = mover_of(one, clip=clip), mover_of(other, clip=clip)
+    mover, straight = fused_updater(one, clip=clip), fused_updater(other, clip=clip)
     for k, batch in enumerate(data):
         if k == 1:
             mover.step(poisoned(one, part), [batch])
@@ -50,7 +50,7 @@ def test_a_nonfinite_step_changes_no_weight_and_no_moment(part, clip):
 @pytest.mark.parametrize("clip", [0, 1])
 def test_the_fp16_scaler_skips_a_nonfinite_loss(clip):
     module, data = net(), batches(1)
-    mover, before = mover_of(module, clip=clip), copy.deepcopy(module.state_dict())
+    mover, before = fused_updater(module, clip=clip), copy.deepcopy(module.state_dict())
     mover.scaler = torch.amp.GradScaler("cpu", enabled=True)
 
     def with_good_gradients(batch):
@@ -76,7 +76,7 @@ def test_a_fused_optimiser_skips_a_nonfinite_step(wrong):
 
 def test_one_nonfinite_batch_of_several_skips_the_step():
     module, data = net(), batches(2)
-    mover, before = mover_of(module), copy.deepcopy(module.state_dict())
+    mover, before = fused_updater(module), copy.deepcopy(module.state_dict())
     data[0]["y"][0, 0] = math.inf
     mover.step(losses(module), data)
     assert mover.left_out == 1
