@@ -64,7 +64,7 @@ def test_modes_become_rgb_and_alpha_is_dropped(tmp_path, mode):
 @pytest.mark.parametrize("transparency", [3, bytes([0, 128, 255])])
 @pytest.mark.filterwarnings("error")
 def test_palette_with_transparency(tmp_path, transparency):
-    palette = Image.fromarray((GREY % 3).astype(np.uint8), "L").copy()
+    palette = Image.fromarray((GREY % 3).astype(np.uint8)).copy()
     palette = palette.convert("P")
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255] + [0] * 9)
     path = saved(tmp_path / "a.png", palette, transparency=transparency)

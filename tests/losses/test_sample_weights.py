@@ -180,7 +180,7 @@ def test_covariance_energy_is_that_of_numpy(samples, features, seed):
     z = torch.randn(samples, features, dtype=torch.float64, generator=generator)
     weights = torch.rand(samples, dtype=torch.float64, generator=generator).add(0.01)
     weights /= weights.sum()
-    covariance = np.cov(z.numpy(), rowvar=False, aweights=weights.numpy(), ddof=0).reshape(features, features)
+    covariance = np.cov(z.numpy().T, aweights=weights.numpy(), ddof=0).reshape(features, features)
     expected = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
     assert covariance_energy(z, weights).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
