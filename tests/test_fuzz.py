@@ -65,8 +65,8 @@ def base_images() -> dict[str, bytes]:
     }
     made = {}
     for name, (image, options) in cases.items():
-        kind = Image.registered_extensions()[os.path.splitext(name)[1]]
-        if (kind == "AVIF" and not features.check("avif")) or (kind == "JPEG2000" and not features.check("jpg_2000")):
+        kind = Image.registered_extensions().get(os.path.splitext(name)[1])  # None for AVIF before Pillow 11.3
+        if kind is None or not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(kind, "pil")):
             continue
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
