@@ -43,7 +43,7 @@ from utils.errors import UserError, quoted
 from utils.evaluation import comparison, report, tables
 from utils.evaluation.results import HAZY
 from utils.evaluation.runner import Candidate, Evaluation, ImageSet
-from utils.files import expand_home
+from utils.files import clear_temporaries, expand_home
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
 OUTPUT_OPTIONS = ("format", "quality", "suffix", "strength", "show")
@@ -71,21 +71,26 @@ def evaluate(args: argparse.Namespace, ranks: distributed.Ranks) -> int:
     check_read(args.settings)
     torch_device = ranks.pick(settings.device)
     device.autocast(torch_device, settings.precision)  # raises here rather than at every image
-    device.prepare(torch_device, settings.precision)
+    device.prepare(torch_device, settings.precision, settings.deterministic)
     output = expand_home(settings.test.output or (folder or Path()) / "results")
     say = partial(tqdm.write, file=sys.stderr) if ranks.first else lambda line: None
-    for warning in device.warnings(torch_device, settings.precision):
+    for warning in device.warnings(torch_device, settings.precision, settings.deterministic):
         say(f"warning: {warning}")
     run = Evaluation(settings, torch_device, output, images.write, say, ranks)
-    if clip_paths := [paths.resolve(each) for each in settings.test.hazy if video.is_clip(each)]:
+    clip_paths = [paths.resolve(each) for each in settings.test.hazy if video.is_clip(each)]
+    if clip_paths:
         others = [Path(each) for each in settings.test.hazy if not video.is_clip(each)]
         clips.check([*clip_paths, *others], settings.test)
-        tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
+    sets = [] if clip_paths else find(settings.test, output)
+    tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
+    if ranks.first:
+        clear_temporaries(output, (*RESULTS, clips.FOLDER))
+    ranks.all_gather(None)  # before any process writes a file
+    with device.deterministic_errors(torch_device):
+        if not clip_paths:
+            return score(run, sets, tested)
         status = clips.run(clip_paths[ranks.rank :: ranks.world], tested, settings, torch_device, output)
         return ranks.all_max(status)[0]
-    sets = find(settings.test, output)
-    tested = candidates.prepare(args.model or [], folder, settings.test, files, overrides, run.say)
-    return score(run, sets, tested)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from data import degradations, paths, synthesis
+from data import degradations, images, paths, pool_checks, synthesis
 from data.cache import Cache
 from data.pictures import Paired
 from data.sets import locate, pairing
 from data.streams import Mixed, Pairs, Replayed, Stream, Synthetic, Unpaired, crop
+from utils import physics
 from utils.config import Settings
 from utils.errors import UserError, quoted
 
@@ -39,8 +41,6 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
             f"data.pairs={quoted(data.pairs)}: {settings.model} does not train on pairs; empty it, set data.clear"
         )
     transform = partial(crop, shape=data.crop_shape, rule=data.crop, flip=data.flip, view=data.view)
-    add_haze = partial(synthesis.random_haze, law=settings.haze)
-
     warnings: list[str] = []
 
     def find(source: str, extensions: frozenset[str] = paths.EXTENSIONS) -> list[Path]:
@@ -62,6 +62,8 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         outdoor = Synthetic(find(warm_start.outdoor), None, transform, outdoor_haze, settings.seed, "outdoor", cache)
         return Mixed(with_depth, outdoor, warm_start.outdoor_share)
 
+    add_haze = partial(synthesis.random_haze, law=settings.haze, colours=_airlight_colours(settings, find))
+
     match kind:
         case "paired":
             pairs, warnings = _pairs(settings, "")
@@ -73,6 +75,7 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         case "unpaired":
             clear = stream(_required(data.clear, "data.clear"), "clear")
             hazy = synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy")
+            warnings += pool_checks.warnings(None if data.hazy is None else hazy.paths, clear.paths)
             dataset = Unpaired(hazy, clear)
             dataset = Replayed(dataset, supervised("warm_start")) if warm_start.replay else dataset
         case _:
@@ -108,6 +111,15 @@ def _clear_and_depth(settings: Settings, stage: str, find: Callable) -> tuple[li
         clear = _required(data.clear, "data.clear")
         depth = data.depth
     return find(clear), None if depth is None else find(depth, paths.DEPTH_EXTENSIONS)
+
+
+def _airlight_colours(settings: Settings, find: Callable) -> np.ndarray | None:
+    """The airlights' colours of up to 200 images of haze.colours_of, evenly spread: (N,3)."""
+    if settings.haze.colours_of is None:
+        return None
+    files = find(settings.haze.colours_of)
+    chosen = files[:: math.ceil(len(files) / 200)]
+    return np.stack([physics.bright_colour(images.read(file)[None]).flatten().numpy() for file in chosen])
 
 
 def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], list[str]]:

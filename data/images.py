@@ -231,14 +231,10 @@ def _save(path: Path, image: Image.Image, compress_level: int = 6, quality: int 
     options = {"PNG": {"compress_level": compress_level}, "TIFF": {"compression": "tiff_deflate"}}
     options = options.get(format, {"quality": quality})
     options |= {k: v for k, v in kept.items() if format != "JPEG" or k != "exif" or len(v) <= JPEG_EXIF}
-    part = files.temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(part, format=format, **options)
-        os.replace(part, path)
+        with files.replacing(path) as part:
+            image.save(part, format=format, **options)
     except (OSError, ValueError) as error:  # WebP allows 16383 pixels a side, JPEG 65535
-        with contextlib.suppress(OSError):
-            part.unlink()
         why = getattr(error, "strerror", None) or error
         small = max(image.size) < 16384 or format not in ("WEBP", "JPEG")
         remedy = "check permissions and space" if small else f"{format} does not allow images this large; write PNG"

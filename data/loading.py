@@ -159,16 +159,19 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator[dict]:
         with _sigchld_handler_kept():
             batches = super().__iter__()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError) as error:
-                raise _dead_worker(batches) or error from None
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError) as error:
+                    raise _dead_worker(batches) or error from None
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends the workers; an error that is kept has this frame, and the program would never exit
 
 
 @contextlib.contextmanager

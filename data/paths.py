@@ -14,60 +14,9 @@ from utils.errors import UserError, quoted
 from utils.files import expand_home
 
 HEIF = frozenset({".heic", ".heif", ".hif"})
-
-
-RAW = frozenset(
-    f".{kind}"
-    for kind in [
-        "3fr",
-        "arw",
-        "cr2",
-        "cr3",
-        "crw",
-        "dcr",
-        "dng",
-        "erf",
-        "iiq",
-        "kdc",
-        "mef",
-        "mos",
-        "mrw",
-        "nef",
-        "nrw",
-        "orf",
-        "pef",
-        "raf",
-        "raw",
-        "rw2",
-        "rwl",
-        "sr2",
-        "srf",
-        "srw",
-        "x3f",
-    ]
-)
-
-
-OTHER = frozenset(
-    f".{kind}"
-    for kind in [
-        "jxl",
-        "jxr",
-        "psd",
-        "psb",
-        "xcf",
-        "exr",
-        "hdr",
-        "svg",
-        "eps",
-        "ai",
-        "ico",
-        "pcx",
-        "dds",
-        "fits",
-        "sgi",
-    ]
-)
+CAMERA = "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
+OTHER = "jxl jxr psd psb xcf exr hdr svg eps ai ico pcx dds fits sgi"
+UNREAD = frozenset(f".{kind}" for kind in f"{CAMERA} {OTHER}".split())
 
 
 def _read_heif() -> bool:
@@ -85,11 +34,7 @@ EXTENSIONS = frozenset(
     | {".webp", ".gif", ".ppm", ".pgm", ".pnm", ".jp2", ".tga", ".avif"}
     | (HEIF if _read_heif() else set())
 )
-
-
 DEPTH_EXTENSIONS = EXTENSIONS | depth_files.EXTENSIONS
-
-
 RESULTS = ".dehazed"  # the file in an output folder that lists the sub-folders of images written by a run
 
 
@@ -200,7 +145,7 @@ def passed_over(source: str | Path | Sequence[str | Path], extensions: frozenset
 def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSIONS) -> str:
     """How many files there are of each unsupported image or video format, and what to do; empty if there are none."""
     kinds = Counter(os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
-    unread = {k: number for k, number in kinds.items() if k in (HEIF | RAW | OTHER | video.EXTENSIONS) - extensions}
+    unread = {k: number for k, number in kinds.items() if k in (HEIF | UNREAD | video.EXTENSIONS) - extensions}
     if not unread:
         return ""
     counts = ", ".join(f"{number} {kind[1:].upper()}" for kind, number in sorted(unread.items()))

@@ -24,6 +24,7 @@ from torch import Tensor
 from data import images, synthesis
 from utils import errors
 from utils.errors import UserError, nearest, quoted
+from utils.files import temporary_path
 
 FOLDER = Path(__file__).with_name("sample_set")
 TRAIN = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
@@ -56,7 +57,7 @@ def make(folder: str | Path = FOLDER) -> Path:
         return folder
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not the sample set; give another folder or remove it")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = temporary_path(folder)
     try:
         shutil.rmtree(part, ignore_errors=True)
         for split, names in (("train", TRAIN), ("test", TEST)):

@@ -111,12 +111,18 @@ def add_haze(clear: Tensor, depth: Tensor, beta: float, airlight: Tensor) -> tup
 
 
 def random_haze(
-    clear: Tensor, depth: Tensor | None, rng: np.random.Generator, law: config.Haze, generated: str = ""
+    clear: Tensor,
+    depth: Tensor | None,
+    rng: np.random.Generator,
+    law: config.Haze,
+    generated: str = "",
+    colours: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """Add haze of random density and airlight to ``clear`` (3,H,W), by ``law``.
 
     First the exposure and the white balance of the clear image may be changed, which gives another clear image. The
-    airlight is a grey from its range, clamped at 1; sometimes each channel is shifted by up to ``law.colour``. To
+    airlight is a grey from its range, clamped at 1, times one of the ``colours`` (N,3) if there are any; sometimes each
+    channel is shifted by up to ``law.colour``. To
     simulate dusk, ``law.light`` sometimes darkens the clear image and the airlight by a factor from its range.
     Without ``depth`` (1,H,W) a map is generated, ``generated`` = smooth | outdoor (by default ``law.depth``).
     -> hazy, clear (3,H,W), transmission (1,H,W), airlight (3,1,1), density (1,).
@@ -133,7 +139,8 @@ def random_haze(
     beta = rng.uniform(*law.density)
     grey = min(1.0, rng.uniform(*law.airlight))
     shift = rng.uniform(-1, 1, 3) * (law.colour if rng.random() < law.colour_probability else 0.0)
-    light = torch.from_numpy(np.clip(grey + shift, 0, 1).astype(np.float32))
+    colour = 1.0 if colours is None else colours[rng.integers(len(colours))]
+    light = torch.from_numpy(np.clip(grey * colour + shift, 0, 1).astype(np.float32))
     if law.light.probability and (factor := _sometimes(law.light, rng)) is not None:
         clear = clear * float(factor[0])
         light = light * float(factor[0])

@@ -124,10 +124,16 @@ def _working_size(method: Any) -> int:
     if not isinstance(method, NeDR):
         raise UserError(f"{type(method).__name__} cannot be exported; name weights of nedr or d4")
     s = method.settings
-    if s.working_size < method.minimum or s.working_size % STRIDE or s.query != 1 or s.guided_filter:
+    if (
+        s.working_size < method.minimum
+        or s.working_size % STRIDE
+        or s.query != 1
+        or s.guided_filter
+        or s.balance != "none"
+    ):
         raise UserError(
-            f"{s.block}: the export needs a working size, a multiple of {STRIDE} from {method.minimum} on, query 1 and "
-            f"no guided_filter; name such weights, or train with nedr.working_size=192"
+            f"{s.block}: the export needs a working size, a multiple of {STRIDE} from {method.minimum} on, query 1, "
+            f"no guided_filter and no balance; name such weights, or train with nedr.working_size=192"
         )
     return s.working_size
 

@@ -1,7 +1,9 @@
 """Clips through test.py: frames, sound and times kept, steady over time, and what is refused or breaks on the way."""
 
+import errno
 import itertools
 import os
+import re
 import signal
 import sys
 from fractions import Fraction
@@ -175,6 +177,9 @@ def test_unsuitable_clips_are_refused(run, tmp_path):
     (tmp_path / "empty.mp4").touch()
     whole = write(tmp_path / "whole.mp4", pan(3, 0, 64, 96), sound=True)
     (tmp_path / "half.mp4").write_bytes(whole.read_bytes()[:2000])
+    head, packets, index = re.split(b"(?<=mdat)|(?=.{4}moov)", whole.read_bytes(), flags=re.DOTALL)
+    (tmp_path / "zeros.mp4").write_bytes(head + bytes(len(packets)) + index)
+    (tmp_path / "folder.mp4").mkdir()
     with av.open(str(tmp_path / "sound.mp4"), "w") as out:
         track = out.add_stream("aac", rate=48000, layout="mono")
         heard = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
@@ -186,6 +191,8 @@ def test_unsuitable_clips_are_refused(run, tmp_path):
         "text": "cannot be read as a clip",
         "empty": "cannot be read as a clip",
         "half": "cannot be read as a clip",
+        "zeros": "no frame of it can be decoded",
+        "folder": "not a file; name a clip",
         "sound": "has no video, only audio",
     }.items():
         status, out, err = run("--hazy", f"{name}.mp4")
@@ -198,6 +205,18 @@ def test_unsuitable_clips_are_refused(run, tmp_path):
         "in two commands" in run("--hazy", "whole.mp4", "a.png")[2]
         or "neither an existing path" in run("--hazy", "whole.mp4", "a.png")[2]
     )
+
+
+def test_a_clip_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "a.mp4", pan(3, 0, 64, 96))
+    monkeypatch.setattr(os, "replace", full)
+    status, _, err = run("--hazy", "a.mp4")
+    assert status == 2
+    assert "a.mp4: cannot be written (No space left on device); check permissions and space" in err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_truncated_clip_keeps_its_readable_frames(run, tmp_path):

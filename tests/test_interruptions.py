@@ -34,6 +34,7 @@ METHODS["kanet"] += ["warm_start.steps=0", "train.batch=2", "train.schedule=cons
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
     before = {number: signal.getsignal(number) for number in train.signals.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a training then does, too
     build = models.build
     shrunk = ("nedr", "d4")
     monkeypatch.setattr(models, "build", lambda s: kills.shallow(build(s)) if s.model in shrunk else build(s))
@@ -221,3 +222,4 @@ def test_fifty_kills_lose_nothing():
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == 50
     assert counts["kills"] - counts["at random"] >= 16  # while a file was being written
+    assert counts["with a file half written"] > 0

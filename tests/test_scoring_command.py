@@ -506,6 +506,37 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
     assert in_force("HSTS-synthetic")[1] is False
 
 
+def test_fragments_of_a_killed_run_are_removed(run, pairs, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stray = [tmp_path / f"out/{part}.unfinished.a_png-0badc0de-{dead.pid}" for part in ("", "pictures/x/", "videos/")]
+    for path in stray:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert run(*pairs, "--model", "dcp", "--output", "out").status == 0
+    assert not any(path.exists() for path in stray)
+
+
+def test_a_deterministic_run_names_an_operation_without_a_deterministic_form(run, pairs, monkeypatch):
+    seen = []
+
+    def predict(self, hazy, tile=None):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        if len(seen) == 2:
+            raise RuntimeError("scatter does not have a deterministic implementation, but you set ...")
+        return {"clear": hazy}
+
+    monkeypatch.setattr(DCP, "predict", predict)
+    try:
+        done = run(*pairs, "--model", "dcp", "--output", "out", "deterministic=true", "data.workers=0")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [True, True]
+    assert done.status == 2
+    assert "error: deterministic=true: scatter has no deterministic form on cpu" in done.err
+    assert "Traceback" not in done.err
+
+
 def test_an_interrupted_run_continues_without_repetition(run, pairs, tmp_path, monkeypatch):
     written, write = [], images.write
 

@@ -64,9 +64,6 @@ def read(path: Path) -> dict[str, Any]:
     `UserError` for a file that is damaged, hostile or of a newer version.
     """
     try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise UserError(f"{path} is empty; the download or copy was incomplete, fetch it again")
         trust.check_archive(path)
         ignored = warnings.catch_warnings(action="ignore")  # about unusual pickle protocols, in files that then fail
         with ignored, torch.serialization.safe_globals(foreign.HARMLESS):

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import safetensors.torch
@@ -60,19 +61,25 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; the file written there replaces ``path`` if the block succeeds."""
     temporary = temporary_path(path)
     try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """As `replacing`, with the file on the disk before it replaces ``path``, and errors as of `writing`."""
+    with writing(path), replacing(path) as temporary:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,13 +139,15 @@ def read_records(path: Path) -> tuple[list[dict], list[int]]:
     return records, damaged
 
 
-def clear_temporaries(folder: Path) -> None:
-    """Remove from ``folder`` the temporary files of processes that no longer run on this machine."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            match = TEMPORARY.fullmatch(path.name)
-            if match and path.is_file() and not _writer_alive(path, int(match[1] or match[2])):
-                with contextlib.suppress(OSError):
+def clear_temporaries(folder: Path, parts: Iterable[str] = ()) -> None:
+    """Remove the temporary files of processes that no longer run on this machine.
+
+    Those in ``folder`` itself, and in its sub-folders ``parts`` and all below them.
+    """
+    for place, _, names in chain(islice(os.walk(folder), 1), *(os.walk(folder / part) for part in parts)):
+        for path, match in ((Path(place, name), TEMPORARY.fullmatch(name)) for name in names):
+            with contextlib.suppress(OSError):
+                if match and not _writer_alive(path, int(match[1] or match[2])):
                     path.unlink()
 
 

@@ -91,6 +91,16 @@ def dark_channel_airlight(image: Tensor, cap: float = AIRLIGHT_CAP) -> Tensor:
     return image.flatten(2).masked_fill(~bright, 0).amax(2)[..., None, None].clamp(max=cap)
 
 
+def bright_colour(image: Tensor) -> Tensor:
+    """The colour of the brightest parts, mostly of the airlight: the 99.5 % quantile of each channel, over the largest.
+
+    (N,3,H,W) in [0,1] -> (N,3,1,1) in [0.3, 1].
+    """
+    small = F.interpolate(image, (96, 128), mode="area").flatten(2)
+    bright = small.quantile(0.995, dim=2).clamp(min=1e-3)
+    return (bright / bright.amax(1, keepdim=True)).clamp(min=0.3)[..., None, None]
+
+
 def dark_channel_transmission(
     image: Tensor, airlight: Tensor, omega: float = 0.95, size: int = DARK_CHANNEL_SIZE
 ) -> Tensor:

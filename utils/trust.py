@@ -15,24 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as modules
 
+from utils.config.settings import MAX_VALUES
 from utils.errors import UserError
 from utils.memory import exhausted
 
 MAX_DEPTH = 32  # nested containers
 MAX_PARTS, MAX_NAME = 40, 500  # parts and characters of a tensor's full name
-MAX_VALUES, MAX_TEXT, MAX_BITS = 20_000, 10_000, 64  # of settings: values, characters of a text, bits of an integer
+MAX_TEXT, MAX_BITS = 10_000, 64  # of settings: characters of a text, bits of an integer
 # Tensors and networks may be this many times as large as their file, plus the spare bytes or numbers.
 MAX_RATIO, SPARE_BYTES, SPARE_NUMBERS = 8, 2**24, 2**24
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a zip archive that expands when it is read: PyTorch stores the members of its files uncompressed.
+    """Refuse an empty file, and a zip archive that expands when it is read: PyTorch stores its members uncompressed.
 
     Files that are not archives (from before PyTorch 1.6) pass. Raises `UserError`, and RuntimeError for a program.
     """
     with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return
+        start = file.read(4)
+    if not start:
+        raise UserError(f"{path} is empty; the download or copy was incomplete, fetch it again")
+    if start != b"PK\3\4":
+        return
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):

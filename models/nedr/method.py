@@ -55,7 +55,7 @@ class NeDR(Method):
     )
     Settings = NeDRSettings
     multiple = STRIDE
-    test_time = ("airlight", "guided_filter", "working_size", "query", "guided_radius")
+    test_time = ("airlight", "guided_filter", "balance", "working_size", "query", "guided_radius")
     inference = ("removal",)
     averaged = ("removal", "production", "depth")
     replaceable = ("removal.airlight.",)
@@ -100,6 +100,15 @@ class NeDR(Method):
                 raise UserError(
                     f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}"
                 )
+        trained, block = settings.method.trained, settings.method.block
+        if trained != "all" and settings.warm_start.steps and not settings.train.init:
+            raise UserError(f"{block}.trained={trained}: name the trained weights to go on from as train.init=FILE")
+        if settings.method.balance != "none" and settings.train.steps:
+            raise UserError(
+                f"{block}.balance=image: not in adversarial training; set train.steps=0, or the balance in tests"
+            )
+        if trained == "airlight" and settings.method.airlight != "learned":
+            raise UserError(f"{block}.trained=airlight: there is no airlight head; set {block}.airlight=learned")
 
     def save_memory(self) -> None:
         self.removal.recompute = True  # the network with the largest maps; the depth network is frozen at times
@@ -209,7 +218,8 @@ class NeDR(Method):
         s, warm = self.settings, settings.warm_start
         if stage == "warm_start":
             options = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}
-            parts = {"generators": self.removal} | ({"depth": self.depth} if s.depth_weight else {})
+            parts = {"generators": self.removal.airlight if s.trained == "airlight" else self.removal}
+            parts |= {"depth": self.depth} if s.depth_weight else {}
             groups = {name: _parameter_groups(part, s.encoder_rate, options["lr"]) for name, part in parts.items()}
             return {name: AdamW(group, **options) for name, group in groups.items()}
         parts = {"generators": ([self.removal, self.production], 1.0)}
@@ -234,8 +244,17 @@ class NeDR(Method):
         return self.watch.warnings(step, figures) if stage == "train" else iter(())
 
     def predict(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
-        removal = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
-        return {"clear": removal.clear, "transmission": removal.transmission, "airlight": removal.airlight}
+        colour = self._colour(hazy)
+        removal = self.removal(hazy / colour, self.settings.airlight, self.settings.guided_filter, tile)
+        return {
+            "clear": removal.clear * colour,
+            "transmission": removal.transmission,
+            "airlight": removal.airlight * colour,
+        }
+
+    def _colour(self, hazy: Tensor) -> Tensor | int:
+        """What the images are divided by before their haze is estimated, (N,3,1,1): I/c = (J/c) t + (A/c) (1-t)."""
+        return physics.bright_colour(hazy) if self.settings.balance == "image" else 1
 
     def predict_any_size(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
         """As `Method.predict_any_size`; with a working size the haze is estimated in a reduced image of the whole view.
@@ -263,9 +282,11 @@ class NeDR(Method):
         """t and A as estimated in the reduced image of the whole view, and that image."""
         s, size = self.settings, network_size(*hazy.shape[2:], self.settings.working_size)
         small = F.interpolate(hazy, size, mode="bilinear", antialias=True).clamp(0, 1)
-        haze = self.removal.estimate_haze(self.padded(small), s.airlight, tile, s.query)
+        colour = self._colour(small)
+        balanced = (small / colour).clamp(0, 1)
+        haze = self.removal.estimate_haze(self.padded(balanced), s.airlight, tile, s.query)
         t = single(haze.transmission)[..., : s.query * size[0], : s.query * size[1]]
-        return t, single(haze.airlight), small
+        return t, single(haze.airlight) * colour, small
 
     def to_full_size(self, t: Tensor, small: Tensor, hazy: Tensor) -> Tensor:
         """t of the ``small`` image at the size of ``hazy``, (N,1,H,W); along its edges if the settings ask for that."""
@@ -288,8 +309,11 @@ class NeDR(Method):
         compensated by t. The production network needs no warm start: untrained, it nearly is the scattering model.
         """
         hazy, clear, t = self._rescaled([batch[key] for key in ("hazy", "clear", "transmission")])
-        s, airlight, beta = self.settings, batch["airlight"], batch["density"].view(-1, 1, 1, 1)
-        haze = self.removal.estimate_haze(hazy, s.airlight)
+        colour = self._colour(hazy)
+        hazy, clear, airlight = hazy / colour, clear / colour, batch["airlight"] / colour
+        s, beta = self.settings, batch["density"].view(-1, 1, 1, 1)
+        with self._partly_frozen():
+            haze = self.removal.estimate_haze(hazy, s.airlight)
         terms = {
             "transmission": F.l1_loss(haze.transmission, t),
             "clear": F.l1_loss(physics.unbounded(hazy, haze.transmission, airlight), clear),
@@ -307,6 +331,15 @@ class NeDR(Method):
         if s.depth_weight:
             depth = (-t.log() / beta).clamp(*s.depth_range)
             yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
+
+    @contextlib.contextmanager
+    def _partly_frozen(self) -> Iterator[None]:
+        """Context in which only what ``trained`` names is trained in the removal network."""
+        fixed = [network for name, network in self.removal.named_children() if name != "airlight"]
+        if self.settings.trained != "all":
+            freeze_batch_norm(*fixed)
+        with frozen(*(fixed if self.settings.trained == "airlight" else ())):
+            yield
 
     def _rescaled(self, maps: list[Tensor]) -> list[Tensor]:
         """``maps`` at one of the scales, drawn at random in every step; the sides suit the networks."""
@@ -436,6 +469,6 @@ class NeDR(Method):
 
 def _parameter_groups(network: torch.nn.Module, factor: float, rate: float) -> list[dict]:
     """An optimiser's groups: the encoder at ``factor`` times the learning ``rate``, then all other parameters."""
-    encoder_ids = {id(p) for p in network.pyramid.encoder.parameters()}
+    encoder_ids = {id(p) for p in network.pyramid.encoder.parameters()} if hasattr(network, "pyramid") else set()
     parts = [[p for p in network.parameters() if (id(p) in encoder_ids) == inside] for inside in (True, False)]
     return [{"params": parts[0], "lr": factor * rate}, {"params": parts[1], "lr": rate}]

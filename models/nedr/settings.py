@@ -44,6 +44,7 @@ class NeDRSettings:
     airlight_head: Literal["pooled", "statistics"]
     airlight_bounds: Annotated[Interval, Ends(0, 2)]
     guided_filter: bool
+    balance: Literal["none", "image"]
     density_range: Interval
     depth_range: Interval
     airlight_range: Interval
@@ -66,6 +67,7 @@ class NeDRSettings:
     dark_channel_energy_weight: Weight
     dark_channel_energy: DarkChannelEnergy
     frozen_statistics: bool
+    trained: Literal["all", "weights", "airlight"]
 
     @property
     def cycles(self) -> bool:

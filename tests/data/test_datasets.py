@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import functools
+import multiprocessing
 from collections import Counter
 from types import SimpleNamespace
 
@@ -111,6 +112,7 @@ def test_errors_of_workers_arrive_as_one_line(pool, workers):
     with pytest.raises(UserError, match=r"1\.png: cannot be read") as refusal:
         batches(Folder(pool), 0, 7, workers)
     assert "\n" not in str(refusal.value)
+    assert not multiprocessing.active_children()  # though the error, which is kept, knows the frame of the iterator
 
 
 def ramp(height, width):
@@ -341,4 +343,7 @@ def test_skipped_files_are_reported(pool, scenes):
     dataset = training(pool[0].parent, scenes / "clear")
     assert ["earlier run" in dataset.remarks[0], "1 NEF" in dataset.remarks[1]] == [True, True]
     assert dataset.epoch_length == 7
-    assert len(training(None, scenes / "clear", scenes / "depth").remarks) == 1
+    results, pool_check = training(None, scenes / "clear", scenes / "depth").remarks
+    assert "earlier run" in results
+    assert "5 are grey" in pool_check
+    assert not training(None, pool[0].parent, kind="degraded").remarks[1:]  # pools of unpaired training alone

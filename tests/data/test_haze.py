@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data import degradations, haze, images, paths, synthesis
 from data.sets import pairing
-from utils import config
+from utils import config, physics
 from utils.errors import UserError
 
 seeds = st.integers(0, 2**32 - 1)
@@ -579,3 +579,23 @@ def test_dusk_darkens_scene_and_airlight_alike():
 
 
 DUSK = ("light.probability=1", "light.range=[0.4, 0.6]")
+
+
+def test_airlight_has_the_colours_of_given_images(tmp_path):
+    """The grey of the range times a colour, which is that of the brightest part of a hazy image."""
+    colours = torch.tensor([[1.0, 0.88, 0.68], [0.7, 0.9, 1.0]])
+    found = []
+    for k, colour in enumerate(colours):
+        hazy = 0.1 + 0.3 * torch.rand(3, 90, 120)
+        hazy[:, :20] = 0.9 * colour.view(3, 1, 1)  # the sky
+        images.write(tmp_path / f"{k}.png", hazy)
+        found.append(physics.bright_colour(images.read(tmp_path / f"{k}.png")[None]).flatten())
+    np.testing.assert_allclose(np.stack(found), colours, atol=0.01)
+    law, clear = config.section("haze", ["airlight=[0.7, 0.9]", "colour=0"]), torch.rand(3, 6, 6)
+    for seed in range(20):
+        light = synthesis.random_haze(clear, None, np.random.default_rng(seed), law, colours=colours.numpy())[
+            "airlight"
+        ]
+        light = light.flatten()
+        assert 0.7 <= light.max() <= 0.9
+        assert min(((light / light.max()) - colour).abs().max() for colour in colours) < 1e-6

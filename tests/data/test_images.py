@@ -643,6 +643,11 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
     torch.testing.assert_close(images.read(path).mean((1, 2)), torch.tensor([200, 100, 50]) / 255, atol=0.02, rtol=0)
 
 
+def test_results_that_cannot_be_marked_are_reported(tmp_path):
+    with pytest.raises(UserError, match=r"absent/\.dehazed: cannot be written \(No such file or directory\); check"):
+        paths.mark_results(tmp_path / "absent", ["pictures"])
+
+
 def test_results_of_earlier_runs_are_skipped(tmp_path):
     own = touch(tmp_path, "1.png", "out/2.png", "out/pictures of mine/3.png", "pictures/4.png")
     touch(tmp_path, "out/pictures/1.png", "out/panels/1.png")

@@ -63,6 +63,15 @@ def test_other_folders_are_never_replaced(tmp_path):
     assert (tmp_path / "mine.txt").exists()
 
 
+def test_a_set_that_cannot_be_moved_is_reported(folder, tmp_path):
+    """It is told, unless another process has made the set meanwhile."""
+    with pytest.raises(UserError, match=r"new: cannot be written \(No such file or directory\); give another folder"):
+        sample._move(tmp_path / "absent", tmp_path / "new")
+    before = contents(folder)
+    sample._move(tmp_path / "absent", folder)
+    assert contents(folder) == before
+
+
 def test_source_names(folder, monkeypatch):
     monkeypatch.setattr(sample, "FOLDER", folder)
     assert paths.find("sample:test/clear") == [folder / "test/clear/chelsea.png", folder / "test/clear/coffee.png"]

@@ -9,7 +9,7 @@ from helpers import D4, picture, tiny, tiny_settings
 
 import models
 from models.encoder import RELEASED
-from utils import config
+from utils import config, physics
 from utils.errors import UserError
 from utils.training import progress
 from utils.training.updater import Updater
@@ -39,7 +39,11 @@ def step(method: models.Method, values: config.Settings, name: str, size: int) -
 
 
 def moved(method: models.Method, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name.split(".")[0] for name, p in method.named_parameters() if not torch.equal(p, before[name])}
+    return {name.split(".")[0] for name in moved_parameters(method, before)}
+
+
+def moved_parameters(method: models.Method, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in method.named_parameters() if not torch.equal(p, before[name])}
 
 
 def parameters(method: models.Method) -> dict[str, torch.Tensor]:
@@ -406,3 +410,51 @@ def test_checkpointing_changes_no_number():
     (terms, plain), (again, recomputed) = results
     assert terms == again
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("trained", ["all", "weights", "airlight"])
+def test_the_warm_start_trains_only_the_selected_part(trained):
+    overrides = (*SMALLEST, f"nedr.trained={trained}", "nedr.airlight_head=statistics", "nedr.found_airlight_weight=1")
+    method, values = tiny(*overrides), tiny_settings(*overrides)
+    buffers = {name: b.clone() for name, b in method.removal.named_buffers() if "running" in name}
+    before = parameters(method)
+    step(method, values, "warm_start", 64)
+    changed = {name.split(".")[1] for name in moved_parameters(method, before) if name.startswith("removal")}
+    assert "airlight" in changed
+    assert ({"head", "pyramid"} <= changed) == (trained != "airlight")
+    changed = {
+        name.split(".")[0] for name, b in method.removal.named_buffers() if not torch.equal(b, buffers.get(name, b))
+    }
+    assert changed == ({"airlight", "pyramid"} if trained == "all" else {"airlight"})
+
+
+def test_training_a_part_needs_trained_weights():
+    with pytest.raises(UserError, match=r"trained=airlight.*train\.init=FILE"):
+        models.NeDR.check(tiny_settings("nedr.trained=airlight", "warm_start.steps=2"))
+    with pytest.raises(UserError, match=r"airlight=learned"):
+        models.NeDR.check(tiny_settings("nedr.trained=airlight", "nedr.airlight=max", "train.init=a.pt"))
+
+
+def test_balance_takes_a_cast_out_before_the_haze_is_estimated():
+    """A cast of the whole image, (I c) = (J c) t + (A c) (1-t), moves nothing but the colours of J and A."""
+    method = tiny(*SMALLEST, "nedr.balance=image", "nedr.airlight_head=statistics").eval()
+    hazy, cast = batch(64)["hazy"], torch.tensor([1.0, 0.8, 0.6]).view(1, 3, 1, 1)
+    hazy = (
+        0.6 * hazy / physics.bright_colour(hazy) * torch.tensor([1.0, 0.85, 0.85]).view(1, 3, 1, 1)
+    )  # red is brightest
+    with torch.no_grad():
+        for working_size in (0, 32):
+            method.settings.working_size = working_size
+            plain, shifted = method.predict_any_size(hazy), method.predict_any_size(hazy * cast)
+            torch.testing.assert_close(shifted["transmission"], plain["transmission"], atol=1e-4, rtol=0)
+            torch.testing.assert_close(shifted["airlight"], plain["airlight"] * cast, atol=1e-4, rtol=0)
+            torch.testing.assert_close(shifted["clear"], plain["clear"] * cast, atol=1e-3, rtol=0)
+            method.settings.balance = "none"
+            unbalanced = method.predict_any_size(hazy * cast)["airlight"]
+            assert (unbalanced - plain["airlight"] * cast).abs().max() > 1e-2
+            method.settings.balance = "image"
+
+
+def test_balance_is_refused_in_adversarial_training():
+    with pytest.raises(UserError, match=r"balance=image.*train\.steps=0"):
+        models.NeDR.check(tiny_settings("nedr.balance=image", "train.steps=2"))

@@ -376,9 +376,9 @@ def test_files_that_cannot_be_read(tmp_path):
     st.lists(st.floats(1e-9, 1e9), max_size=4),
     st.sampled_from(["constant", "multistep", "cosine"]),
     st.booleans(),
-    st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\x85"), min_size=1, max_size=8),
+    st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\x85\0"), min_size=1, max_size=8),
 )
-# PyYAML itself does not read back U+0085, an obsolete line end, among characters left as they are.
+# PyYAML itself does not read back U+0085, an obsolete line end, among characters left as they are; NUL is refused.
 def test_dumped_settings_are_read_back(tmp_path_factory, batch, clip, milestones, kind, flip, hazy):
     before = load()
     before.train.batch, before.train.clip, before.train.milestones, before.train.schedule = (

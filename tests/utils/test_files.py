@@ -85,7 +85,17 @@ def test_only_fragments_of_dead_processes_are_removed(tmp_path):
     (tmp_path / f".folder.{dead}.tmp").mkdir()
     files.clear_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*kept, f".folder.{dead}.tmp"}
-    files.clear_temporaries(tmp_path / "absent")
+    files.clear_temporaries(tmp_path / "absent", ["pictures"])
+
+
+def test_temporary_files_are_removed_below_the_parts_named_alone(tmp_path):
+    name = f".unfinished.a_png-0badc0de-{dead_process()}"
+    places = ["", "pictures", "pictures/SOTS/nedr", "mine"]
+    for place in places:
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / name).touch()
+    files.clear_temporaries(tmp_path, ["pictures", "panels"])
+    assert [place for place in places if (tmp_path / place / name).exists()] == ["mine"]
 
 
 def test_a_reused_process_number_owns_no_fragment(tmp_path):

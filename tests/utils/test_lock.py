@@ -1,5 +1,6 @@
 """One run a folder: who is refused, and whose lock is taken over."""
 
+import errno
 import json
 import os
 import signal
@@ -90,6 +91,21 @@ def test_only_one_of_two_processes_takes_over_a_lock(tmp_path):
     assert not lock._remove(tmp_path / lock.NAME, OWN | {"process": 2})
     assert json.loads((tmp_path / lock.NAME).read_text())["process"] == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_lock_removed_meanwhile_is_not_removed_again(tmp_path):
+    assert not lock._remove(tmp_path / lock.NAME, OWN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; free some space"), lock.held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_taken_over_by_another_is_not_released(tmp_path):

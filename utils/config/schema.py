@@ -61,6 +61,7 @@ class Haze:
     airlight: Annotated[Interval, Ends(0, 2)]
     colour: Fraction
     colour_probability: Fraction
+    colours_of: str | None
     gamma: Sometimes
     gains: Sometimes
     light: Sometimes

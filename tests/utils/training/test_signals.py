@@ -13,6 +13,7 @@ from utils.training import signals
 @pytest.fixture(autouse=True)
 def _as_before():
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
