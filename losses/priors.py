@@ -9,9 +9,9 @@ from utils.physics import dark_channel, dark_channel_transmission
 RIDGE = 1e-6  # epsilon of the matting Laplacian, as in both papers
 
 
-def dark_channel_loss(clear: Tensor, size: int = 15) -> Tensor:
+def dark_channel_loss(clear: Tensor) -> Tensor:
     """Mean of the dark channel, near 0 for haze-free images (He et al., TPAMI 2011). (N,3,H,W) -> scalar."""
-    return dark_channel(clear, size).mean()
+    return dark_channel(clear).mean()
 
 
 def total_variation(clear: Tensor) -> Tensor:

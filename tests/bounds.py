@@ -1,6 +1,6 @@
 """Work on hostile input in a forked child, within bounds of time and memory, and the verdict on it. For POSIX systems.
 
-    found = bounds.judge(lambda: models.load(path), folder)
+    found = bounds.run(lambda: models.load(path), folder)
     assert not found.fault, found.fault
 
 It may end well or with a `UserError` of one line. A fault is any other exception, a hang, too much memory, a crash, a
@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
     fault: str = ""
 
 
-def judge(work: Callable[[], Any], folder: Path, seconds: float = SECONDS, most: int = BYTES) -> Verdict:
+def run(work: Callable[[], Any], folder: Path, seconds: float = SECONDS, most: int = BYTES) -> Verdict:
     """Do ``work`` in a child, in at most so many ``seconds`` and ``most`` bytes more than this process has now."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -44,10 +44,10 @@ def judge(work: Callable[[], Any], folder: Path, seconds: float = SECONDS, most:
         _child(work, folder.resolve(), seconds, most, writing)
     os.close(writing)
     with open(reading, "rb") as file:
-        told = file.read()
+        written = file.read()
     _, status = os.waitpid(child, 0)
-    if told:
-        return Verdict(**json.loads(told))
+    if written:
+        return Verdict(**json.loads(written))
     if os.WIFEXITED(status):
         return Verdict(fault="ended without a word")
     number = os.WTERMSIG(status)

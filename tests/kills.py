@@ -94,7 +94,7 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def doom(number: int, share: float) -> None:
+def die_in_write(number: int, share: float) -> None:
     """The write of that ``number``, from 0, will be the last of this process, which dies with ``share`` of it done."""
     numbers = itertools.count()
     fsync, replace, write = os.fsync, os.replace, os.write
@@ -144,7 +144,7 @@ def saved_step(case: Case, folder: Path) -> int:
     return both + state["step"]
 
 
-def look(case: Case, folder: Path, before: int) -> int:
+def check_state(case: Case, folder: Path, before: int) -> int:
     """Everything that a killed run leaves is whole, and nothing is lost that was saved; returns the step saved."""
     step = saved_step(case, folder)
     assert step >= before, f"last.pt is of step {step}, and was of {before}"
@@ -154,8 +154,8 @@ def look(case: Case, folder: Path, before: int) -> int:
         assert yaml.safe_load((folder / "settings.yml").read_text())["model"] == case.model
     records, damaged = files.read_records(folder / "log.jsonl")
     assert len(damaged) <= 1, f"log.jsonl: lines {damaged} are damaged"
-    told = Counter(record["step"] for record in records if "loss/generators" in record and record["step"] <= step)
-    assert told == Counter(range(1, step + 1)), f"log.jsonl: of {step} steps there are {told}"
+    logged = Counter(record["step"] for record in records if "loss/generators" in record and record["step"] <= step)
+    assert logged == Counter(range(1, step + 1)), f"log.jsonl: of {step} steps there are {logged}"
     points = losses(folder)
     lost = [k for k in range(1, step + 1) if k not in points]
     assert not lost, f"TensorBoard has lost the points of steps {lost} of {step}"
@@ -230,7 +230,7 @@ def at_random(case: Case, folder: Path, seconds: float, dice: random.Random) -> 
 def in_a_write(case: Case, folder: Path, dice: random.Random) -> int:
     """Start a training that dies in one of its next writes; its exit status."""
     number, share = dice.randrange(25), dice.random()
-    return wait(start(case, folder, prepare=lambda: doom(number, share)))
+    return wait(start(case, folder, prepare=lambda: die_in_write(number, share)))
 
 
 def in_a_large_write(case: Case, folder: Path, dice: random.Random) -> int:
@@ -245,7 +245,7 @@ def in_a_large_write(case: Case, folder: Path, dice: random.Random) -> int:
     return status
 
 
-def campaign(case: Case, kills: int, dice: random.Random, ways: list[Callable], parent: Path) -> Counter:
+def kill_repeatedly(case: Case, kills: int, dice: random.Random, ways: list[Callable], parent: Path) -> Counter:
     """So many kills of trainings, one folder after the other; what happened, by name."""
     whole, counts, step = new_folder(parent, "whole"), Counter(), 0
     seconds = train_whole(case, whole)
@@ -261,7 +261,7 @@ def campaign(case: Case, kills: int, dice: random.Random, ways: list[Callable], 
             counts["kills"] += 1
             counts[way.__name__.replace("_", " ")] += 1
             counts["with a file half written"] += bool(unfinished(folder))
-            step = look(case, folder, step)
+            step = check_state(case, folder, step)
         else:
             same(whole, folder)
             counts["finished, the same as unkilled"] += 1
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     ways = [in_a_large_write] if options.large else [at_random, in_a_write]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as parent:
-        counts = campaign(case, options.count, random.Random(options.seed), ways, Path(parent))
+        counts = kill_repeatedly(case, options.count, random.Random(options.seed), ways, Path(parent))
     print(json.dumps(counts | {"seconds": round(time.monotonic() - begun)}))
     return 0
 

@@ -1,4 +1,4 @@
-"""What test_distributed.py has several processes do; each leaves what it finds as FOLDER/<name>.<rank>.pt.
+"""What test_distributed.py has several processes do; each writes its results to FOLDER/<name>.<rank>.pt.
 
 torchrun --nproc_per_node 2 tests/rank_checks.py FOLDER
 torchrun --nproc_per_node 2 tests/rank_checks.py train STEP FOLDER ...  (train.py; the second is killed in that step)
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import picture, tiny, tiny_settings
+from helpers import picture, tiny, tiny_settings
 
 import train
 from models.method import Loss, frozen
@@ -49,8 +49,8 @@ class Double(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def game(ranks: distributed.Ranks, sync: bool, exact: bool = True) -> dict:
-    """One step of NeDR's game on the same two images and random haze, however many processes share them.
+def adversarial_step(ranks: distributed.Ranks, sync: bool, exact: bool = True) -> dict:
+    """One adversarial step of NeDR on the same two images and random haze, however many processes share them.
 
     ``exact``: in float64, all of it, since batch norm over few pixels makes much of float32's rounding. It takes long.
     """
@@ -118,29 +118,29 @@ def norms(ranks: distributed.Ranks) -> dict:
     }
 
 
-def small_things(ranks: distributed.Ranks) -> dict:
-    found = {
+def small_checks(ranks: distributed.Ranks) -> dict:
+    results = {
         "spread": ranks.map(lambda items: [item**2 for item in items], range(5)),
         "agree": ranks.all_max(ranks.rank),
     }
     try:
         finite(ranks.mean({"a": 1.0, "b": float("nan") if ranks.rank else 1.0}))
     except UserError as error:
-        found["finite"] = str(error)
+        results["finite"] = str(error)
     try:
         ranks.check_same(ranks.rank, Path("last.pt"))
     except UserError as error:
-        found["same"] = str(error)
+        results["same"] = str(error)
     module = nn.Sequential(nn.BatchNorm2d(1), nn.Linear(1, 1))
     module.register_buffer("memory", torch.tensor([float(ranks.rank)]))
     module[0].running_mean.fill_(ranks.rank)
     ranks.average_statistics(module)
     ranks.start(seed=3)
     state = ranks.states(module)
-    found |= {"mean": module[0].running_mean.item(), "state": state, "drawn": torch.rand(3)}
+    results |= {"mean": module[0].running_mean.item(), "state": state, "drawn": torch.rand(3)}
     module.memory.fill_(9)
     ranks.restore(state, module, 3, 5)
-    return found | {"memory": module.memory.item(), "drawn again": torch.rand(3)}
+    return results | {"memory": module.memory.item(), "drawn again": torch.rand(3)}
 
 
 def recorded_loaders() -> list[dict]:
@@ -188,8 +188,11 @@ def fail() -> None:
 def all_checks(folder: Path) -> int:
     rank = int(os.environ["RANK"])
     with distributed.group() as ranks:
-        checks = {"game": lambda: game(ranks, True), "alone": lambda: game(ranks, False, exact=False)}
-        checks |= {"steps": lambda: steps(ranks), "norms": lambda: norms(ranks), "small": lambda: small_things(ranks)}
+        checks = {
+            "adversarial": lambda: adversarial_step(ranks, True),
+            "alone": lambda: adversarial_step(ranks, False, exact=False),
+        }
+        checks |= {"steps": lambda: steps(ranks), "norms": lambda: norms(ranks), "small": lambda: small_checks(ranks)}
         for name, check in checks.items():
             torch.save(check(), folder / f"{name}.{rank}.pt")
     torch.save(runs(folder, rank), folder / f"runs.{rank}.pt")

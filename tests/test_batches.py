@@ -55,7 +55,7 @@ def stems(names) -> set[str]:
 
 
 @pytest.mark.parametrize("count", [36, pytest.param(1000, marks=pytest.mark.slow)])
-def test_all_that_can_be_done_is_done_and_again_only_what_is_missing(run, tmp_path, count):
+def test_a_repeated_batch_dehazes_only_what_is_missing(run, tmp_path, count):
     whole, bad = fill(tmp_path / "in", count)
     status, out, err = run()
     *skipped, last = err.splitlines()
@@ -81,7 +81,7 @@ def test_all_that_can_be_done_is_done_and_again_only_what_is_missing(run, tmp_pa
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
-def test_odd_names_links_pipes_and_claims_cost_one_line_each(run, tmp_path, monkeypatch):
+def test_odd_names_links_pipes_and_large_headers_cost_one_line_each(run, tmp_path, monkeypatch):
     good = ["a.png", "n" * 240 + ".png", os.fsdecode(b"na\xefve.png"), "z.png", "line\nbreak.png"]
     for name in good:
         images.write(tmp_path / "in" / "x.png", torch.rand(3, 8, 9))
@@ -100,7 +100,7 @@ def test_odd_names_links_pipes_and_claims_cost_one_line_each(run, tmp_path, monk
     assert len(made(tmp_path)) == 5
 
 
-def test_what_a_list_names_in_vain_is_told_and_the_rest_is_done(run, tmp_path):
+def test_missing_files_of_a_list_are_reported_and_the_rest_is_dehazed(run, tmp_path):
     images.write(tmp_path / "in" / "a.png", torch.rand(3, 8, 9))
     lines = [b"in/a.png", b"x" * 5000, b"~nouser/a.png", b"a\0b.png", b"na\xefve.png"]
     (tmp_path / "x.flist").write_bytes(b"\n".join(lines))
@@ -113,7 +113,7 @@ def test_what_a_list_names_in_vain_is_told_and_the_rest_is_done(run, tmp_path):
     assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 4
 
 
-def test_what_cannot_be_written_is_its_own_misfortune_unless_the_disk_is_full(run, tmp_path, monkeypatch):
+def test_a_failed_write_skips_one_image_unless_the_disk_is_full(run, tmp_path, monkeypatch):
     for name in ("a.png", "b" * 245 + ".png", "c.png"):
         images.write(tmp_path / "in" / name, torch.rand(3, 8, 9))
     status, out, err = run("--suffix", "_dehazed")
@@ -134,7 +134,7 @@ def test_what_cannot_be_written_is_its_own_misfortune_unless_the_disk_is_full(ru
 
 
 @pytest.mark.parametrize("place", ["to_8bit", "read"])
-def test_a_lack_of_memory_is_one_picture_s(run, tmp_path, monkeypatch, place):
+def test_running_out_of_memory_skips_one_image(run, tmp_path, monkeypatch, place):
     """While it is read, and while it is written."""
     for name in ("a.png", "b.png", "c.png"):
         images.write(tmp_path / "in" / name, torch.rand(3, 8, 9))
@@ -154,7 +154,7 @@ def test_a_lack_of_memory_is_one_picture_s(run, tmp_path, monkeypatch, place):
     assert "memory" in err
 
 
-def test_a_clip_among_pictures_is_told_how_to_be_dehazed(run, tmp_path):
+def test_a_clip_among_images_is_refused_with_the_remedy(run, tmp_path):
     images.write(tmp_path / "in" / "a.png", torch.rand(3, 8, 9))
     (tmp_path / "in" / "clip.mp4").touch()
     status, _, err = run()

@@ -26,9 +26,9 @@ def refuse(message: str, kind: type[UserError] = UserError) -> None:
     raise kind(message)
 
 
-def test_what_ends_well_or_in_one_line(tmp_path):
-    assert bounds.judge(lambda: (tmp_path / "a").write_text("x"), tmp_path) == ("", "")
-    assert bounds.judge(lambda: refuse("a.pt is bad; fetch it again"), tmp_path) == ("a.pt is bad; fetch it again", "")
+def test_success_and_one_line_errors_are_no_faults(tmp_path):
+    assert bounds.run(lambda: (tmp_path / "a").write_text("x"), tmp_path) == ("", "")
+    assert bounds.run(lambda: refuse("a.pt is bad; fetch it again"), tmp_path) == ("a.pt is bad; fetch it again", "")
 
 
 FAULTS = {
@@ -45,10 +45,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_faults(tmp_path, case):
-    work, told = FAULTS[case]
+def test_faults_are_detected(tmp_path, case):
+    work, fault = FAULTS[case]
     try:
-        found = bounds.judge(work, tmp_path, seconds=0.5 if case == "a hang" else 20, most=2**27)
+        found = bounds.run(work, tmp_path, seconds=0.5 if case == "a hang" else 20, most=2**27)
     finally:
         Path(__file__).with_suffix(".trace").unlink(missing_ok=True)
-    assert told in found.fault
+    assert fault in found.fault

@@ -141,7 +141,7 @@ def test_colours_come_through(run, tmp_path, tags):
     assert np.abs(found[20, 80] - flat[20, 80]).max() <= 5
 
 
-def test_a_turned_clip_stands_upright(run, tmp_path):
+def test_a_rotated_clip_is_upright(run, tmp_path):
     frame = np.zeros((64, 96, 3), np.uint8)
     frame[:16] = 200  # bright above, which a quarter turn counterclockwise takes to the left
     write(tmp_path / "a.mp4", [frame] * 2, turn=90)
@@ -156,22 +156,22 @@ def test_a_turned_clip_stands_upright(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codec", "pix_fmt", "told"),
+    ("codec", "pix_fmt", "message"),
     [
         ("libx265", "yuv420p10le", "10 bits a channel, read and written as 8"),
         ("png", "rgba", "its transparency is left out"),
     ],
 )
-def test_what_is_lost_is_told(run, tmp_path, codec, pix_fmt, told):
+def test_what_the_output_clip_cannot_keep_is_reported(run, tmp_path, codec, pix_fmt, message):
     frames = [np.dstack([pixels(f), np.full((64, 96), 128, np.uint8)]) for f in pan(2, 0, 64, 96)]
     write(tmp_path / "a.mov", frames, codec=codec, pix_fmt=pix_fmt)
     status, _, err = run("--hazy", "a.mov")
     assert status == 0
-    assert told in err
+    assert message in err
     assert len(read(tmp_path / "out/videos/a.mov")[1]) == 2
 
 
-def test_clips_that_cannot_be_taken(run, tmp_path):
+def test_unsuitable_clips_are_refused(run, tmp_path):
     write(tmp_path / "hdr.mp4", pan(2, 0, 64, 96), pix_fmt="yuv420p10le", codec="libx265", tags={"color_trc": 16})
     (tmp_path / "text.mp4").write_text("no clip")
     (tmp_path / "empty.mp4").touch()
@@ -186,7 +186,7 @@ def test_clips_that_cannot_be_taken(run, tmp_path):
         heard.sample_rate, heard.pts, heard.time_base = 48000, 0, Fraction(1, 48000)
         out.mux(track.encode(heard))
         out.mux(track.encode(None))
-    for name, told in {
+    for name, message in {
         "hdr": "is HDR, PQ",
         "text": "cannot be read as a clip",
         "empty": "cannot be read as a clip",
@@ -197,7 +197,7 @@ def test_clips_that_cannot_be_taken(run, tmp_path):
     }.items():
         status, out, err = run("--hazy", f"{name}.mp4")
         assert (status, out, err.count("error")) == (2, "", 1), name
-        assert told in err
+        assert message in err
         assert not list((tmp_path / "out").rglob("*.mp4"))
     status, out, err = run("--hazy", "text.mp4", "whole.mp4")  # one that is bad does not keep the others
     assert (status, "3 frames done" in out, "text.mp4" in err) == (2, True, True)
@@ -219,7 +219,7 @@ def test_a_clip_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_a_clip_that_breaks_off_keeps_what_it_has(run, tmp_path):
+def test_a_truncated_clip_keeps_its_readable_frames(run, tmp_path):
     whole = write(tmp_path / "whole.mkv", [f + 0.1 * torch.rand_like(f) * (1 - f) for f in pan(20, 3, 64, 96)])
     (tmp_path / "a.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     status, out, _ = run("--hazy", "a.mkv")
@@ -229,7 +229,7 @@ def test_a_clip_that_breaks_off_keeps_what_it_has(run, tmp_path):
     assert f"{count} frames done" in out
 
 
-def test_stopped_it_leaves_a_file_that_plays(run, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_a_playable_file(run, tmp_path, monkeypatch):
     write(tmp_path / "a.mp4", pan(20, 1, 64, 96), sound=True)
     own, count = temporal.TemporalFilter.dehaze_next, itertools.count()
 
@@ -247,7 +247,7 @@ def test_stopped_it_leaves_a_file_that_plays(run, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out/videos").iterdir()] == ["a.mp4"]
 
 
-def test_names_and_what_is_there(run, tmp_path):
+def test_output_names_and_existing_files(run, tmp_path):
     write(tmp_path / "a.mp4", pan(2, 0, 64, 96))
     assert run("--hazy", "a.mp4", "--suffix", "_clear", "--show", "side_by_side")[0] == 0
     assert read(tmp_path / "out/videos/a_clear.mp4")[1][0].shape == (64, 192, 3)
@@ -291,7 +291,7 @@ def test_flicker(step):
     assert steady[1] < alone[1] * (0.97 if not step else 0.7)  # of a still scene most is the noise itself
 
 
-def test_movement_is_found_and_cuts_are_seen():
+def test_motion_is_estimated_and_cuts_are_detected():
     first, last = pan(2, 5)
     down, right = temporal.movement(first.mean(1), last.mean(1))
     assert (down, right) == pytest.approx((0, -5), abs=0.3)

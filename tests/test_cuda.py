@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY
+from helpers import TINY
 from torch import nn
 
 import models
@@ -147,16 +147,16 @@ def test_networks_compile():
 
 
 def test_large_weights_of_a_discriminator_do_not_overflow_in_half_precision():
-    judge, image = Discriminator().to(GPU).eval(), torch.rand(2, 3, 64, 64, device=GPU)
-    for conv in judge.convs:
+    discriminator, image = Discriminator().to(GPU).eval(), torch.rand(2, 3, 64, 64, device=GPU)
+    for conv in discriminator.convs:
         conv.weight_orig.data *= 300
     for _ in range(20):
-        judge.train()(image)
-    judge.eval()
+        discriminator.train()(image)
+    discriminator.eval()
     with device.autocast(GPU, "fp16"):
-        half = judge(image)
+        half = discriminator(image)
     assert half.isfinite().all()
-    torch.testing.assert_close(half, judge(image), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(half, discriminator(image), rtol=0.05, atol=0.02)
 
 
 def test_synchronised_batch_norm_is_batch_norm_where_there_is_one_process(tmp_path):

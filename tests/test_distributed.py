@@ -26,7 +26,7 @@ TINY = TESTS.parent / "checkpoints" / "tiny" / "config.yml"
 
 
 def torchrun(*arguments, limit: float = 240) -> tuple[int, str]:
-    """The exit status of tests/rank_checks.py in two processes, and all that they say; a hang fails."""
+    """The exit status of tests/rank_checks.py in two processes, and all that they print; a hang fails."""
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*started, TESTS / "rank_checks.py", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -38,18 +38,18 @@ def torchrun(*arguments, limit: float = 240) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """The folder in which two processes left what they found, and all that they said."""
+    """The folder in which two processes wrote their results, and all that they printed."""
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("whole", "resumed", "failing"):
         (folder / name).mkdir()
         shutil.copy(TINY, folder / name)
-    status, said = torchrun(folder)
-    assert (folder / "runs.1.pt").exists(), said
-    assert status == 1, said  # torchrun's own: the last run fails
-    return folder, said
+    status, printed = torchrun(folder)
+    assert (folder / "runs.1.pt").exists(), printed
+    assert status == 1, printed  # torchrun's own: the last run fails
+    return folder, printed
 
 
-def found(checked, name: str) -> list:
+def results(checked, name: str) -> list:
     return [torch.load(checked[0] / f"{name}.{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -62,11 +62,11 @@ def largest_difference(one, other) -> float:
 @pytest.fixture(scope="module")
 def alone():
     """Adversarial training's step in one process, with both batches as one."""
-    return rank_checks.game(Ranks(), False)
+    return rank_checks.adversarial_step(Ranks(), False)
 
 
 def test_two_processes_take_the_step_of_one_with_both_their_batches(checked, alone):
-    first, second = found(checked, "game")
+    first, second = results(checked, "adversarial")
     assert alone["gradients"].keys() == {"generators", "depth", "discriminators"}
     for optimiser, gradients in alone["gradients"].items():
         assert all(map(torch.equal, first["gradients"][optimiser], second["gradients"][optimiser]))
@@ -80,7 +80,7 @@ def test_two_processes_take_the_step_of_one_with_both_their_batches(checked, alo
 
 def test_without_sync_batchnorm_statistics_are_each_batchs_own(checked, alone):
     """And so are the gradients of another function; but weights and running statistics agree after the step."""
-    first, second = found(checked, "alone")
+    first, second = results(checked, "alone")
     for optimiser, gradients in alone["gradients"].items():
         assert all(map(torch.equal, first["gradients"][optimiser], second["gradients"][optimiser]))
         assert largest_difference(gradients, first["gradients"][optimiser]) > 1e-3
@@ -94,14 +94,14 @@ def test_without_sync_batchnorm_statistics_are_each_batchs_own(checked, alone):
 
 def test_steps_of_several_batches_are_clipped_by_the_mean_and_spare_what_is_unused(checked):
     one = rank_checks.steps(Ranks())
-    for each in found(checked, "steps"):
+    for each in results(checked, "steps"):
         for a, b in zip(each["weights"], one["weights"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         assert each["unused"] == one["unused"] == [None] * 4
 
 
 def test_sync_batchnorm_is_batch_norm_over_all_shares(checked):
-    one, both = rank_checks.norms(Ranks()), found(checked, "norms")
+    one, both = rank_checks.norms(Ranks()), results(checked, "norms")
     for key in ("y", "dx", "eval"):
         torch.testing.assert_close(torch.cat([each[key] for each in both]), one[key])
     for k, gradient in enumerate(one["gradients"]):
@@ -113,8 +113,8 @@ def test_sync_batchnorm_is_batch_norm_over_all_shares(checked):
             torch.testing.assert_close(each["statistics"][key], value)
 
 
-def test_figures_states_and_errors_reach_all(checked):
-    first, second = found(checked, "small")
+def test_figures_states_and_errors_reach_all_processes(checked):
+    first, second = results(checked, "small")
     for each in (first, second):
         assert each["spread"] == [0, 1, 4, 9, 16]
         assert each["agree"] == [1]
@@ -129,15 +129,15 @@ def test_figures_states_and_errors_reach_all(checked):
 
 
 def test_a_run_of_two_is_written_once_and_resumed_bit_for_bit(checked):
-    folder, said = checked
-    first, second = found(checked, "runs")
+    folder, printed = checked
+    first, second = results(checked, "runs")
     assert first["statuses"] == second["statuses"] == [0, 143, 0]  # the signal came to the second alone
     assert first["loaders"] == second["loaders"]
     names = {"config.yml", "settings.yml", "last.pt", "weights.safetensors", "log.txt", "log.jsonl", "tensorboard"}
     names.add("warm_start.safetensors")
     assert {path.name for path in (folder / "whole").iterdir()} == names
     assert len(list((folder / "whole" / "tensorboard").iterdir())) == 1
-    assert said.count("nedr on cpu and 1 more, from step 0") == 3  # and once where one fails
+    assert printed.count("nedr on cpu and 1 more, from step 0") == 3  # and once where one fails
     lines = [json.loads(line) for line in (folder / "whole" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss/generators" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
@@ -160,12 +160,12 @@ def test_sharded_validation_has_the_mean_of_all(checked):
     assert mean["ours.psnr"] == pytest.approx(checkpoint.read(folder / "last.pt")["best"], abs=1e-4)
 
 
-def test_an_error_of_one_process_is_told_once_and_ends_all(checked):
-    said = checked[1]
-    assert said.count("error: the sky fell; put it back") == 1
-    assert said.count("error: another process of this run has ended") == 1
-    assert "nothing was saved yet" in said
-    assert "Traceback" not in said.partition("torch.distributed.elastic")[0].split("the sky fell")[0]
+def test_an_error_of_one_process_is_reported_once_and_ends_all(checked):
+    printed = checked[1]
+    assert printed.count("error: the sky fell; put it back") == 1
+    assert printed.count("error: another process of this run has ended") == 1
+    assert "nothing was saved yet" in printed
+    assert "Traceback" not in printed.partition("torch.distributed.elastic")[0].split("the sky fell")[0]
 
 
 @pytest.mark.slow
@@ -180,11 +180,11 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_survives_one_that_is_
     assert (state["step"], state["seen"], "others" in state) == (3, 5, False)
     assert calls == [(4, 5, 1)]
 
-    status, said = torchrun("train", 2, folder, "--resume", "train.steps=9", *often, limit=120)
+    status, printed = torchrun("train", 2, folder, "--resume", "train.steps=9", *often, limit=120)
     assert status == 1
-    assert "and 1 more (until now 1 in all; new processes have new random seeds), from step 4" in said
-    assert said.count("error: another process of this run has ended") == 1
-    assert "last.pt is from step 5: continue with --resume" in said
+    assert "and 1 more (until now 1 in all; new processes have new random seeds), from step 4" in printed
+    assert printed.count("error: another process of this run has ended") == 1
+    assert "last.pt is from step 5: continue with --resume" in printed
     state = checkpoint.read(folder / "last.pt")
     assert (state["step"], state["seen"], len(state["others"])) == (4, 7, 1)
 

@@ -27,7 +27,7 @@ TOGETHER = 25  # files a child: to fork costs more than to read one
 LONGEST = 800  # characters of a message without the folder: it may list forty settings
 
 
-def base_pictures() -> dict[str, bytes]:
+def base_images() -> dict[str, bytes]:
     """Small images of all kinds that are read, by a name with their ending."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(90, 255, (19, 23, 3), dtype=np.uint8))
@@ -65,8 +65,8 @@ def base_pictures() -> dict[str, bytes]:
     }
     made = {}
     for name, (image, options) in cases.items():
-        kind = Image.registered_extensions()[os.path.splitext(name)[1]]
-        if (kind == "AVIF" and not features.check("avif")) or (kind == "JPEG2000" and not features.check("jpg_2000")):
+        kind = Image.registered_extensions().get(os.path.splitext(name)[1])  # None for AVIF before Pillow 11.3
+        if kind is None or not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(kind, "pil")):
             continue
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
@@ -97,10 +97,10 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
             case 6:
                 changed[place : place + length] = rng.bytes(length)
         data = bytes(changed) or b"\0"
-    return mended(data) if data.startswith(b"\x89PNG") and rng.integers(2) else data
+    return with_valid_checksums(data) if data.startswith(b"\x89PNG") and rng.integers(2) else data
 
 
-def mended(data: bytes) -> bytes:
+def with_valid_checksums(data: bytes) -> bytes:
     """A PNG whose checksums fit what its chunks now hold."""
     out, place = bytearray(data), 8
     while place + 12 <= len(out):
@@ -113,7 +113,7 @@ def mended(data: bytes) -> bytes:
     return bytes(out)
 
 
-def claimed(rng: np.random.Generator) -> tuple[str, bytes]:
+def image_of_large_size(rng: np.random.Generator) -> tuple[str, bytes]:
     """An image of few bytes that says it is large, and one that is large."""
     width, height = (int(side) for side in rng.integers(1, 40_000, 2))
     if rng.integers(4):
@@ -124,18 +124,18 @@ def claimed(rng: np.random.Generator) -> tuple[str, bytes]:
     )
     body = zlib.compress(bytes(int(rng.integers(2**20))))
     chunks = [(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")]
-    return "claim.png", mended(
+    return "claim.png", with_valid_checksums(
         b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(each)) + kind + each + b"sums" for kind, each in chunks)
     )
 
 
-def hostile_pictures(seed: int, count: int) -> list[tuple[str, bytes]]:
-    rng, base = np.random.default_rng(seed), base_pictures()
+def hostile_images(seed: int, count: int) -> list[tuple[str, bytes]]:
+    rng, base = np.random.default_rng(seed), base_images()
     names = list(base)
     found = []
     for number in range(count):
         name = names[number % len(names)]
-        found.append(claimed(rng) if number % 20 == 19 else (name, mutated(base[name], rng)))
+        found.append(image_of_large_size(rng) if number % 20 == 19 else (name, mutated(base[name], rng)))
     return found
 
 
@@ -147,23 +147,23 @@ def together(works: list[tuple[str, Callable]], folder: Path) -> None:
             try:
                 work()
             except UserError as error:
-                told = str(error).replace(str(folder), "")
-                assert told.isprintable(), (name, told)
-                assert len(told) < LONGEST, (name, told)
+                message = str(error).replace(str(folder), "")
+                assert message.isprintable(), (name, message)
+                assert len(message) < LONGEST, (name, message)
             except BaseException as error:
                 raise AssertionError(name) from error
 
     for start in range(0, len(works), TOGETHER):
         some = works[start : start + TOGETHER]
-        found = bounds.judge(lambda some=some: one_child(some), folder, seconds=30)
+        found = bounds.run(lambda some=some: one_child(some), folder, seconds=30)
         if found.fault:  # one by one, to name it
-            alone = {name: bounds.judge(lambda each=(name, work): one_child([each]), folder) for name, work in some}
+            alone = {name: bounds.run(lambda each=(name, work): one_child([each]), folder) for name, work in some}
             faults = {name: verdict.fault for name, verdict in alone.items() if verdict.fault}
             pytest.fail(f"of {[name for name, _ in some]}: {faults or found.fault}")
 
 
 @pytest.mark.parametrize(("seed", "count"), [(1, 100), pytest.param(2, 2000, marks=pytest.mark.slow)])
-def test_pictures(tmp_path, seed, count):
+def test_images(tmp_path, seed, count):
     """Read as an image, as a depth map, and written again in their own format with what is kept of them."""
 
     def work(path: Path) -> None:
@@ -174,7 +174,7 @@ def test_pictures(tmp_path, seed, count):
         images.write(tmp_path / "out" / "made.jpg", made[:, :64, :64], like=path)
 
     works = []
-    for number, (name, data) in enumerate(hostile_pictures(seed, count)):
+    for number, (name, data) in enumerate(hostile_images(seed, count)):
         path = tmp_path / f"{number}_{name}"
         path.write_bytes(data)
         works.append((path.name, lambda path=path: work(path)))
@@ -254,13 +254,13 @@ def test_lists_and_odd_paths(tmp_path, monkeypatch, seed, count):
     rng, works = np.random.default_rng(seed), []
 
     def work(source: str) -> None:
-        told: list[str] = []
-        for path in paths.find([source, "a.png"], absent=told):
+        messages: list[str] = []
+        for path in paths.find([source, "a.png"], absent=messages):
             try:
                 images.read(path)
             except UserError as error:
-                told.append(str(error))
-        assert [line for line in told if not line.isprintable() or len(line) > LONGEST] == []
+                messages.append(str(error))
+        assert [line for line in messages if not line.isprintable() or len(line) > LONGEST] == []
         paths.find(source)
 
     for number in range(count):
@@ -271,11 +271,11 @@ def test_lists_and_odd_paths(tmp_path, monkeypatch, seed, count):
     together(works, tmp_path)
 
 
-def test_no_word_of_a_library_comes_between_the_lines(run, tmp_path, monkeypatch):  # noqa: F811
+def test_libraries_print_nothing(run, tmp_path, monkeypatch):  # noqa: F811
     """Warnings of Pillow, of NumPy, and of libraries in C."""
     monkeypatch.setattr("utils.memory.free_memory", lambda device: 2**28)  # else large ones take seconds
     (tmp_path / "in").mkdir()
-    for number, (name, data) in enumerate(hostile_pictures(3, 60)):
+    for number, (name, data) in enumerate(hostile_images(3, 60)):
         (tmp_path / "in" / f"{number}_{name}").write_bytes(data)
     _, out, err = run()
     assert [line for line in err.splitlines() if not line.startswith(("skipped: in/", "error: "))] == []

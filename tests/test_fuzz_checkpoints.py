@@ -118,18 +118,18 @@ def shape_of(old: Any) -> tuple[int, ...]:
     return tuple(old.shape) if isinstance(old, torch.Tensor) else (2, 2)
 
 
-def places(tree: Any, depth: int = 0) -> list[tuple[Any, Any]]:
+def entries(tree: Any, depth: int = 0) -> list[tuple[Any, Any]]:
     """Every place of a tree: a container, and the key of something in it; those near the root several times."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     found = []
     for key, value in list(items):
-        found += [(tree, key)] * max(1, 40 >> (2 * depth)) + places(value, depth + 1)
+        found += [(tree, key)] * max(1, 40 >> (2 * depth)) + entries(value, depth + 1)
     return found
 
 
 def change(tree: Any, chance: random.Random) -> str:
     """Change one thing in ``tree``; returns what."""
-    container, key = chance.choice(places(tree))
+    container, key = chance.choice(entries(tree))
     how = chance.choice(["gone", "renamed", "all", *ODD])
     if how == "gone":
         del container[key]
@@ -210,7 +210,7 @@ def rewritten(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     return how, struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
-def spoilt(whole: Path, number: int) -> tuple[str, str, bytes]:
+def damaged_file(whole: Path, number: int) -> tuple[str, str, bytes]:
     """Feed ``number``: the name of its file, what was done to it, and its bytes."""
     chance = random.Random(number)
     name = FILES[number % len(FILES)]
@@ -243,9 +243,9 @@ def faults(whole: Path, folder: Path, numbers: range) -> list[str]:
     found, refused = [], 0
     shutil.copy(whole / "config.yml", folder)
     for number in numbers:
-        name, how, data = spoilt(whole, number)
+        name, how, data = damaged_file(whole, number)
         (folder / name).write_bytes(data)
-        verdict = bounds.judge(lambda number=number, name=name: use(folder / name, number), folder)
+        verdict = bounds.run(lambda number=number, name=name: use(folder / name, number), folder)
         found += [f"feed {number}, {name}, {how}: {verdict.fault}"] if verdict.fault else []
         refused += bool(verdict.refused)
         (folder / name).unlink()
@@ -253,12 +253,12 @@ def faults(whole: Path, folder: Path, numbers: range) -> list[str]:
     return found
 
 
-def test_a_few(whole, tmp_path):
+def test_a_few_damaged_files_end_in_one_line(whole, tmp_path):
     assert not faults(whole, tmp_path, range(FEW))
 
 
 @pytest.mark.slow
-def test_many(whole, tmp_path):
+def test_many_damaged_files_end_in_one_line(whole, tmp_path):
     found = faults(whole, tmp_path, range(FEW, FEEDS))
     assert not found, "\n\n".join(found)
 
@@ -268,6 +268,6 @@ def test_whole_files_are_used(whole, tmp_path):
     for number, name in ((0, "last.pt"), (4, "last.pt"), (1, "weights.safetensors"), (2, "official.pth")):
         for file in ("config.yml", name):
             shutil.copy(whole / file, tmp_path)
-        found = bounds.judge(lambda number=number, name=name: use(tmp_path / name, number), tmp_path)
+        found = bounds.run(lambda number=number, name=name: use(tmp_path / name, number), tmp_path)
         assert found == ("", ""), name
         (tmp_path / name).unlink()

@@ -130,7 +130,7 @@ def test_a_validation_is_left_at_a_signal_and_done_after_the_resume(folders, sma
     kills.same(whole, parts)
 
 
-def test_a_killed_reader_of_pictures_ends_the_run_saved(folders, monkeypatch):
+def test_a_killed_reader_of_images_ends_the_run_saved(folders, monkeypatch):
     folder, _ = folders
     patience = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(patience, "__defaults__", (0.1,))  # in place of 5 s
@@ -159,7 +159,7 @@ def test_a_second_training_in_a_folder_is_refused(folders):
     assert {path.name for path in folder.iterdir()} == {"config.yml"}
 
 
-def test_a_run_that_died_is_told_of_and_cleared_away(folders):
+def test_the_lock_and_fragments_of_a_dead_run_are_removed_and_reported(folders):
     folder, _ = folders
     dead = subprocess.Popen([sys.executable, "-S", "-c", ""])
     dead.wait()
@@ -175,7 +175,7 @@ def test_a_run_that_died_is_told_of_and_cleared_away(folders):
 
 
 @pytest.mark.slow
-def test_the_weights_of_a_stage_are_kept_though_the_next_one_died_unsaved(folders, small, monkeypatch):
+def test_the_weights_of_a_stage_survive_the_death_of_the_next(folders, small, monkeypatch):
     """It had validated by then, and weights.safetensors was its own already."""
     folder, _ = folders
     given = [*small, "warm_start.steps=1", "train.steps=2", "train.recalibrate=0", "nedr.gan_weight=0"]

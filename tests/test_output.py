@@ -48,7 +48,7 @@ def written(tmp_path):
     return {path.name: path for path in (tmp_path / "out/pictures").rglob("*") if path.is_file()}
 
 
-def test_pictures_keep_their_kind_and_what_they_carry(run, photos, tmp_path):
+def test_images_keep_their_format_and_metadata(run, photos, tmp_path):
     status, out, _ = run()
     assert (status, "5 images done in " in out) == (0, True)
     kinds = {"a.jpg": "JPEG", "b.png": "PNG", "c.webp": "WEBP", "d.tif": "TIFF", "e.png": "PNG"}
@@ -62,7 +62,7 @@ def test_pictures_keep_their_kind_and_what_they_carry(run, photos, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "format"), [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
-def test_one_kind_for_all_with_quality_and_suffix(run, photos, tmp_path, kind, format):
+def test_one_format_for_all_with_quality_and_suffix(run, photos, tmp_path, kind, format):
     assert run("--format", kind, "--quality", 30, "--suffix", "_clear")[0] == 0
     assert written(tmp_path).keys() == {f"{letter}_clear.{kind}" for letter in "abcde"}
     with Image.open(written(tmp_path)[f"b_clear.{kind}"]) as image:
@@ -73,14 +73,14 @@ def test_one_kind_for_all_with_quality_and_suffix(run, photos, tmp_path, kind, f
     assert larger == size if kind == "png" else larger > 1.3 * size
 
 
-def test_names_stay_apart():
+def test_output_names_stay_distinct():
     keep = lambda name: "." + name.rpartition(".")[2]  # noqa: E731
     assert image_names(["a/b.png", "a/b.jpg"], keep) == {"a/b.png": "a/b.png", "a/b.jpg": "a/b.jpg"}
     found = image_names(["b.gif", "b.png", "b.gif.png", "c.jpg"], lambda name: "_x.png")
     assert found == {"b.gif": "b.gif_x.png", "b.png": "b.png_x.png", "b.gif.png": "b.gif.png_x.png", "c.jpg": "c_x.png"}
 
 
-def test_what_is_there_is_left_so(run, photos, tmp_path):
+def test_existing_outputs_are_not_overwritten(run, photos, tmp_path):
     run()
     marked = written(tmp_path)["a.jpg"]
     marked.write_bytes(b"mine")
@@ -124,7 +124,7 @@ def test_side_by_side_and_transmission(run, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["--format", "gif"], "must be one of auto, png, jpg, webp"),
         (["--quality", "0"], "at least 1"),
@@ -133,15 +133,15 @@ def test_side_by_side_and_transmission(run, photos, tmp_path):
         (["--show", "transmission", "--clear", "other"], "there is no dehazed image to measure"),
     ],
 )
-def test_what_cannot_be_is_refused(run, photos, tmp_path, argv, told):
+def test_invalid_output_options_are_refused(run, photos, tmp_path, argv, message):
     images.write(tmp_path / "other/a.png", torch.rand(3, 12, 20))
     status, _, err = run(*argv, hazy="photos/a.jpg")
     assert (status, err.count("error")) == (2, 1)
-    assert told in err
+    assert message in err
     assert not written(tmp_path)
 
 
-def test_a_method_without_transmission_is_told_before_the_work(run, photos, tmp_path):
+def test_a_method_without_transmission_is_refused_at_the_start(run, photos, tmp_path):
     settings = config.load("aknet", models.settings_types(), overrides=["aknet.width=8"])
     identity = {"model": "aknet", "settings": config.to_dict(settings)}
     checkpoint.save_weights(tmp_path / "w.safetensors", models.build(settings).inference_state(), identity)

@@ -39,7 +39,7 @@ print(models.load().dehaze(torch.rand(1, 3, 64, 64)).shape)
 
 
 @pytest.mark.slow
-def test_every_module_serves_without_what_is_of_unix_alone():
+def test_every_module_works_without_unix_only_features():
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["0 True", "torch.Size([1, 3, 64, 64])"]

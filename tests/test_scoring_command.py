@@ -193,7 +193,7 @@ def test_a_mistake_as_a_process_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_dehazes_pictures_of_every_kind_and_size(run, photos, tmp_path):
+def test_dehazes_images_of_every_format_and_size(run, photos, tmp_path):
     assert run("--model", "dcp", "--hazy", photos, "--format", "png").status == 0
     out = tmp_path / "results" / "pictures"
     expected = {name: f"{Path(name).with_suffix('')}.png" for name in FORMATS}
@@ -206,7 +206,7 @@ def test_dehazes_pictures_of_every_kind_and_size(run, photos, tmp_path):
             assert (image.height, image.width) == images.read(photos / name).shape[1:]
 
 
-def test_one_picture_and_a_list(run, photos, tmp_path):
+def test_one_image_and_a_list(run, photos, tmp_path):
     assert run("--model", "dcp", "--hazy", photos / "turned.jpg", "--output", "one").status == 0
     assert pictures(tmp_path / "one") == {"pictures/turned.jpg"}
     (tmp_path / "some.flist").write_text("photos/grey.png\nphotos/deeper/twin.jpg\n")
@@ -250,7 +250,7 @@ def test_a_network_takes_any_size(run, photos, experiment, tmp_path):
     assert sizes == {"one.png": (1, 1), "thin.png": (1, 33), "turned.jpg": (20, 30)}
 
 
-def test_a_checkpoint_is_scored_where_it_lies(run, pairs, experiment, seen):
+def test_a_checkpoint_is_scored_in_its_folder(run, pairs, experiment, seen):
     assert run("--model", "nedr", "--checkpoints", experiment, *pairs, "precision=bf16").status == 0
     found = results(experiment / "results")
     about = found["methods"]["nedr"]
@@ -274,7 +274,7 @@ def test_settings_given_for_the_test_are_applied_and_training_settings_are_not(r
     assert seen[-1].airlight == "learned"  # the checkpoint's own
 
 
-def test_pictures_named_on_the_command_line_leave_the_configured_truth_out(run, pairs, photos, tmp_path):
+def test_images_on_the_command_line_override_the_configured_ground_truth(run, pairs, photos, tmp_path):
     (tmp_path / "config.yml").write_text("test: {hazy: hazy, clear: clear}\n")
     assert "protocol" in run("--model", "dcp", "--checkpoints", tmp_path).out
     done = run("--model", "dcp", "--checkpoints", tmp_path, "--hazy", photos)
@@ -293,6 +293,7 @@ def test_better_weights_come_first(tmp_path):
 
 def test_trained_methods_of_several_files_side_by_side(run, pairs, experiment, trained_aknet, tmp_path):
     """In the order of --model, or else of the files; two files of one method bear the names of their folders."""
+    pairs = [*pairs, "test.panels=false"]
     files = [experiment / "last.pt", trained_aknet]
     done = run(
         "--model", "aknet", "dcp", "nedr", "--weights", *files, *pairs, "--output", "out", "aknet.border=reflect"
@@ -326,7 +327,7 @@ def test_weights_and_names_must_agree(run, pairs, experiment, trained_aknet):
     assert "holds a nedr model, not aknet; give --model nedr" in done.err
 
 
-def test_a_damaged_picture_is_named_and_the_others_are_kept(run, pairs, tmp_path):
+def test_a_damaged_image_is_named_and_the_others_are_scored(run, pairs, tmp_path):
     whole = (tmp_path / "hazy" / "1_2.png").read_bytes()
     (tmp_path / "hazy" / "1_2.png").write_bytes(whole[: len(whole) // 2])
     done = run("--model", "dcp", *pairs, "--output", "out")
@@ -382,7 +383,7 @@ def test_results_of_a_benchmark_are_not_taken_for_it(run, tmp_path):
     assert "RTTS: not under" in run(*argv, "root/out3").err
 
 
-def test_what_is_passed_over_and_how_it_is_paired_is_said_and_reported(run, tmp_path):
+def test_skipped_files_and_the_pairing_rule_are_reported(run, tmp_path):
     for n in (1, 2):
         images.write(tmp_path / f"h/{n}.png", torch.rand(3, 12, 12))
         images.write(tmp_path / f"c/x{n}.png", torch.rand(3, 12, 12))
@@ -441,7 +442,7 @@ def test_benchmarks_by_name_with_a_method_beside_and_two_protocols(run, benchmar
     assert "protocol `d4`" in (tmp_path / "out/results.md").read_text()
 
 
-def test_without_a_metric_for_real_haze_it_is_said_what_to_install(run, benchmarks, monkeypatch):
+def test_without_a_no_reference_metric_the_package_is_recommended(run, benchmarks, monkeypatch):
     monkeypatch.setattr(extra_metrics, "installed", lambda name: False)
     done = run("--model", "dcp", "--benchmarks", "RTTS", *benchmarks)
     assert done.status == 0
@@ -470,7 +471,7 @@ def test_ciede2000_beside_psnr_and_ssim(run, pairs, tmp_path):
     assert not (tmp_path / "results" / "pictures").exists()
 
 
-def test_a_guessed_airlight_is_said_with_the_remedy(run, pairs, benchmarks, official_file, experiment, seen, tmp_path):
+def test_a_guessed_airlight_is_reported(run, pairs, benchmarks, official_file, experiment, seen, tmp_path):
     """Official files do not tell it; a benchmark does, and weights that have learned it need nothing."""
     said, argv = "nedr.airlight is not given", ["--weights", official_file, "test.panels=false"]
     done = run(*argv, *pairs, "--output", "a")
@@ -493,8 +494,8 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
     argv = ["--weights", "other.pt", "--benchmarks", "SOTS-indoor", "HSTS", *benchmarks]
 
     def in_force(name):
-        told = row(tmp_path / "results", "nedr", name)["settings"]
-        return told["airlight"], told["guided_filter"]
+        settings = row(tmp_path / "results", "nedr", name)["settings"]
+        return settings["airlight"], settings["guided_filter"]
 
     run(*argv)
     learned = airlight == "learned"
@@ -505,7 +506,7 @@ def test_a_benchmark_brings_the_released_settings_except_to_a_learned_airlight(
     assert in_force("HSTS-synthetic")[1] is False
 
 
-def test_what_a_killed_run_began_to_write_is_removed(run, pairs, tmp_path):
+def test_fragments_of_a_killed_run_are_removed(run, pairs, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     stray = [tmp_path / f"out/{part}.unfinished.a_png-0badc0de-{dead.pid}" for part in ("", "pictures/x/", "videos/")]
@@ -516,7 +517,7 @@ def test_what_a_killed_run_began_to_write_is_removed(run, pairs, tmp_path):
     assert not any(path.exists() for path in stray)
 
 
-def test_a_deterministic_run_is_one_and_names_the_operation_that_cannot_be(run, pairs, monkeypatch):
+def test_a_deterministic_run_names_an_operation_without_a_deterministic_form(run, pairs, monkeypatch):
     seen = []
 
     def predict(self, hazy, tile=None):
@@ -536,7 +537,7 @@ def test_a_deterministic_run_is_one_and_names_the_operation_that_cannot_be(run, 
     assert "Traceback" not in done.err
 
 
-def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_without_repetition(run, pairs, tmp_path, monkeypatch):
     written, write = [], images.write
 
     def interrupted(path, picture, **like):
@@ -564,7 +565,7 @@ def test_an_interrupted_run_goes_on_and_does_nothing_twice(run, pairs, tmp_path,
 
 
 @pytest.mark.parametrize("truth", [False, True])
-def test_dehazed_pictures_keep_profile_and_exif(run, tmp_path, truth):
+def test_dehazed_images_keep_profile_and_exif(run, tmp_path, truth):
     profile, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), Image.Exif()
     exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "Maker"
     for folder in ("hazy", "clear"):
@@ -578,7 +579,7 @@ def test_dehazed_pictures_keep_profile_and_exif(run, tmp_path, truth):
 
 
 @pytest.mark.parametrize("change", ["settings", "files", "picture"])
-def test_what_the_interrupted_run_did_otherwise_is_done_anew(run, pairs, tmp_path, monkeypatch, change):
+def test_changed_settings_or_files_invalidate_an_interrupted_run(run, pairs, tmp_path, monkeypatch, change):
     argv = ["--model", "dcp", *pairs, "--output", "out", "data.workers=0", "test.panels=false"]
     with monkeypatch.context() as patch:
         patch.setattr(runner.Evaluation, "finish", lambda *_: sys.exit(1))
@@ -596,7 +597,7 @@ def test_what_the_interrupted_run_did_otherwise_is_done_anew(run, pairs, tmp_pat
     assert pictures(tmp_path / "out/pictures") == {"1_1.png", "1_2.png", "2_1.png"}
 
 
-def test_a_panel_that_fails_costs_no_figure_and_old_panels_go(run, pairs, tmp_path, monkeypatch):
+def test_a_failed_panel_costs_no_figure_and_old_panels_are_deleted(run, pairs, tmp_path, monkeypatch):
     argv = ["--model", "dcp", *pairs, "--output", "out"]
     images.write(tmp_path / "out/panels/best_of_an_earlier_run.png", torch.rand(3, 8, 8))
     assert run(*argv).status == 0
@@ -615,7 +616,7 @@ def test_a_panel_that_fails_costs_no_figure_and_old_panels_go(run, pairs, tmp_pa
     assert row(tmp_path / "out")["images"] == 3
 
 
-def test_nothing_readable_is_still_a_report(run, pairs, tmp_path):
+def test_unreadable_images_alone_still_give_a_report(run, pairs, tmp_path):
     for path in (tmp_path / "clear").iterdir():
         path.write_bytes(b"no image")
     done = run("--model", "dcp", *pairs, "--output", "out")
@@ -629,6 +630,7 @@ def test_raw_weights_in_place_of_the_averaged_ones(run, pairs, experiment, tmp_p
     averaged = {k: v * 1.1 if v.is_floating_point() else v for k, v in state["networks"].items() if "removal" in k}
     state["ema"] = {"weights": averaged, "steps": 1}
     checkpoint.save(tmp_path / "both.pt", {k: v for k, v in state.items() if k not in ("format", "version")})
+    pairs = [*pairs, "test.panels=false"]
     raw, named = run("--weights", experiment / "last.pt", *pairs, "--output", "raw"), ["--weights", "both.pt", *pairs]
     assert raw.status == run(*named, "--output", "ema").status == 0
     assert run(*named, "--output", "chosen", "test.ema=false").status == 0
@@ -636,7 +638,7 @@ def test_raw_weights_in_place_of_the_averaged_ones(run, pairs, experiment, tmp_p
     assert means[0] == means[1] != means[2]
 
 
-def test_mixed_up_folders_are_noticed(run, pairs, tmp_path):
+def test_swapped_folders_are_warned_about(run, pairs, tmp_path):
     for path in (tmp_path / "hazy").iterdir():
         images.write(tmp_path / "same" / f"{path.stem.split('_')[0]}.png", images.read(path))
     done = run("--model", "dcp", "--hazy", tmp_path / "same", "--clear", tmp_path / "clear")
@@ -662,7 +664,7 @@ def test_tiles_and_self_ensemble_reach_the_method(run, photos, monkeypatch):
     assert seen == [(None, False), (128, False), (None, True)]  # nothing else: no figure, so no operations to count
 
 
-def test_inexact_tiles_are_taken_where_they_are_set_alone_and_recorded(run, trained_aknet, tmp_path, monkeypatch):
+def test_inexact_tiles_are_used_only_when_set_and_recorded(run, trained_aknet, tmp_path, monkeypatch):
     """AKNet's figures in tiles are others: they do not follow from the memory that happens to be free."""
     for side in ("hazy", "clear"):
         images.write(tmp_path / side / "a.png", torch.rand(3, 96, 200))
@@ -679,7 +681,7 @@ def test_inexact_tiles_are_taken_where_they_are_set_alone_and_recorded(run, trai
     assert "a.png: 200x96 pixels are too many for the memory of cpu; set test.tile=128" in done.err
 
 
-def test_figures_on_pictures_that_weights_were_chosen_on_are_warned_of(run, pairs, experiment, tmp_path):
+def test_figures_on_images_that_weights_were_chosen_on_are_warned_about(run, pairs, experiment, tmp_path):
     """However they were written; and of others not."""
     state = checkpoint.read(experiment / "last.pt")
     chosen = selection.chosen_on(["mine"], 2, [selection.fingerprint(images.read(tmp_path / "clear" / "1.png"))])
@@ -688,9 +690,9 @@ def test_figures_on_pictures_that_weights_were_chosen_on_are_warned_of(run, pair
     images.write(tmp_path / "clear" / "1.png", images.read(tmp_path / "clear" / "1.png"), compress_level=1)
     argv = ["--weights", "chosen.safetensors", "test.panels=false"]
     done = run(*argv, *pairs)
-    told = "chosen on the ground truths of 2 of these 3 images (validation on mine)"
-    assert f"warning: pictures: nedr: its weights were {told}" in done.err
-    assert told in "".join(row(tmp_path / "results", "nedr")["remarks"])
+    remark = "chosen on the ground truths of 2 of these 3 images (validation on mine)"
+    assert f"warning: pictures: nedr: its weights were {remark}" in done.err
+    assert remark in "".join(row(tmp_path / "results", "nedr")["remarks"])
     assert json.loads((tmp_path / "results" / "results.json").read_text())["methods"]["nedr"]["chosen_on"] == {
         "sets": ["mine"],
         "pictures": 2,
@@ -720,7 +722,7 @@ def test_lists_benchmarks(run):
         assert name in done.out
 
 
-def test_weights_that_ship_are_taken_where_none_are_named(run, tmp_path, experiment, monkeypatch):
+def test_shipped_weights_are_used_where_none_are_named(run, tmp_path, experiment, monkeypatch):
     """And it is said; --model nedr, no model at all and models.load() mean the same file."""
     monkeypatch.setattr(models, "SHIPPED", tmp_path / "shipped")
     trained = models.load(experiment / "last.pt")
@@ -799,7 +801,7 @@ def test_a_mistake_is_one_line_and_status_2(name, run, tmp_path, experiment, mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
-def test_a_gpu_that_is_not_there(run, pairs):
+def test_an_absent_gpu_is_refused(run, pairs):
     done = run("--model", "dcp", *pairs, "device=cuda")
     assert done.status == 2
     assert "device=cpu" in done.err

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,27 @@ QUICK = ["--model", "dcp", "dcp.guided_filter=false", "test.panels=false"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(folder: Path, processes: int, *argv) -> tuple[int, str, str]:
-    """test.py by torchrun, or alone: its exit status, output and errors."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), ROOT / "test.py", *QUICK, *map(str, argv)]
+def run_two(folder: Path, *argv: str) -> tuple[int, str, str]:
+    """test.py in two processes by torchrun: exit status, output and errors."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, ROOT / "test.py", *QUICK, *argv]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def run_one(tmp_path, monkeypatch, capsys):
+    """A function that runs test.py in this process, in the folder of the test: exit status, output and errors."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["test.py", *QUICK, *argv])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "test.py"), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture
@@ -39,10 +55,10 @@ def figures(folder: Path) -> list:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-def test_two_processes_report_what_one_does(tmp_path, pairs):
-    status, alone, _ = run(tmp_path, 1, *pairs, "--output", "one")
+def test_two_processes_report_the_same_as_one(tmp_path, pairs, run_one):
+    status, alone, _ = run_one(*pairs, "--output", "one")
     assert status == 0
-    status, out, err = run(tmp_path, 2, *pairs, "--output", "two")
+    status, out, err = run_two(tmp_path, *pairs, "--output", "two")
     assert status == 0, err
     assert out.count("5 images done") == alone.count("5 images done") == 1
     assert out.count("protocol ours") == 1
@@ -55,15 +71,15 @@ def test_two_processes_report_what_one_does(tmp_path, pairs):
 
 
 @pytest.mark.slow
-def test_what_processes_did_is_not_done_again(tmp_path, pairs):
+def test_work_of_several_processes_is_not_repeated(tmp_path, pairs, run_one):
     """A run that cannot write its report leaves the notes of both; one process goes on with them."""
     (tmp_path / "out/results.json").mkdir(parents=True)
-    status, _, err = run(tmp_path, 2, *pairs, "--output", "out")
+    status, _, err = run_two(tmp_path, *pairs, "--output", "out")
     assert status != 0
     assert err.count("cannot write out/results.json") == 1
     assert len(list((tmp_path / "out").glob("progress*"))) == 2
     (tmp_path / "out/results.json").rmdir()
-    status, out, err = run(tmp_path, 1, *pairs, "--output", "out")
+    status, out, err = run_one(*pairs, "--output", "out")
     assert (status, "5 images done" in out) == (0, True)
     assert "continuing an interrupted run: 10 images are done" in err  # hazy and dehazed
     assert [row["resumed"] for row in json.loads((tmp_path / "out/results.json").read_text())["rows"]] == [5, 5]
@@ -71,9 +87,9 @@ def test_what_processes_did_is_not_done_again(tmp_path, pairs):
 
 
 @pytest.mark.slow
-def test_a_bad_picture_is_told_once_wherever_it_falls(tmp_path, pairs):
+def test_an_unreadable_image_is_reported_once_from_any_process(tmp_path, pairs):
     (tmp_path / "hazy/1.png").write_bytes(b"no image")  # the second process's
-    status, out, err = run(tmp_path, 2, *pairs, "--output", "out")
+    status, out, err = run_two(tmp_path, *pairs, "--output", "out")
     assert status != 0
     assert "4 images done" in out
     assert err.count("skipped: hazy/1.png") == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -61,7 +62,7 @@ def process(script, *arguments, **options):
 
 
 @pytest.mark.slow
-def test_train_score_and_dehaze_as_a_user_does(experiment, tmp_path):
+def test_train_score_and_dehaze_as_processes(experiment, tmp_path):
     training = process("train.py", "--model", "nedr", "--checkpoints", experiment)
     output, _ = training.communicate()
     assert training.returncode == 0, output
@@ -106,7 +107,7 @@ def stop_after(monkeypatch, count):
     monkeypatch.setattr(train.Updater, "step", counted)
 
 
-def test_a_resumed_run_is_the_run_that_was_never_interrupted(experiment, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(experiment, tmp_path):
     whole = tmp_path / "whole"
     shutil.copytree(experiment, whole)
     steps = ["warm_start.steps=2", "train.steps=2"]
@@ -166,7 +167,7 @@ def test_a_resumed_run_takes_the_settings_in_force(experiment, tmp_path):
     assert "from now on train.schedule=cosine (until now multistep)" in said
 
 
-def test_a_loss_may_be_given_weight_over_a_resume(experiment):
+def test_a_loss_may_be_enabled_when_resuming(experiment):
     """Its optimiser, of which the checkpoint knows nothing, begins anew at the step where the others are."""
     assert run(experiment, *SHORT, "train.steps=1", "nedr.gan_weight=0") == 0
     assert run(experiment, *SHORT, "train.steps=2", "nedr.gan_weight=0.2", "--resume") == 0
@@ -205,7 +206,7 @@ def test_each_stage_exports_its_own_best(experiment, monkeypatch):
     assert own["chosen_on"]["pictures"] == len(own["chosen_on"]["truths"]) == 1
 
 
-def test_validation_on_other_pictures_begins_its_choice_anew(experiment):
+def test_validation_on_other_images_resets_the_best_score(experiment):
     assert run(experiment, "warm_start.steps=0", "train.steps=1", "log.pictures_every=0") == 0
     state = checkpoint.read(experiment / "last.pt")
     checkpoint.save(experiment / "last.pt", state | {"best": 99.0})
@@ -214,7 +215,7 @@ def test_validation_on_other_pictures_begins_its_choice_anew(experiment):
     assert checkpoint.read(experiment / "last.pt")["best"] < 99
 
 
-def test_a_checkpoint_with_the_earlier_names_of_networks_goes_on(experiment):
+def test_a_checkpoint_with_earlier_network_names_resumes(experiment):
     assert run(experiment, "warm_start.steps=0", "train.steps=1", "log.pictures_every=0", "log.validate_every=0") == 0
     state = checkpoint.read(experiment / "last.pt")
     old = {key.replace("discriminator_", "judge_"): value for key, value in state["networks"].items()}
@@ -282,7 +283,7 @@ def test_a_signal_stops_after_a_whole_step_and_nothing_is_lost(experiment):
     assert method.dehaze(torch.rand(1, 3, 20, 30)).shape == (1, 3, 20, 30)
 
 
-def test_an_unreadable_picture_is_named_once_and_replaced(experiment, tmp_path, capfd):
+def test_an_unreadable_image_is_reported_once_and_replaced(experiment, tmp_path, capfd):
     for n in range(2):
         images.write(tmp_path / "clear" / f"{n}.png", torch.rand(3, 70, 80))
     (tmp_path / "clear" / "bad.png").write_bytes(b"not an image")
@@ -292,7 +293,7 @@ def test_an_unreadable_picture_is_named_once_and_replaced(experiment, tmp_path, 
     assert "skipped" in (experiment / "log.txt").read_text()
 
 
-def test_when_no_picture_is_left_what_was_learnt_is_saved(experiment, tmp_path, monkeypatch):
+def test_when_no_image_is_readable_the_weights_are_saved(experiment, tmp_path, monkeypatch):
     images.write(tmp_path / "clear" / "1.png", torch.rand(3, 70, 80))
     step = train.Updater.step
 
@@ -318,7 +319,7 @@ def test_clear_only_training_without_validation_exports_the_latest(experiment):
     assert torch.equal(weights[key], last["networks"][key])
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(experiment):
+def test_a_nonfinite_loss_stops_the_run_and_is_not_saved(experiment):
     assert run(experiment, "warm_start.steps=0", "train.steps=1") == 0
     before = (experiment / "last.pt").read_bytes()
     with pytest.raises(UserError, match=r"has become (nan|inf); last\.pt is from before"):
@@ -326,7 +327,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(experiment):
     assert (experiment / "last.pt").read_bytes() == before
 
 
-def test_steps_without_numbers_change_nothing_end_the_run_and_it_goes_on_with_a_lower_rate(experiment, monkeypatch):
+def test_nonfinite_steps_change_nothing_and_the_run_resumes_with_a_lower_rate(experiment, monkeypatch):
     """Though nothing is logged, validated or saved meanwhile."""
     step, taken = train.Updater.step, []
 
@@ -352,7 +353,7 @@ def test_steps_without_numbers_change_nothing_end_the_run_and_it_goes_on_with_a_
     assert lines(experiment)[-1]["rate/network"] == 1e-6
 
 
-def test_weights_that_are_no_numbers_are_not_exported(experiment, monkeypatch):
+def test_nonfinite_weights_are_not_exported(experiment, monkeypatch):
     """However long the log waits: without validation pairs the latest weights replace the ones before."""
     quiet = ["warm_start.steps=0", "data.validation_hazy=", "data.validation_clear=", "log.every=1000"]
     assert run(experiment, *quiet, "train.steps=1") == 0
@@ -387,7 +388,7 @@ def test_training_can_begin_with_the_weights_of_a_file(experiment, tmp_path):
         run(other, *steps, given, "nedr.base_channels=12")
 
 
-def test_weights_that_ship_are_not_trained_over(experiment, monkeypatch):
+def test_shipped_weights_are_not_overwritten(experiment, monkeypatch):
     """In their own folder a run would replace them; beside them, with their settings, it does not."""
     monkeypatch.setattr(models, "SHIPPED", experiment.parent.resolve())
     folder = experiment.parent / "nedr"
@@ -416,7 +417,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused_with_the_remedy(experiment, tmp_path, case, monkeypatch):
+def test_invalid_settings_are_refused_with_the_remedy(experiment, tmp_path, case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.flist").write_text("absent.png\n")
@@ -443,12 +444,15 @@ def test_runs_and_checkpoints_that_do_not_fit_are_refused(experiment):
         run(experiment, "--resume")
 
 
-def test_refusals_leave_with_status_2_and_one_line(tmp_path):
-    training = process("train.py", "--checkpoints", tmp_path / "nowhere")
-    output, _ = training.communicate()
-    assert training.returncode == 2
-    assert output.startswith("error: no settings file ")
-    assert output.count("\n") == 1
+def test_refusals_leave_with_status_2_and_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--checkpoints", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert ended.value.code == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: no settings file ")
+    assert shown.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("preset", sorted(path.parent.name for path in ROOT.glob("checkpoints/*/config.yml")))

@@ -144,7 +144,7 @@ def guided_filter(
     return tiling.apply(smooth, guide, tile=tile, halo=2 * radius)  # twice, for a mean of means
 
 
-def fast_guided_filter(guide: Tensor, small: Tensor, x: Tensor, radius: int, eps: float = GUIDE_EPS) -> Tensor:
+def fast_guided_filter(guide: Tensor, small: Tensor, x: Tensor, radius: int) -> Tensor:
     """The guided filter of a coarse map ``x`` (N,1,h,w) at the full size of ``guide`` (N,3,H,W) -> (N,1,H,W).
 
     ``small`` (N,3,h,w) is the guide at the coarse size.
@@ -153,7 +153,7 @@ def fast_guided_filter(guide: Tensor, small: Tensor, x: Tensor, radius: int, eps
     counts, and applied at the full one. By luminance, the mean of the channels.
     """
     small = small.mean(1, keepdim=True)
-    a, b = _lines(small, x, radius, eps)
+    a, b = _lines(small, x, radius, GUIDE_EPS)
     a, b = (F.interpolate(line, guide.shape[-2:], mode="bilinear", align_corners=False) for line in (a, b))
     return torch.addcmul(b, a, guide.mean(1, keepdim=True))
 

@@ -1,5 +1,3 @@
 """AKNet, a supervised network with large kernels and frequency gates, derived from OKNet."""
 
 from models.aknet.method import AKNet
-
-__all__ = ["AKNet"]

@@ -1,5 +1,3 @@
 """KA-Net (Feng et al., TPAMI 2024)."""
 
 from models.kanet.method import KANet
-
-__all__ = ["KANet"]

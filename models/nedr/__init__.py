@@ -2,5 +2,3 @@
 
 from models.nedr.d4 import D4
 from models.nedr.method import NeDR
-
-__all__ = ["D4", "NeDR"]

@@ -25,19 +25,19 @@ TINY = ROOT / "checkpoints" / "ablation_tiny" / "config.yml"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[str]:
-    """Settings that name two small pairs of the embedded sample set."""
+def scored(tmp_path_factory) -> list[str]:
+    """Settings that name two small pairs of the embedded sample set, and a small encoder."""
     folder = tmp_path_factory.mktemp("pairs")
     hazy = sorted(paths.find(sample.part("test/hazy")))
     for path, truth in pairing.pairs("sample:test/hazy", "sample:test/clear")[0]:
         if path in hazy[::3]:
             images.write(folder / "hazy" / path.name, images.read(path)[:, :128, :128])
             images.write(folder / "clear" / path.name, images.read(truth)[:, :128, :128])
-    return [f"test.hazy={folder / 'hazy'}", f"test.clear={folder / 'clear'}"]
+    return [f"test.hazy={folder / 'hazy'}", f"test.clear={folder / 'clear'}", "nedr.encoder=test_efficientnet"]
 
 
 @pytest.fixture(scope="module")
-def done(pictures, tmp_path_factory) -> SimpleNamespace:
+def done(scored, tmp_path_factory) -> SimpleNamespace:
     """D4 and NeDR trained and scored by the command: its folder, what it printed, the batches, the signals after."""
     folder, out, batches, before = tmp_path_factory.mktemp("run"), io.StringIO(), [], signal.getsignal(signal.SIGINT)
     shutil.copy(TINY, folder)
@@ -49,21 +49,21 @@ def done(pictures, tmp_path_factory) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(models.nedr.NeDR, "_adversarial", recorded)
-        status = ablation.main(["--checkpoints", str(folder), *pictures, "--cases", "nedr", "d4"])
+        status = ablation.main(["--checkpoints", str(folder), *scored, "--cases", "nedr", "d4"])
     assert status == 0
     assert signal.getsignal(signal.SIGINT) is before
-    return SimpleNamespace(folder=folder, printed=out.getvalue(), batches=batches, pictures=pictures)
+    return SimpleNamespace(folder=folder, printed=out.getvalue(), batches=batches, settings=scored)
 
 
-def again(done, *arguments: str) -> int:
-    return ablation.main(["--checkpoints", str(done.folder), *done.pictures, "--cases", "d4", "nedr", *arguments])
+def run_again(done, *arguments: str) -> int:
+    return ablation.main(["--checkpoints", str(done.folder), *done.settings, "--cases", "d4", "nedr", *arguments])
 
 
 def content(folder: Path) -> dict:
     return json.loads((folder / "ablation.json").read_text())
 
 
-def test_the_table(done):
+def test_the_table_holds_the_scored_means_of_every_case(done):
     found = content(done.folder)
     assert found["reference"] == "nedr"
     (table,) = found["tables"]
@@ -86,7 +86,7 @@ def test_the_table(done):
     assert "nedr.drem" not in found["settings"]
 
 
-def test_what_is_printed(done):
+def test_the_printed_table_names_cases_modules_and_budget(done):
     lines = done.printed.splitlines()
     assert lines[0].startswith("pictures (2), protocol ours; differences and intervals: to nedr")
     assert lines[1].split()[:5] == ["case", "KAN-CID", "IDRM", "DREM", "params"]
@@ -104,7 +104,7 @@ def test_all_cases_see_the_same_data(done):
     assert all(torch.equal(one[name], other[name]) for name in ("hazy", "clear"))
 
 
-def test_a_case_is_what_it_is_alone(done, tmp_path):
+def test_a_case_trained_alone_has_the_same_weights(done, tmp_path):
     """What was trained before it in the same process leaves no trace."""
     shutil.copy(done.folder / "d4" / "config.yml", tmp_path)
     assert train.main(["--checkpoints", str(tmp_path)]) == 0
@@ -114,19 +114,19 @@ def test_a_case_is_what_it_is_alone(done, tmp_path):
     assert all(torch.equal(value, within[key]) for key, value in alone.items())
 
 
-def test_nothing_is_done_twice(done, monkeypatch, capsys):
+def test_finished_cases_are_neither_trained_nor_scored_again(done, monkeypatch, capsys):
     monkeypatch.setattr(train.Updater, "step", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(ablation.test, "main", lambda _: pytest.fail("scored again"))
     before = content(done.folder)
-    assert again(done) == 0
+    assert run_again(done) == 0
     assert content(done.folder) == before
     assert capsys.readouterr().out == done.printed
 
 
-def test_scored_means_these_weights_with_these_settings(done, tmp_path):
-    case = ablation.plan(done.folder, "d4", done.pictures)
+def test_a_case_counts_as_scored_only_with_its_weights_and_settings(done, tmp_path):
+    case = ablation.plan(done.folder, "d4", done.settings)
     assert ablation._scored(case)
-    assert not ablation._scored(ablation.plan(done.folder, "d4", [*done.pictures, "test.protocols=[ours,d4]"]))
+    assert not ablation._scored(ablation.plan(done.folder, "d4", [*done.settings, "test.protocols=[ours,d4]"]))
     shutil.copytree(case.folder, tmp_path / "d4")
     copy = case._replace(folder=tmp_path / "d4")
     (copy.folder / "weights.safetensors").write_bytes(b"others")
@@ -143,13 +143,13 @@ def test_scored_means_these_weights_with_these_settings(done, tmp_path):
         ("nedr.gan_weight=0", r"nedr\.gan_weight=0\.2, not 0\.0"),
     ],
 )
-def test_budgets_are_not_mixed(done, change, message):
+def test_cases_with_other_settings_are_refused(done, change, message):
     with pytest.raises(UserError, match=message):
-        again(done, change)
+        run_again(done, change)
 
 
-def test_where_it_runs_may_change(done):
-    ablation.check([ablation.plan(done.folder, "d4", [*done.pictures, "data.workers=1", "log.every=7", "device=cpu"])])
+def test_device_workers_and_logging_may_change(done):
+    ablation.check([ablation.plan(done.folder, "d4", [*done.settings, "data.workers=1", "log.every=7", "device=cpu"])])
 
 
 # The course of it, with cases that are copies of the trained ones.
@@ -179,7 +179,7 @@ def course(done, tmp_path, monkeypatch):
     return SimpleNamespace(run=run, folder=tmp_path, trained=trained)
 
 
-def test_all_cases(course, capsys):
+def test_the_table_has_all_eight_cases(course, capsys):
     assert course.run({}) == 0
     rows = content(course.folder)["tables"][0]["rows"]
     assert [row["case"] for row in rows[1:]] == list(ablation.CASES)
@@ -189,7 +189,7 @@ def test_all_cases(course, capsys):
     assert marks[-1] == ["x", "x", "x"]
 
 
-def test_a_case_that_fails_costs_itself_alone(course, capsys):
+def test_a_failed_case_leaves_the_others_in_the_table(course, capsys):
     assert course.run({"idrm": UserError("the disk is full; free some space")}) == 2
     found = content(course.folder)
     assert found["missing"] == {"idrm": "the disk is full; free some space"}
@@ -202,7 +202,7 @@ def test_a_case_that_fails_costs_itself_alone(course, capsys):
     assert content(course.folder)["missing"] == {}
 
 
-def test_an_interruption_keeps_the_finished_cases(course):
+def test_an_interrupted_ablation_keeps_its_finished_cases(course):
     assert course.run({"drem": 143}) == 143
     assert course.trained == ["d4", "kan_cid", "idrm"]
     assert [row["case"] for row in content(course.folder)["tables"][0]["rows"][1:]] == ["d4", "kan_cid", "idrm"]
@@ -210,7 +210,7 @@ def test_an_interruption_keeps_the_finished_cases(course):
     assert sorted(course.trained) == sorted(ablation.CASES)
 
 
-def test_too_few_cases_for_a_table(course):
+def test_a_table_needs_two_finished_cases(course):
     with pytest.raises(UserError, match="too few cases were finished to compare them; nedr: no data"):
         course.run({"nedr": UserError("no data")}, "--cases", "d4", "nedr")
     assert not (course.folder / "ablation.json").exists()
@@ -250,7 +250,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_anything_is_trained(tmp_path, monkeypatch, case):
+def test_invalid_arguments_are_refused_before_training(tmp_path, monkeypatch, case):
     shutil.copy(TINY, tmp_path)
     monkeypatch.setattr(ablation.train, "main", lambda _: pytest.fail("trained"))
     arguments, message = REFUSED[case]

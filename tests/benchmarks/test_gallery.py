@@ -29,27 +29,27 @@ def test_a_rendered_street_has_true_distances(day):
     assert metres[0, row, 45] == pytest.approx(scenes.EYE / slope * (1 + slope**2) ** 0.5, rel=0.01)
 
 
-def test_walls_hide_what_is_behind():
+def test_walls_occlude_what_is_behind():
     wall = scenes.Box((-50, -1, 10), (50, 50, 11), scenes.WHITE)
     clear, metres = scenes.render([*scenes.street(), wall], **SMALL)
     assert metres.max() < 40
     torch.testing.assert_close(clear[:, 0, 45], torch.tensor(scenes.WHITE))
 
 
-def test_haze_leaves_5_percent_of_what_is_as_far_as_can_be_seen():
+def test_transmission_at_the_visibility_range_is_5_percent():
     hazy = gallery.hazed(torch.zeros(3, 1, 2), torch.tensor([[[50.0, torch.inf]]]), 50, (0.8, 0.9, 1.0))
     torch.testing.assert_close(hazy[:, 0, 0], torch.tensor([0.8, 0.9, 1.0]) * 0.95, atol=1e-3, rtol=0)
     torch.testing.assert_close(hazy[:, 0, 1], torch.tensor([0.8, 0.9, 1.0]), atol=1e-3, rtol=0)
 
 
-def test_lamps_shine_by_night_and_fog_glows_around_them(day):
+def test_lamps_glow_in_fog_at_night(day):
     night, fog = scenes.by_night(*day, seen=60)
     assert night.max() == 1
     assert night.mean() < day[0].mean() / 2
     assert fog[:, 5, 45].mean() > night[:, 5, 45].mean()  # the sky
 
 
-def test_the_command_makes_text_and_pictures(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_text_and_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "render", partial(scenes.render, **SMALL))
     gallery.main(["--output", str(tmp_path)])
     text = (tmp_path / "gallery.md").read_text()
@@ -61,7 +61,7 @@ def test_the_command_makes_text_and_pictures(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "gallery.md") in capsys.readouterr().out
 
 
-def test_what_is_in_the_documents_is_what_the_command_would_make():
+def test_the_documents_hold_what_the_command_writes():
     """Its cases and remarks; the figures are those of the weights."""
     text = (ROOT / "docs/gallery.md").read_text()
     for remark in (gallery.HEAD, *gallery.SAMPLES.values(), *gallery.REMARKS.values()):

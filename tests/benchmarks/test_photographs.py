@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 @pytest.mark.slow
-def test_one_table_of_real_cases(capsys):
+def test_the_table_of_real_photographs(capsys):
     methods = ["dcp", "dcp@dcp.guided_filter=false"]
     assert photographs.main([*methods, "--sizes", "40x30", "30x40"]) == 0
     out = capsys.readouterr().out
@@ -18,7 +18,7 @@ def test_one_table_of_real_cases(capsys):
         assert re.search(rf"\| {re.escape(method)} \| \d\.\d+ s, [\d,]+ MiB \| \d\.\d+ s, [\d,]+ MiB \|", out)
 
 
-def test_a_file_may_have_the_sign_for_settings_in_its_name(tmp_path, monkeypatch):
+def test_file_names_may_contain_an_equals_sign(tmp_path, monkeypatch):
     file = tmp_path / "me@home, [1].pt"
     file.touch()
     with pytest.raises(UserError, match=r"me@home, \[1\]\.pt is empty"):
@@ -35,6 +35,6 @@ def test_a_file_may_have_the_sign_for_settings_in_its_name(tmp_path, monkeypatch
         (["dcp@dcp.guided_filtre=true"], "did you mean 'guided_filter'"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_measured(arguments, why):
+def test_mistakes_are_reported_before_anything_is_measured(arguments, why):
     with pytest.raises(UserError, match=re.escape(why)):
         photographs.main(arguments)

@@ -41,7 +41,7 @@ def test_the_table_gives_medians_ratios_and_shares_of_the_ceiling():
     assert "- bf16 against float32 output: 51.2 dB PSNR." in lines
 
 
-def test_what_else_the_table_tells():
+def test_the_table_reports_images_per_second_loading_and_largest_batch():
     usual = OURS._replace(height=460, width=620)
     loading = Case("loading", "ours", "float32", 480, 640, 6)
     widest = Case("step", "ours", "bf16", 256, 256, 0)
@@ -53,7 +53,7 @@ def test_what_else_the_table_tells():
     assert "| loading" not in table
 
 
-def test_the_plan():
+def test_the_plan_lists_sizes_batches_and_precisions():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     cases = speed.plan(cpu, speed.parse(["--sizes", "--steps", "128", "256", "--batches", "2", "6", "--compiled"]))
     steps = [case for case in cases if case.kind == "step"]
@@ -89,7 +89,7 @@ def test_loading_is_measured():
     assert 0 < run.median < 10
 
 
-def test_files_get_what_stands_between_their_marks(measured, tmp_path, capsys):
+def test_files_are_updated_between_their_markers(measured, tmp_path, capsys):
     long, brief = tmp_path / "performance.md", tmp_path / "README.md"
     long.write_text("above\n<!-- speed -->\nold\n<!-- /speed -->\nbelow\n")
     brief.write_text("a\n<!-- speed in short -->\n<!-- /speed -->\nb\n")
@@ -113,7 +113,7 @@ def test_files_get_what_stands_between_their_marks(measured, tmp_path, capsys):
         speed.main(["--again", str(long)])
 
 
-def test_what_was_measured_before_a_case_failed_is_kept(measured, monkeypatch, tmp_path):
+def test_measurements_before_a_failed_case_are_kept(measured, monkeypatch, tmp_path):
     monkeypatch.delitem(RESULTS, LOW)
     with pytest.raises(KeyError):
         speed.main(["--sizes", "128", "--steps", "--no-large", "--device", "cpu", "--output", str(tmp_path)])
@@ -128,7 +128,7 @@ def test_sizes_that_the_reference_cannot_take_are_refused(side):
         speed.main(["--sizes", side])
 
 
-def test_a_file_without_marks_is_refused_before_anything_is_measured(measured, tmp_path):
+def test_a_file_without_markers_is_refused_before_measuring(measured, tmp_path):
     (tmp_path / "x.md").write_text("nothing")
     with pytest.raises(UserError, match="add them"):
         speed.main(["--into", str(tmp_path / "x.md")])
@@ -136,7 +136,7 @@ def test_a_file_without_marks_is_refused_before_anything_is_measured(measured, t
 
 
 @pytest.mark.slow
-def test_a_case_that_fails_is_told_in_one_line():
+def test_a_failed_case_is_reported_in_one_line():
     options = speed.parse(["--repeats", "3"])
     with pytest.raises(UserError, match=r"^forward pass, 128x128, nonsense could not be measured: .*; leave that size"):
         speed.worker(OURS._replace(precision="nonsense"), torch.device("cpu"), options)

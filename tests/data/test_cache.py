@@ -37,9 +37,9 @@ def pool(tmp_path):
     return tmp_path
 
 
-def room(pictures):
+def cache_for(pictures):
     """A cache for so many images of the pool."""
-    return Cache(room_of(pictures))
+    return Cache(size_of(pictures))
 
 
 def streams(pool, cut, kept):
@@ -80,9 +80,9 @@ def decoded(monkeypatch):
 
 @pytest.mark.parametrize("cut", CUTS, ids=("random", "short_side"))
 @pytest.mark.parametrize("pictures", [0.5, 4.5, 100])
-def test_the_numbers_are_those_without_it(pool, cut, pictures):
+def test_cached_images_equal_uncached_ones(pool, cut, pictures):
     (pool / "clear" / "3.png").write_bytes(b"junk")
-    for plain, kept in zip(streams(pool, cut, None), streams(pool, cut, room(pictures)), strict=True):
+    for plain, kept in zip(streams(pool, cut, None), streams(pool, cut, cache_for(pictures)), strict=True):
         alone = batches(plain, 0)
         assert sum(len(batch["skipped"]) for batch in alone) >= 3
         same(batches(kept, 0), alone)
@@ -91,13 +91,13 @@ def test_the_numbers_are_those_without_it(pool, cut, pictures):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(pool, workers):
-    for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], room(4.5)), strict=True):
+    for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], cache_for(4.5)), strict=True):
         same(batches(kept, workers), batches(plain, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_processes_share_what_one_has_decoded(pool, decoded, workers):
-    stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", room(100))
+def test_processes_share_decoded_images(pool, decoded, workers):
+    stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", cache_for(100))
     batches(stream, workers, stop=COUNT)
     assert decoded.value == COUNT
     batches(stream, workers, COUNT, 5 * COUNT)
@@ -106,8 +106,8 @@ def test_all_processes_share_what_one_has_decoded(pool, decoded, workers):
     assert stream.cache.used == COUNT * SIZE
 
 
-def test_streams_of_the_same_pictures_share_them(pool, decoded):
-    kept = room(100)
+def test_streams_of_the_same_images_share_the_cache(pool, decoded):
+    kept = cache_for(100)
     made, mixed, pairs, pools = streams(pool, CUTS[0], kept)
     for stream in (made, mixed, mixed):
         batches(stream, 0)
@@ -118,17 +118,17 @@ def test_streams_of_the_same_pictures_share_them(pool, decoded):
     assert kept.used == COUNT * (2 * SIZE + SIZE // 3)
 
 
-def test_the_budget_is_kept_and_what_is_in_stays(pool, decoded):
-    stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", room(3.9))
+def test_the_budget_is_respected_and_nothing_is_evicted(pool, decoded):
+    stream = Stream(paths.find(pool / "clear"), CUTS[0], 1, "clear", cache_for(3.9))
     for epoch in range(4):
         batches(stream, 0, epoch * COUNT, (epoch + 1) * COUNT)
         assert stream.cache.used == 3 * SIZE
         assert decoded.value == COUNT + epoch * (COUNT - 3)
 
 
-def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
+def test_only_registered_images_that_fit_are_cached(pool, decoded):
     path = paths.find(pool / "clear")[0]
-    for kept in (room(100), Cache(), Cache(0)):
+    for kept in (cache_for(100), Cache(), Cache(0)):
         for _ in range(2):
             assert torch.equal(kept.image(path)[:], images.read(path))
         assert kept.used == 0
@@ -138,8 +138,8 @@ def test_nothing_is_kept_that_was_not_announced_or_without_room(pool, decoded):
     assert decoded.value == 6 + 6 + 1
 
 
-def test_what_a_stream_hands_out_is_its_own(pool):
-    stream = Stream(paths.find(pool / "clear"), lambda image, rng: image[:], 1, "clear", room(100))
+def test_items_of_a_stream_are_copies(pool):
+    stream = Stream(paths.find(pool / "clear"), lambda image, rng: image[:], 1, "clear", cache_for(100))
     first = stream[0]["clear"].clone()
     for _ in range(3):
         item = stream[0]["clear"]
@@ -147,9 +147,9 @@ def test_what_a_stream_hands_out_is_its_own(pool):
         item.zero_()
 
 
-def test_a_picture_may_be_a_depth_map_too(pool):
+def test_a_file_may_be_both_an_image_and_a_depth_map(pool):
     path = paths.find(pool / "depth")[0]
-    kept = room(100)
+    kept = cache_for(100)
     kept.add([path], [path])
     for _ in range(2):
         assert torch.equal(kept.image(path)[:], images.read(path))
@@ -157,8 +157,8 @@ def test_a_picture_may_be_a_depth_map_too(pool):
     assert kept.used == SIZE + SIZE // 3
 
 
-def test_only_8_bit_is_kept(tmp_path):
-    rng, kept = np.random.default_rng(0), room(100)
+def test_only_8_bit_images_are_cached(tmp_path):
+    rng, kept = np.random.default_rng(0), cache_for(100)
     grey, depth = tmp_path / "grey.png", tmp_path / "depth.npy"
     Image.fromarray(rng.integers(0, 65536, (9, 8), dtype=np.uint16)).save(grey)
     np.save(depth, rng.random((9, 8)))
@@ -173,7 +173,7 @@ def test_only_8_bit_is_kept(tmp_path):
 def test_broken_files_are_refused_every_time(pool):
     path = paths.find(pool / "clear")[0]
     path.write_bytes(b"junk")
-    kept = room(100)
+    kept = cache_for(100)
     kept.add([path], [path])
     for read in (kept.image, kept.depth) * 2:
         with pytest.raises(UserError, match=r"0\.png: cannot be read as an image"):
@@ -181,17 +181,17 @@ def test_broken_files_are_refused_every_time(pool):
     assert kept.used == 0
 
 
-def test_a_spawned_worker_has_none(pool):
-    for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], room(100)), strict=True):
+def test_a_spawned_worker_has_no_cache(pool):
+    for plain, kept in zip(streams(pool, CUTS[0], None), streams(pool, CUTS[0], cache_for(100)), strict=True):
         batches(kept, 0)
         sent = pickle.loads(pickle.dumps(kept))
         same(batches(sent, 0), batches(plain, 0))
-    assert pickle.loads(pickle.dumps(room(100))).used == 0
+    assert pickle.loads(pickle.dumps(cache_for(100))).used == 0
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.data(), st.integers(1, 20), st.integers(1, 20), st.integers(0, 255))
-def test_a_slice_is_what_is_cut_from_the_numbers(data, height, width, most):
+def test_a_slice_equals_the_slice_of_the_tensor(data, height, width, most):
     values = torch.randint(0, most + 1, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in (height, width)]
     cut = (slice(None), *(slice(*ends) for ends in bounds))
@@ -207,7 +207,7 @@ def test_a_slice_is_what_is_cut_from_the_numbers(data, height, width, most):
     assert picture[cut].is_contiguous()
 
 
-def test_more_than_the_machine_has_is_refused(monkeypatch):
+def test_a_cache_larger_than_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 3.26 * 2**30)
     with pytest.raises(UserError, match=r"data\.cache=3\.5: only 3\.3 GiB of memory are free, .*; set a smaller data"):
         Cache(3.5)
@@ -223,7 +223,7 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
         Cache(3)
 
 
-def test_memory_is_taken_as_pictures_come():
+def test_memory_is_allocated_as_images_arrive():
     """Resident, in this process: 2 GiB that are not there yet."""
 
     def resident():
@@ -237,17 +237,17 @@ def test_memory_is_taken_as_pictures_come():
 
 
 @pytest.mark.parametrize("value", ["-1", "much", "true", ".inf", ".nan"])
-def test_settings_that_cannot_be(value):
+def test_invalid_cache_settings_are_refused(value):
     with pytest.raises(UserError, match=r"data\.cache"):
         config.section("data", [f"cache={value}"])
     assert config.section("data").cache > 0
 
 
-def test_pictures_are_kept_without_border_and_small(pool):
+def test_images_are_cached_after_border_and_resizing(pool):
     """Cut first, then shrunk; read anew or from memory, in 8-bit steps both times. Small ones stay as they are."""
     path = next((pool / "clear").iterdir())
     whole = images.read(path)
-    for kept in (Cache(0, 2, 8), Cache(room_of(1), 2, 8)):
+    for kept in (Cache(0, 2, 8), Cache(size_of(1), 2, 8)):
         kept.add([path], [pool / "depth" / path.name])
         wanted = F.interpolate(whole[None, :, 2:-2, 2:-2], (8, 10), mode="bilinear", antialias=True)[0]
         for _ in range(2):
@@ -259,5 +259,5 @@ def test_pictures_are_kept_without_border_and_small(pool):
         Cache(0, 10).image(path)
 
 
-def room_of(pictures):
+def size_of(pictures):
     return pictures * SIZE / 2**30

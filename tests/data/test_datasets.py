@@ -33,7 +33,7 @@ def stream(pool, seed=1, name="hazy", transform=whole):
     return Stream(pool, transform, seed, name)
 
 
-def test_each_once_an_epoch_and_orders_differ(pool):
+def test_each_image_occurs_once_an_epoch_in_new_order(pool):
     numbers = [number(stream(pool)[k]["hazy"]) for k in range(70)]
     epochs = [numbers[start : start + 7] for start in range(0, 70, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -61,7 +61,7 @@ def test_names_and_seeds_shuffle_independently(pool):
         assert agree < 45  # 20 expected
 
 
-def test_bad_pictures_are_skipped_and_told(pool):
+def test_unreadable_images_are_skipped_and_reported(pool):
     pool[2].write_bytes(b"junk")
     items = [stream(pool)[k] for k in range(7)]
     messages = [message for item in items for message in item["skipped"]]
@@ -123,7 +123,7 @@ def ramp(height, width):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 60), st.integers(5, 60), st.booleans())
-def test_random_crop_is_a_window(seed, height, width, flip):
+def test_random_crop_is_a_window_of_the_image(seed, height, width, flip):
     image = ramp(height, width)
     window = crop(image, np.random.default_rng(seed), (5, 5), "random", flip)
     top, lefts = round(window[0, 0, 0].item() * 100), (window[1, 0] * 100).round().int().tolist()
@@ -158,13 +158,13 @@ def test_short_side_crop_of_the_right_size_is_exact():
 
 
 @pytest.mark.parametrize("rule", ["short_side", "random"])
-def test_picture_and_depth_are_cut_alike(rule):
+def test_image_and_depth_are_cropped_alike(rule):
     image = ramp(40, 50)
     out = crop(torch.cat([image, image[2:]]), np.random.default_rng(4), (12, 12), rule, True)
     assert torch.equal(out[2], out[3])
 
 
-def test_small_pictures_are_refused_or_skipped(pool):
+def test_small_images_are_refused_or_skipped(pool):
     folder = pool[0].parent
     with pytest.raises(
         UserError, match=r"24x20 is smaller than the crop of 32; set a smaller data\.crop_size or .*short_side"
@@ -212,7 +212,7 @@ SHAPES = st.sampled_from([(16, 16), (12, 20), (32, 18)])
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(20, 60), st.integers(20, 60), SHAPES)
-def test_a_view_is_a_large_part_of_the_picture(seed, height, width, shape):
+def test_a_view_covers_a_large_part_of_the_image(seed, height, width, shape):
     """Of the asked aspect and share of the largest such rectangle: seen in an image of its own places."""
     rows = torch.arange(height).view(1, height, 1).expand(1, height, width) / height
     columns = torch.arange(width).view(1, 1, width).expand(1, height, width) / width
@@ -238,7 +238,7 @@ def mixed(scenes, pool, share):
     return datasets.training(options, "warm_start", "synthetic")
 
 
-def test_outdoor_pictures_take_their_share(scenes, pool):
+def test_outdoor_images_have_the_given_share(scenes, pool):
     dataset = mixed(scenes, pool, 0.3)
     assert dataset.epoch_length == 7
     items = [dataset[k] for k in range(300)]
@@ -273,7 +273,7 @@ def test_clear_only_training(scenes):
     assert dataset.hazy.name != dataset.clear.name
 
 
-def test_replay_brings_the_warm_starts_pictures_along(scenes, pool):
+def test_replay_adds_the_synthetic_images_of_the_warm_start(scenes, pool):
     """Beside the unpaired ones, which stay what they are: those that the warm start would have had there."""
     sections = {name: copy.copy(section(name)) for name in ("data", "haze", "degradations", "warm_start")}
     options = SimpleNamespace(model="some", seed=3, **sections)
@@ -300,7 +300,7 @@ def test_epoch_length_is_the_larger_pool(pool, scenes):
     assert training(scenes / "clear", pool[0].parent).epoch_length == 7
 
 
-def test_the_imaging_model_takes_the_place_of_the_haze_law(scenes):
+def test_degraded_items_replace_the_haze_law_by_the_imaging_model(scenes):
     """As haze it degrades the crop of an image and of its depth, with the numbers of the position."""
     one, two = (training(None, scenes / "clear", scenes / "depth", kind="degraded", rule="random") for _ in range(2))
     items = [one[k] for k in range(10)]
@@ -313,7 +313,7 @@ def test_the_imaging_model_takes_the_place_of_the_haze_law(scenes):
     assert training(None, scenes / "clear", kind="degraded")[0]["hazy"].shape == (3, 16, 16)
 
 
-def test_kinds_that_are_none(pool):
+def test_unknown_kinds_of_streams_are_refused(pool):
     with pytest.raises(ValueError, match="no such kind of training images: pared"):
         training(pool[0].parent, pool[0].parent, kind="pared")
 
@@ -335,7 +335,7 @@ def test_depth_in_sub_folders_with_names_that_repeat(tmp_path):
     assert [path.parent.name for path in depth] == ["C001", "C002"]
 
 
-def test_what_is_passed_over_is_told(pool, scenes):
+def test_skipped_files_are_reported(pool, scenes):
     """Unread kinds of files, once a folder, and results of an earlier run."""
     (pool[0].parent / "7.NEF").touch()
     images.write(scenes / "clear" / "out" / "pictures" / "0.png", torch.rand(3, 30, 40))

@@ -3,7 +3,7 @@ import dataclasses
 import functools
 import math
 import re
-import subprocess
+import runpy
 import sys
 from typing import get_args, get_type_hints
 
@@ -26,7 +26,7 @@ sizes = st.integers(1, 40)
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, sizes, sizes)
-def test_smooth_depth_is_a_depth(seed, height, width):
+def test_smooth_depth_is_positive_with_maximum_one(seed, height, width):
     depth = synthesis.smooth_depth(height, width, np.random.default_rng(seed))
     assert depth.shape == (1, height, width)
     assert depth.dtype == torch.float32
@@ -44,7 +44,7 @@ def test_smooth_depth_recedes_and_is_smooth():
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.floats(0, 10), st.floats(0, 1))
-def test_haze_is_the_closed_form(seed, beta, grey):
+def test_haze_follows_the_closed_form(seed, beta, grey):
     generator = torch.Generator().manual_seed(seed)
     clear, depth = torch.rand(3, 4, 5, generator=generator), torch.rand(1, 4, 5, generator=generator)
     hazy, t = synthesis.add_haze(clear, depth, beta, torch.full((3,), grey))
@@ -107,7 +107,7 @@ def test_airlight_is_cut_at_one_and_coloured_at_times():
     assert 0.15 < (light[:, 0] == 1).float().mean() < 0.36  # a quarter of [0.7, 1.1] lies beyond 1
 
 
-def test_photometric_changes_are_of_the_clear_picture():
+def test_photometric_changes_apply_to_the_clear_image():
     clear = torch.rand(3, 6, 6) * 0.8
     plain = draws(1, clear=clear)[0]
     assert torch.equal(plain["clear"], clear)
@@ -173,7 +173,7 @@ def test_shares_of_outdoor_depths():
         config.OutdoorDepth(0.5, 0.4, 0.2)
 
 
-def test_depth_of_the_dark_channel_is_that_of_the_haze_it_has():
+def test_dark_channel_depth_recovers_the_depth_of_existing_haze():
     clear = torch.rand(3, 90, 90) * 0.2
     clear[:, :, 45:] = clear[:, :, 45:] * 0.3 + 0.7
     depth = synthesis.varied_outdoor_depth(clear, np.random.default_rng(0), config.OutdoorDepth(0, 1, 0))
@@ -189,7 +189,7 @@ def defaults():
     return config.section("degradations")
 
 
-def only(*names):
+def only_with(*names):
     """The degradations of configs.yml, those of ``names`` always and no others."""
     values = copy.deepcopy(defaults())
     for name in NAMES:
@@ -244,7 +244,7 @@ def test_second_scattering(first, second, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(fractions, fractions, fractions, st.integers(0, 99))
-def test_two_scatterings_in_grey_light_are_one_of_their_product(grey, first, second, seed):
+def test_two_grey_scatterings_equal_one_of_the_product_transmission(grey, first, second, seed):
     clear, depth = scene(seed, 5, 6)
     light = torch.full((3, 1, 1), grey + 1e-3).clamp(max=1)
     hazy, t = degradations.scatter_again(*synthesis.add_haze(clear, depth, first, light), light, second)
@@ -258,7 +258,7 @@ def test_second_scattering_in_the_dark():
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_the_gaussian_where_nothing_else_comes_through(sigma):
+def test_blur_is_gaussian_at_zero_transmission(sigma):
     clear, _ = scene()
     oracle = scipy.ndimage.gaussian_filter(
         clear.double().numpy(), sigma, axes=(1, 2), radius=int(3 * sigma + 0.5), mode="nearest"
@@ -268,7 +268,7 @@ def test_blur_is_the_gaussian_where_nothing_else_comes_through(sigma):
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0.1, 50), fractions, fractions)
-def test_blur_keeps_what_is_even_and_what_is_near(sigma, value, t):
+def test_blur_keeps_flat_and_near_areas(sigma, value, t):
     even = torch.full((3, 4, 7), value)
     torch.testing.assert_close(degradations.blur(even, torch.full((1, 4, 7), t), sigma), even)
     clear, _ = scene(0, 4, 7)
@@ -282,7 +282,7 @@ def test_blur_grows_with_the_haze():
 
 
 @pytest.mark.parametrize(("level", "shot", "read"), [(0.25, 0.04, 0.0), (0.5, 0.0, 0.02), (0.5, 0.03, 0.01)])
-def test_noise_has_the_variance_that_it_says(level, shot, read):
+def test_noise_has_the_given_variance(level, shot, read):
     grey = torch.full((3, 200, 200), level)
     moved = degradations.add_noise(grey, np.random.default_rng(0), shot, read) - grey
     assert moved.var().item() == pytest.approx(shot**2 * level + read**2, rel=0.02)
@@ -290,7 +290,7 @@ def test_noise_has_the_variance_that_it_says(level, shot, read):
     assert abs((moved[:, 1:] * moved[:, :-1]).mean().item()) < 1e-5
 
 
-def test_no_noise_is_no_change():
+def test_zero_noise_changes_nothing():
     clear, _ = scene()
     assert torch.equal(degradations.add_noise(clear, np.random.default_rng(0), 0.0, 0.0), clear)
 
@@ -306,9 +306,9 @@ def test_jpeg():
     torch.testing.assert_close(degradations.compress(even, 50), even, atol=3 / 255, rtol=0)
 
 
-def test_the_haze_alone_is_the_law():
+def test_haze_without_degradations_is_the_scattering_model():
     clear, depth = scene()
-    alone = only("haze")
+    alone = only_with("haze")
     alone.haze.density = synthesis.DENSITY
     for seed in range(10):
         item = degradations.degrade(clear, depth, np.random.default_rng(seed), alone)
@@ -323,9 +323,9 @@ def test_the_haze_alone_is_the_law():
         torch.testing.assert_close(made_up["transmission"], torch.exp(-made_up["density"] * depth_made_up))
 
 
-def test_degradations_follow_one_another():
+def test_degradations_apply_in_their_order():
     clear, depth = scene()
-    values = only("illumination", "colour", "haze", "second_scattering", "blur")
+    values = only_with("illumination", "colour", "haze", "second_scattering", "blur")
     values.airlight, values.haze.density, values.blur.sigma = (0.8, 0.8), (1.5, 1.5), (0.9, 0.9)
     values.illumination.factor, values.illumination.gamma = (0.7, 0.7), (1.3, 1.3)
     values.colour.warmth, values.colour.green = (0.2, 0.2), (0.0, 0.0)
@@ -378,7 +378,7 @@ def test_degrade_keeps_shapes_and_ranges_whatever_the_settings(data, seed, with_
 def test_nothing_happens_with_probability_zero():
     clear, depth = scene()
     for seed in range(5):
-        item = degradations.degrade(clear, depth, np.random.default_rng(seed), only())
+        item = degradations.degrade(clear, depth, np.random.default_rng(seed), only_with())
         assert torch.equal(item["hazy"], clear)
         assert item["density"] == 0
         assert torch.equal(item["transmission"], torch.ones_like(depth))
@@ -388,7 +388,7 @@ def test_nothing_happens_with_probability_zero():
 def test_probability_one_is_always_and_a_half_is_half_the_time(name):
     clear, depth = scene(0, 8, 8)
     base = {"haze", "second_scattering"} - {name}  # colour and blur show where there is haze
-    rest, always, half = only(*base), only(name, *base), only(name, *base)
+    rest, always, half = only_with(*base), only_with(name, *base), only_with(name, *base)
     getattr(half, name).probability = 0.5
     for part in (rest, always, half):
         part.illumination.factor, part.airlight = (0.5, 0.6), (0.8, 0.8)
@@ -404,11 +404,11 @@ def test_probability_one_is_always_and_a_half_is_half_the_time(name):
     assert 30 < sum(happened) < 70
 
 
-def test_switching_one_off_leaves_the_others_as_they_were():
+def test_disabling_one_degradation_leaves_the_others_unchanged():
     clear, depth = scene()
     for seed in range(20):
         item, without = (
-            degradations.degrade(clear, depth, np.random.default_rng(seed), only(*names))
+            degradations.degrade(clear, depth, np.random.default_rng(seed), only_with(*names))
             for names in (NAMES, set(NAMES) - {"jpeg", "blur", "noise"})
         )
         for key in ("transmission", "airlight", "density"):
@@ -459,7 +459,7 @@ def command(scenes, output, *more):
     return {path.relative_to(scenes / output): path.read_bytes() for path in (scenes / output).rglob("*.*")}
 
 
-def test_command_writes_the_haze_that_the_names_tell(scenes):
+def test_command_writes_the_haze_recorded_in_the_names(scenes):
     depth_options = ["--depth", str(scenes / "depth"), "--mirror", "--border", "3", "--density", "0.9", "0.9"]
     files = command(scenes, "out", *depth_options)
     assert len(files) == 3 + 3 + 6
@@ -556,11 +556,12 @@ def test_command_writes_nothing_among_its_inputs(scenes):
         command(scenes, "rgb/made")
 
 
-def test_command_line_fails_with_one_line(tmp_path):
-    call = [sys.executable, "-m", "data.haze", "--clear", str(tmp_path), "--output", str(tmp_path / "out")]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .*no images.*\n", done.stderr)
+def test_command_line_fails_with_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["haze.py", "--clear", str(tmp_path), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(haze.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*no images.*\n", capfd.readouterr().err)
 
 
 def test_jpeg_format(scenes):
@@ -570,7 +571,7 @@ def test_jpeg_format(scenes):
 
 def test_dusk_darkens_scene_and_airlight_alike():
     clear = torch.rand(3, 6, 6)
-    plain, dusk = (draws(20, *told, "airlight=[0.8, 0.8]", clear=clear) for told in ((), DUSK))
+    plain, dusk = (draws(20, *overrides, "airlight=[0.8, 0.8]", clear=clear) for overrides in ((), DUSK))
     for item in dusk:
         assert 0.4 <= item["airlight"].max() / 0.8 <= 0.6
         torch.testing.assert_close(item["clear"] / clear, (item["airlight"] / 0.8).expand_as(clear))

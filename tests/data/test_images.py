@@ -64,7 +64,7 @@ def test_modes_become_rgb_and_alpha_is_dropped(tmp_path, mode):
 @pytest.mark.parametrize("transparency", [3, bytes([0, 128, 255])])
 @pytest.mark.filterwarnings("error")
 def test_palette_with_transparency(tmp_path, transparency):
-    palette = Image.fromarray((GREY % 3).astype(np.uint8), "L").copy()
+    palette = Image.fromarray((GREY % 3).astype(np.uint8)).copy()
     palette = palette.convert("P")
     palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255] + [0] * 9)
     path = saved(tmp_path / "a.png", palette, transparency=transparency)
@@ -119,7 +119,7 @@ def test_exif_orientation(tmp_path, orientation, extension):
     assert torch.equal(images.read(path), expected(RGB))
 
 
-def test_16_bit_grey_is_turned_too(tmp_path):
+def test_16_bit_grey_respects_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     values = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
@@ -127,7 +127,7 @@ def test_16_bit_grey_is_turned_too(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_refuse_the_picture(tmp_path):
+def test_broken_exif_does_not_refuse_the_image(tmp_path):
     path = saved(tmp_path / "a.jpg", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12junk")
     assert images.read(path).shape == (3, 13, 17)
 
@@ -144,7 +144,7 @@ def test_animation_gives_its_first_frame(tmp_path):
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
 @pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "tif", "webp"])
-def test_truncated_pictures_are_refused(tmp_path, extension, share):
+def test_truncated_images_are_refused(tmp_path, extension, share):
     noise = RNG.integers(0, 256, (200, 200, 3), dtype=np.uint8)
     whole = saved(tmp_path / f"whole.{extension}", Image.fromarray(noise)).read_bytes()
     path = tmp_path / f"a.{extension}"
@@ -161,7 +161,7 @@ def test_truncated_pictures_are_refused(tmp_path, extension, share):
         (bytes(100), "no known image format"),
     ],
 )
-def test_what_is_no_picture_is_refused(tmp_path, content, message):
+def test_files_that_are_not_images_are_refused(tmp_path, content, message):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as refusal:
@@ -197,7 +197,7 @@ def test_size_limits(tmp_path, monkeypatch):
         (SyntaxError("broken PNG file"), r"broken PNG file: damaged or cut short\); replace it with a complete copy"),
     ],
 )
-def test_a_picture_that_cannot_be_read_says_why_and_what_helps(tmp_path, monkeypatch, error, message):
+def test_an_unreadable_image_is_reported_with_cause_and_remedy(tmp_path, monkeypatch, error, message):
     path = saved(tmp_path / "a.png", Image.new("L", (4, 4)))
 
     def fail(*_):
@@ -209,23 +209,23 @@ def test_a_picture_that_cannot_be_read_says_why_and_what_helps(tmp_path, monkeyp
     assert "fetch" not in str(refusal.value)
 
 
-def claimed(path: Path, width: int, height: int) -> Path:
+def large_header(path: Path, width: int, height: int) -> Path:
     path.write_bytes(b"P6\n%d %d\n255\nabc" % (width, height))
     return path
 
 
-def test_a_picture_that_memory_does_not_hold_is_refused_from_its_header(tmp_path, monkeypatch):
+def test_an_image_too_large_for_memory_is_refused_from_its_header(tmp_path, monkeypatch):
     """A PNG of few bytes and many pixels, and a file of 22 bytes that claims more."""
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**28)
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # not a byte is decoded
     one_bit = saved(tmp_path / "a.png", Image.new("1", (5000, 5000)))
-    for path in (one_bit, claimed(tmp_path / "b.ppm", 22000, 22000)):
+    for path in (one_bit, large_header(tmp_path / "b.ppm", 22000, 22000)):
         with pytest.raises(UserError, match=r"\(its \d+x\d+ pixels take \d\.\d GiB to read, 0\.2 GiB are free\); free"):
             images.read(path)
 
 
 @pytest.mark.parametrize("where", ["convert", "fromarray", "div_"])
-def test_a_lack_of_memory_at_any_point_of_reading_is_the_picture_s(tmp_path, monkeypatch, where):
+def test_running_out_of_memory_while_reading_is_an_image_error(tmp_path, monkeypatch, where):
     def fail(*_, **__):
         raise (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
@@ -241,7 +241,7 @@ def test_a_lack_of_memory_at_any_point_of_reading_is_the_picture_s(tmp_path, mon
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("c.png")
     (tmp_path / "c.png").symlink_to("b.png")
@@ -255,7 +255,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
         paths.find(tmp_path / "a.flist")
 
 
-def test_a_name_as_long_as_may_be_is_written(tmp_path):
+def test_a_file_name_of_maximum_length_is_written(tmp_path):
     for name in ("n" * 251 + ".png", "\U0001f32b" * 62 + ".jpg"):
         images.write(tmp_path / name, torch.rand(3, 4, 5))
     assert len(list(tmp_path.iterdir())) == 2
@@ -355,14 +355,14 @@ def test_exr_depth_by_the_package(tmp_path):
     torch.testing.assert_close(images.read_depth(tmp_path / "a.exr")[0], torch.tensor([[0, 0.25], [0.5, 1]]))
 
 
-def test_what_is_no_distance_is_counted(tmp_path):
+def test_invalid_depths_are_counted(tmp_path):
     values = np.array([[np.nan, np.nan, np.inf], [-1, 2, 3]], np.float32)
     tifffile.imwrite(tmp_path / "a.tif", values)
     with pytest.raises(UserError, match=r"2 NaN and 1 infinite and 1 negative of 6 values"):
         images.read_depth(tmp_path / "a.tif")
 
 
-def test_float_pictures_are_still_refused_as_pictures(tmp_path):
+def test_float_files_are_refused_as_images(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", DEPTH.astype(np.float32))
     with pytest.raises(UserError, match="no agreed white"):
         images.read(tmp_path / "a.tif")
@@ -463,7 +463,7 @@ def test_only_profiles_of_rgb_are_kept(tmp_path, mode, icc, kept):
     assert ("icc_profile" in Image.open(tmp_path / "out.png").info) == kept
 
 
-def test_what_cannot_be_kept_is_left_out(tmp_path):
+def test_metadata_that_cannot_be_written_are_left_out(tmp_path):
     plain = saved(tmp_path / "plain.png", Image.fromarray(RGB))
     broken = saved(tmp_path / "broken.jpg", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12junk")
     exif = Image.Exif()
@@ -536,7 +536,7 @@ def test_a_flist_names_files_that_begin_with_a_comment_sign(tmp_path, monkeypatc
         ("b\u2028c.png", "b\u2028c.png"),
     ],
 )
-def test_a_flist_is_read_as_programs_write_it(tmp_path, monkeypatch, line, name):
+def test_flist_lines_of_other_programs_are_read(tmp_path, monkeypatch, line, name):
     touch(tmp_path, name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.flist").write_text(f"{line}\n", encoding="utf-8")
@@ -554,7 +554,7 @@ def test_a_flist_is_read_as_programs_write_it(tmp_path, monkeypatch, line, name)
         (f"{'x' * 400}\n", "line 1: 1 of its 1 files are absent"),
     ],
 )
-def test_what_a_flist_cannot_mean_is_said_with_its_line(tmp_path, monkeypatch, lines, message):
+def test_invalid_lines_of_a_flist_are_reported_with_their_number(tmp_path, monkeypatch, lines, message):
     touch(tmp_path, "a.png", "b.png", "deep/c.png")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.flist").write_text(lines)
@@ -562,7 +562,7 @@ def test_what_a_flist_cannot_mean_is_said_with_its_line(tmp_path, monkeypatch, l
         paths.find("x.flist")
 
 
-def test_what_a_list_names_in_vain_can_be_told_in_place_of_refused(tmp_path, monkeypatch):
+def test_missing_files_of_a_list_can_be_reported_instead_of_refused(tmp_path, monkeypatch):
     touch(tmp_path, "a.png")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.flist").write_bytes(b"\n".join([b"a.png", b"x" * 5000, b"~nouser/a.png", b"a\0b", b"na\xefve.png"]))
@@ -579,7 +579,7 @@ def test_what_a_list_names_in_vain_can_be_told_in_place_of_refused(tmp_path, mon
         paths.find("x.flist")
 
 
-def test_a_name_that_is_no_text_is_found_and_read(tmp_path):
+def test_undecodable_file_names_are_found_and_read(tmp_path):
     name = os.fsdecode(b"na\xefve.png")
     saved(tmp_path / "a.png", Image.new("L", (4, 4))).rename(tmp_path / name)
     (tmp_path / "x.flist").write_bytes(b"na\xefve.png\n")
@@ -587,12 +587,12 @@ def test_a_name_that_is_no_text_is_found_and_read(tmp_path):
         assert [images.read(path).shape for path in paths.find(source)] == [(3, 4, 4)]
 
 
-def test_a_home_of_nobody_is_refused():
+def test_the_home_of_an_unknown_user_is_refused():
     with pytest.raises(UserError, match=r"~nouser/a\.png: there is no home folder ~nouser"):
         paths.find("~nouser/a.png")
 
 
-def test_several_sources_are_one_and_name_a_picture_once(tmp_path):
+def test_several_sources_merge_without_duplicates(tmp_path):
     touch(tmp_path, "b/2.png", "b/1.png", "a.png")
     (tmp_path / "x.flist").write_text("a.png\nb/1.png\na.png\n")
     assert len(paths.find(tmp_path / "x.flist")) == 3  # a list may say so: more often in training, truths of several
@@ -616,7 +616,7 @@ def test_find_refusals(tmp_path):
         paths.find("sample:test/hazi")
 
 
-def test_what_is_not_read_is_counted_by_kind(tmp_path):
+def test_files_that_are_not_read_are_counted_by_type(tmp_path):
     touch(tmp_path, "a/1.HEIC", "a/b/2.heic", "a/3.CR2", "a/4.jpg", "a/notes.txt", "a/._5.heic", "a/.old/6.nef")
     extensions = paths.EXTENSIONS - paths.HEIF
     assert paths.find(tmp_path / "a", extensions) == [tmp_path / "a/4.jpg"]
@@ -643,12 +643,12 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
     torch.testing.assert_close(images.read(path).mean((1, 2)), torch.tensor([200, 100, 50]) / 255, atol=0.02, rtol=0)
 
 
-def test_results_that_cannot_be_marked_are_told(tmp_path):
+def test_results_that_cannot_be_marked_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"absent/\.dehazed: cannot be written \(No such file or directory\); check"):
         paths.mark_results(tmp_path / "absent", ["pictures"])
 
 
-def test_results_are_passed_over(tmp_path):
+def test_results_of_earlier_runs_are_skipped(tmp_path):
     own = touch(tmp_path, "1.png", "out/2.png", "out/pictures of mine/3.png", "pictures/4.png")
     touch(tmp_path, "out/pictures/1.png", "out/panels/1.png")
     paths.mark_results(tmp_path / "out", ["pictures", "panels"])

@@ -32,7 +32,7 @@ def positions(*args, **options):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 5), st.integers(1, 5), st.integers(1, 4))
-def test_many_processes_read_what_one_reads(start, steps, batch, world):
+def test_several_processes_together_read_what_one_reads(start, steps, batch, world):
     stop = start + steps * batch * world
     one = positions(start, stop, batch * world)
     shares = [positions(start, stop, batch, rank=rank, world=world) for rank in range(world)]
@@ -49,7 +49,7 @@ def test_one_process_reads_all_in_order(start, count, batch):
     assert all(len(each) == batch for each in found[:-1])
 
 
-def test_shares_that_cannot_be():
+def test_invalid_shares_are_refused():
     with pytest.raises(ValueError, match="11 positions are not a multiple of 2 processes' batches of 3"):
         loader(Positions(), 1, 12, 3, world=2)
     for rank in (-1, 2):
@@ -72,7 +72,7 @@ def test_workers_last_as_long_as_the_iterator():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_stacked_alike_everywhere(workers):
+def test_batches_are_collated_alike_with_and_without_workers(workers):
     first = next(iter(loader(Positions(), 3, 9, 3, workers=workers)))
     assert torch.equal(first["x"], torch.tensor([[3.0, 3.0], [4.0, 4.0], [5.0, 5.0]]))
 
@@ -191,17 +191,17 @@ DEATHS = {
 }
 
 
-@pytest.mark.parametrize("told", DEATHS)
-def test_a_worker_s_death_is_told_where_its_batch_is_asked_for(told, monkeypatch):
+@pytest.mark.parametrize("how", DEATHS)
+def test_a_worker_s_death_raises_where_its_batch_is_requested(how, monkeypatch):
     """Not in the middle of a step, where PyTorch has it raise an error."""
     patience = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(patience, "__defaults__", (0.1,))  # in place of 5 s
     before = signal.getsignal(signal.SIGCHLD)
     others = multiprocessing.active_children()
-    with closing(iter(loader(Deadly(4, DEATHS[told]), 0, 60, 2, workers=1))) as batches:
+    with closing(iter(loader(Deadly(4, DEATHS[how]), 0, 60, 2, workers=1))) as batches:
         assert next(batches)["k"] == [0, 1]
         [worker] = [child for child in multiprocessing.active_children() if child not in others]
         worker.join()  # here SIGCHLD comes
         assert signal.getsignal(signal.SIGCHLD) == before
-        with pytest.raises(UserError, match=rf"process that reads images, {worker.pid}, {told}.*lower data\.workers"):
+        with pytest.raises(UserError, match=rf"process that reads images, {worker.pid}, {how}.*lower data\.workers"):
             next(batches)

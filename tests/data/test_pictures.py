@@ -28,7 +28,7 @@ def test_paired(tmp_path):
 
 
 @pytest.mark.parametrize("border", [0, 2])
-def test_only_the_border_that_is_asked_for_is_cut(tmp_path, border):
+def test_only_the_requested_border_is_cropped(tmp_path, border):
     truth = torch.rand(3, 50, 60).mul(255).round() / 255
     for cut in (2, 10):
         images.write(tmp_path / "deep" / f"{cut}.png", truth[:, cut:-cut, cut:-cut])

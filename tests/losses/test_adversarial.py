@@ -11,11 +11,11 @@ UNDECIDED = {"lsgan": (0.25, 0.25), "vanilla": (math.log(2), math.log(2)), "hing
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_undecided_discriminator(kind):
+def test_an_undecided_discriminator_has_the_known_loss(kind):
     logits = torch.zeros(2, 1, 3, 3)
-    judged, fooled = UNDECIDED[kind]
-    assert discriminator_loss(logits, logits, kind).item() == pytest.approx(judged)
-    assert generator_loss(logits, kind).item() == pytest.approx(fooled)
+    of_discriminator, of_generator = UNDECIDED[kind]
+    assert discriminator_loss(logits, logits, kind).item() == pytest.approx(of_discriminator)
+    assert generator_loss(logits, kind).item() == pytest.approx(of_generator)
 
 
 @settings(max_examples=30, deadline=None)
@@ -28,14 +28,14 @@ def test_closed_forms(real, fake):
         "vanilla": (math.log1p(math.exp(-real)) + math.log1p(math.exp(fake))) / 2,
         "hinge": (max(0, 1 - real) + max(0, 1 + fake)) / 2,
     }
-    fooled = {"lsgan": (sigmoid(fake) - 1) ** 2, "vanilla": math.log1p(math.exp(-fake)), "hinge": -fake}
+    of_generator = {"lsgan": (sigmoid(fake) - 1) ** 2, "vanilla": math.log1p(math.exp(-fake)), "hinge": -fake}
     for kind in KINDS:
         assert discriminator_loss(r, f, kind).item() == pytest.approx(expected[kind], abs=1e-5)
-        assert generator_loss(f, kind).item() == pytest.approx(fooled[kind], abs=1e-5)
+        assert generator_loss(f, kind).item() == pytest.approx(of_generator[kind], abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_two_pull_apart(kind):
+def test_generator_and_discriminator_losses_oppose_each_other(kind):
     """The discriminator lowers a fake's score, the generator raises it; a score of 1e4 stays finite."""
     fake = torch.zeros(1, 1, 2, 2, requires_grad=True)
     down = torch.autograd.grad(discriminator_loss(fake.detach(), fake, kind), fake)[0]

@@ -65,7 +65,7 @@ def test_the_layers_are_the_five_of_vgg19(loss):
     assert loss(pred, clear, hazy).item() == pytest.approx(total.item(), rel=1e-3)
 
 
-def test_it_grows_from_clear_to_hazy(loss):
+def test_the_loss_grows_from_clear_to_hazy(loss):
     _, clear, hazy = pictures()
     values = [loss(clear.lerp(hazy, share), clear, hazy).item() for share in torch.linspace(0, 1, 6)]
     assert values[0] == 0
@@ -97,7 +97,7 @@ def test_a_perfect_prediction_has_finite_gradients(loss, hazy):
     assert pred.grad.isfinite().all()
 
 
-def test_descent_lowers_it(loss):
+def test_gradient_descent_lowers_the_loss(loss):
     pred, clear, hazy = pictures()
     pred, values = pred.requires_grad_(), []
     optimiser = torch.optim.Adam([pred], lr=0.01)

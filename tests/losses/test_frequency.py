@@ -15,7 +15,7 @@ def whole_spectrum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
-def test_half_a_spectrum_says_all(height, width, seed):
+def test_the_half_spectrum_gives_the_full_loss(height, width, seed):
     torch.manual_seed(seed)
     a, b = torch.randn(2, 2, 3, height, width)
     a.requires_grad_()
@@ -31,7 +31,7 @@ def test_a_constant_difference_is_in_one_frequency():
     assert frequency_loss(a + 0.5, a).item() == pytest.approx(0.5 * 24 / (2 * 24))
 
 
-def test_half_precision_is_transformed_in_full():
+def test_half_precision_is_transformed_in_float32():
     a, b = torch.rand(2, 1, 3, 8, 8).bfloat16()
     assert frequency_loss(a, b).dtype == torch.float32
 

@@ -31,7 +31,7 @@ def test_layer_names_are_those_of_torchvision(network):
     assert layer_names(network) == expected
 
 
-def test_equal_pictures_cost_nothing(file):
+def test_equal_images_have_zero_loss(file):
     loss, x = PerceptualLoss(weights=str(file)), torch.rand(2, 3, 32, 32)
     assert loss(x, x).item() == 0
     assert loss(x, x.flip(3)).item() > 0
@@ -51,7 +51,7 @@ def test_closed_form(file):
     assert loss(x, y).item() == pytest.approx(sum(distances) / 2, rel=1e-5)
 
 
-def test_it_is_a_ruler(file):
+def test_gradients_reach_the_image_alone(file):
     """Gradients reach the image, not the network or the target; it stays in eval mode."""
     loss = PerceptualLoss(weights=str(file)).train()
     x, target = torch.rand(1, 3, 16, 16, requires_grad=True), torch.rand(1, 3, 16, 16, requires_grad=True)
@@ -62,7 +62,7 @@ def test_it_is_a_ruler(file):
     assert not any(module.training for module in loss.features.modules())
 
 
-def test_making_it_draws_no_random_numbers(file):
+def test_construction_draws_no_random_numbers(file):
     """It is made when it is first needed: a resumed run would else go on with other numbers."""
     before = torch.get_rng_state()
     PerceptualLoss("vgg16", ["relu1_1"], str(file))

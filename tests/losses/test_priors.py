@@ -51,7 +51,7 @@ def test_matting_energy_against_the_dense_matrix(dtype, exact, ridge):
         assert got[k].item() == pytest.approx((flat @ matting_laplacian(guide[k], ridge) @ flat).item(), rel=exact)
 
 
-def test_matting_energy_of_what_follows_the_picture():
+def test_matting_energy_of_an_affine_function_of_the_image_is_the_ridge():
     """A t that is a line in the picture's colours costs the ridge alone; a level costs nothing."""
     guide = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     follows = guide * torch.tensor([0.2, -0.3, 0.4]).view(3, 1, 1)
@@ -72,7 +72,7 @@ def test_gradients_of_the_dark_channel_energy():
         torch.testing.assert_close(got[k], 2 * (smooth + 0.01 * (t[k] - prior[k])) / 60, rtol=1e-6, atol=1e-9)
 
 
-def test_the_least_energy_is_the_soft_matting_of_the_prior():
+def test_the_minimum_energy_is_soft_matting_of_the_prior():
     """(L + fidelity) t = fidelity t_dcp (DCP, eq. 15) has a smaller energy than any other t that is tried."""
     torch.manual_seed(5)
     hazy, A = torch.rand(1, 3, 6, 7, dtype=torch.float64), torch.full((1, 3, 1, 1), 0.9, dtype=torch.float64)

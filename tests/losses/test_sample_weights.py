@@ -90,7 +90,7 @@ def test_random_fourier_lowers_what_it_minimises_without_a_collapse():
 
 
 @pytest.mark.parametrize("kind", LEARNED)
-def test_a_resumed_run_is_the_uninterrupted_one(kind):
+def test_a_resumed_run_equals_the_uninterrupted_one(kind):
     batches = [correlated(size, 5, size) for size in (3, 4, 2, 9, 1, 4, 3)]
     whole, first, resumed = (kind(5, seed=3, saved=6, **({"every": 3} if kind is DensityRatio else {})) for _ in "123")
     expected = [whole(z) for z in batches]
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind):
 
 
 @pytest.mark.parametrize("kind", LEARNED)
-def test_random_numbers_are_its_own(kind):
+def test_random_numbers_come_from_its_own_generator(kind):
     z, states = correlated(6, 5), []
     found = []
     for seed in (1, 2):
@@ -128,7 +128,7 @@ def test_mixed_precision_around_it_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", LEARNED)
-def test_what_overflows_is_not_remembered(kind):
+def test_overflowing_features_are_not_stored(kind):
     weigh = kind(4)
     z = correlated(5, 4)
     z[0], z[1, 2] = float("nan"), float("inf")
@@ -137,7 +137,7 @@ def test_what_overflows_is_not_remembered(kind):
     assert weigh.features.isfinite().all()
 
 
-def test_the_memory_is_a_mean_at_first_and_moves_slowly_later():
+def test_the_memory_is_a_mean_first_then_a_moving_average():
     """Places are filled in turn; a batch of more samples than places leaves its first ones."""
     weigh, came = RandomFourier(2, saved=2, steps=1), []
     for step in range(14):
@@ -180,7 +180,7 @@ def test_covariance_energy_is_that_of_numpy(samples, features, seed):
     z = torch.randn(samples, features, dtype=torch.float64, generator=generator)
     weights = torch.rand(samples, dtype=torch.float64, generator=generator).add(0.01)
     weights /= weights.sum()
-    covariance = np.cov(z.numpy(), rowvar=False, aweights=weights.numpy(), ddof=0).reshape(features, features)
+    covariance = np.cov(z.numpy().T, aweights=weights.numpy(), ddof=0).reshape(features, features)
     expected = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
     assert covariance_energy(z, weights).item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -212,7 +212,7 @@ def test_settings_make_each_kind():
     assert torch.equal(none(torch.rand(4, 7)), torch.full((4,), 0.25))
 
 
-def test_the_settings_file_says_what_the_classes_default_to():
+def test_configs_yml_equals_the_class_defaults():
     block = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["kanet"]["sample_weights"]
     for kind, name in ((RandomFourier, "random_fourier"), (DensityRatio, "density_ratio")):
         defaults = {key: p.default for key, p in inspect.signature(kind).parameters.items()}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import D4, tiny, tiny_settings
+from helpers import D4, tiny, tiny_settings
 
 import models
 from models.encoder import RELEASED
@@ -47,13 +47,13 @@ def test_statistics_have_the_size_that_the_head_expects():
 
 @pytest.mark.parametrize("picture", [torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.rand(1, 3, 64, 64)])
 @pytest.mark.parametrize("t", [0.001, 0.05, 1.0])
-def test_statistics_of_flat_pictures_are_numbers(picture, t):
+def test_statistics_of_flat_images_are_finite(picture, t):
     found = airlight.haze_statistics(picture, torch.full((1, 1, 64, 64), t))
     assert found.isfinite().all()
     assert found.abs().max() < 100
 
 
-def test_the_value_one_can_be_found():
+def test_the_head_can_predict_one():
     head = airlight.StatisticsAirlight((0.5, 1.15))
     with torch.no_grad():
         head.layers[-1].weight.zero_()
@@ -78,7 +78,7 @@ def test_the_head_learns_in_the_warm_start():
     assert method.removal.airlight.layers[0].weight.grad.any()
 
 
-def test_checkpoints_from_before_there_was_a_choice(tmp_path):
+def test_checkpoints_without_the_setting_of_the_head_load(tmp_path):
     """They name no head, no encoder and no sizes, and have the paper's head under its old names."""
     of_then = (*D4, f"nedr.encoder={RELEASED}")
     whole = tiny(*of_then).eval()
@@ -100,11 +100,11 @@ def test_checkpoints_from_before_there_was_a_choice(tmp_path):
 @pytest.mark.parametrize("before", ["pooled", "max"])
 def test_training_may_begin_with_weights_of_another_head(tmp_path, before):
     """The head keeps its own start, all else is the file's."""
-    told = "nedr.airlight=max" if before == "max" else f"nedr.airlight_head={before}"
-    old, new = tiny(*D4, told), tiny(*D4, "nedr.airlight_head=statistics")
+    setting = "nedr.airlight=max" if before == "max" else f"nedr.airlight_head={before}"
+    old, new = tiny(*D4, setting), tiny(*D4, "nedr.airlight_head=statistics")
     with torch.no_grad():
         old.removal.head.conv3.bias.fill_(0.7)
-    metadata = {"model": "nedr", "settings": config.to_dict(tiny_settings(*D4, told))}
+    metadata = {"model": "nedr", "settings": config.to_dict(tiny_settings(*D4, setting))}
     checkpoint.save_weights(tmp_path / "old.safetensors", old.inference_state(), metadata)
     torch.manual_seed(3)
     models.start(new, tmp_path / "old.safetensors")
@@ -118,7 +118,7 @@ def test_heads_are_named():
         assert isinstance(RemovalNet(4, kan_cid=False, idrm=False, drem=False, airlight_head=name).airlight, kind)
 
 
-def test_dim_airlights_can_be_found():
+def test_the_head_can_predict_dim_airlights():
     head = airlight.StatisticsAirlight((0.25, 1.15))
     with torch.no_grad():
         head.layers[-1].weight.zero_()

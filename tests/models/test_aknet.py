@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, _fill, picture
+from helpers import GOLDEN, _fill, picture
 
 import models
 from models import cost
@@ -76,7 +76,7 @@ def test_outputs(name, scale):
 
 
 @torch.no_grad()
-def test_a_larger_picture(method):
+def test_a_larger_image(method):
     output = method.network(drawn(7, 1, 3, 256, 256), "reflect")[-1]
     assert_near(output[..., ::4, ::4], arrays("aknet")["big_output_2_stride4"], 0.5)
 
@@ -124,7 +124,7 @@ def test_every_parameter_gets_a_gradient(precision):
     assert gradients["network.bottleneck.fgm.alpha"].any()
 
 
-def test_half_precision_is_near():
+def test_half_precision_is_close_to_float32():
     method, hazy = narrow().eval(), picture(2, 1, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         half = method.dehaze(hazy)
@@ -132,7 +132,7 @@ def test_half_precision_is_near():
     torch.testing.assert_close(half, method.dehaze(hazy), rtol=0, atol=0.03)
 
 
-def test_it_learns():
+def test_training_lowers_the_loss():
     method, data = narrow("aknet.learning_rate=1e-3").train(), batch()
     optimiser, losses = method.optimisers("train", values())["network"], []
     for _ in range(8):
@@ -165,13 +165,13 @@ def test_settings_of_the_optimiser():
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.8, 0.9), 1e-8, 0)
 
 
-def test_a_weight_of_zero_switches_off():
+def test_a_weight_of_zero_disables_the_loss():
     with_it, without = (next(narrow(f"aknet.frequency_weight={w}").losses(batch(), "train")) for w in (0.1, 0))
     assert set(with_it.terms) == {"content", "frequency"}
     assert set(without.terms) == {"content"}
 
 
-def test_pictures_for_the_log():
+def test_sample_images_for_the_log():
     data = batch()
     shown = narrow().eval().sample_images(data)
     assert list(shown) == ["hazy", "dehazed", "clear"]
@@ -213,7 +213,7 @@ def test_the_border_may_change_after_training(method):
 # Released files.
 
 
-def test_there_and_back(state, method):
+def test_an_official_file_round_trips(state, method):
     again = foreign.find(method.to_official(), AKNet.recognises)
     assert {key: list(value.shape) for key, value in again.items()} == KEYS
     for key, value in again.items():
@@ -246,7 +246,7 @@ def test_files_that_do_not_fit(state, change, message):
     assert len(str(caught.value)) < 200
 
 
-def test_other_files_are_not_taken():
+def test_files_of_other_methods_are_not_recognised():
     assert AKNet.from_official({"net_h2c": {}, "conv.weight": torch.ones(1)}, values().method) is None
 
 

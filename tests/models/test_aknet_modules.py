@@ -58,7 +58,7 @@ def test_network_and_gradients(size, border):
         torch.testing.assert_close(ours[key], gradients[key], rtol=1e-5, atol=atol)
 
 
-def test_without_gradients_a_shut_gate_costs_nothing(monkeypatch):
+def test_a_closed_gate_is_skipped_without_gradients(monkeypatch):
     network, x = AKNetNetwork(8), torch.rand(1, 3, 16, 16)
     expected = network(x)[-1]
     monkeypatch.setattr("models.aknet.network.filtered", lambda *_: pytest.fail("a gate of zeros was computed"))
@@ -132,7 +132,7 @@ def test_frequency_gate(height, width):
     assert_same(filtered, lambda q, p: torch.fft.ifft2(p * torch.fft.fft2(q)).abs(), signal, gate)
 
 
-def test_frequency_gate_of_nothing_has_a_gradient():
+def test_frequency_gate_of_zeros_has_a_finite_gradient():
     signal, gate = torch.zeros(1, 1, 4, 4, requires_grad=True), torch.ones(1, 1, 4, 4, requires_grad=True)
     filtered(signal, gate).sum().backward()
     assert signal.grad.isfinite().all()

@@ -43,7 +43,7 @@ def test_the_peak_is_that_since_the_reset():
     assert memory.peak_memory(CPU) < before - size / 2
 
 
-def test_a_system_that_cannot_say_gives_the_peak_of_the_process(monkeypatch, tmp_path):
+def test_without_a_resettable_peak_that_of_the_process_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "absent")
     memory.reset_peak(CPU)
     assert memory.peak_memory(CPU) > 2**20

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import D4, tiny
+from helpers import D4, tiny
 
 from models import encoder
 from models.pyramid import Pyramid
@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18", "mobilenetv3_small_050", "convnext_atto"])
-def test_networks_with_the_four_strides_serve(name):
+def test_networks_with_all_four_strides_are_accepted(name):
     pyramid = Pyramid(8, backbone=name).eval()
     with torch.no_grad():
         x, pooled = pyramid(torch.rand(2, 3, 96, 64))
@@ -24,14 +24,14 @@ def test_networks_with_the_four_strides_serve(name):
 
 
 @torch.no_grad()
-def test_what_looks_at_the_whole_picture_is_not_cut_into_tiles():
+def test_networks_with_global_context_are_not_tiled():
     """EfficientNet's blocks are those of its lite family, but each weighs its channels by a mean over the image."""
     network, image = encoder.create("efficientnet_b0").eval(), torch.rand(1, 3, 192, 160)
     for whole, tiled in zip(network(image), encoder.maps(network, image, 64), strict=True):
         assert torch.equal(whole, tiled)
 
 
-def test_a_method_with_another_encoder_dehazes_and_learns():
+def test_a_method_with_another_encoder_dehazes_and_trains():
     method = tiny(*D4, "nedr.encoder=resnet18", "nedr.working_size=64")
     loss = next(method.train().losses(batch(), "warm_start"))
     loss.value.backward()
@@ -55,7 +55,7 @@ def batch():
         ("", "no such network"),
     ],
 )
-def test_networks_that_cannot_serve(name, why):
+def test_unsuitable_networks_are_refused(name, why):
     with pytest.raises(UserError, match=why):
         encoder.create(name)
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
+from helpers import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import DropPath
@@ -43,7 +43,7 @@ def plain_attention(query, key, value, heads: int):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12))
-def test_queries_look_once(height, width):
+def test_queries_are_resampled_before_attention(height, width):
     """As released: the queries are stretched first, to fewer or to more than there are, and then look."""
     module, x = QueryAttention(16, 8), torch.randn(2, height, width, 16)
     tokens = x.flatten(1, 2)
@@ -105,7 +105,7 @@ def test_only_resampled_features_are_random(method):
     assert torch.equal(method.dehaze(x), fixed)
 
 
-def test_start():
+def test_initial_weights():
     network = KANetwork(8)
     with torch.no_grad():
         for p in network.parameters():
@@ -162,13 +162,13 @@ def test_dehaze_pads_by_reflection(method):
 
 
 @pytest.mark.parametrize("width", [4, 12, 0])
-def test_a_width_that_does_not_come_out_even(width):
+def test_unsuitable_widths_are_refused(width):
     with pytest.raises(UserError, match=r"kanet\.width=.*(multiple of 8 \(64|at least 1)"):
         tiny(f"kanet.width={width}")
 
 
 @pytest.mark.parametrize(("size", "good"), [(48, True), (64, True), (80, True), (32, False), (100, False)])
-def test_crops_that_the_network_can_take(size, good):
+def test_crop_sizes_are_checked(size, good):
     values = config.load("kanet", models.settings_types(), overrides=[f"data.crop_size={size}"])
     if good:
         models.check_training(values)
@@ -198,7 +198,7 @@ def test_an_official_file(method, state, tmp_path):
     assert torch.equal(loaded.dehaze(x), method.dehaze(x))
 
 
-def test_names_lead_to_one_place_each(method):
+def test_official_names_map_one_to_one(method):
     names = official.names(method.network.state_dict())
     assert len(set(names.values())) == len(names) == 475
     assert not set(names.values()) & set(names)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, fill
+from helpers import GOLDEN, fill
 
 import models
 from models.kanet import KANet, official
@@ -66,7 +66,7 @@ def test_network(released):
     check(released, released.golden["input"], "output_0", "output_z")
 
 
-def test_maps_of_odd_sizes_are_cropped(released):
+def test_feature_maps_of_odd_sizes_are_cropped(released):
     check(released, released.golden["odd_input"], "odd_output_0")
 
 
@@ -78,16 +78,16 @@ def larger(*shape: int) -> torch.Tensor:
 
 
 @LARGER
-def test_a_larger_picture(released):
+def test_a_larger_image(released):
     check(released, larger(1, 3, 256, 256), "big_output_0_stride4", "big_output_z", stride=4)
 
 
 @LARGER
-def test_more_places_than_queries(released):
+def test_more_positions_than_queries(released):
     check(released, larger(1, 3, 512, 640), "wide_output_0_stride8", stride=8)
 
 
-def test_resampled_features_are_drawn_weights_first(released):
+def test_resampled_features_draw_weights_before_biases(released):
     models.change(released.method, {"random_features": "resampled"})
     torch.manual_seed(1234)
     check(released, released.golden["input"], "output_0", "output_z")
@@ -110,7 +110,7 @@ def test_an_official_file_is_written_as_it_was_read(released, keys):
         assert torch.equal(written, torch.zeros_like(value) if key in dead else value), key
 
 
-def test_what_the_official_file_says_is_known(released):
+def test_the_official_file_determines_the_settings(released):
     method = released.method
     assert method.settings.width == 64
     assert [name for name, _ in method.named_children()] == ["network"]

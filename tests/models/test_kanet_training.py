@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import picture
+from helpers import picture
 
 import models
 from utils import config
@@ -72,7 +72,7 @@ def test_training_learns():
     assert last < 0.95 * first
 
 
-def test_samples_are_weighed(monkeypatch):
+def test_samples_are_weighted(monkeypatch):
     """Each sample's own L1 counts by its weight, and no gradient flows by way of the weights."""
     method, data, seen = models.build(settings(*PLAIN)).eval(), batch(), []
     shares = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -85,7 +85,7 @@ def test_samples_are_weighed(monkeypatch):
     assert not seen[0].requires_grad
 
 
-def test_predictions_below_zero_are_pulled_up():
+def test_negative_predictions_are_penalised():
     method = models.build(settings(*PLAIN))
     with torch.no_grad():
         method.network.last.bias.fill_(-2)
@@ -109,7 +109,7 @@ def test_no_vgg_without_its_loss(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["random_fourier", "density_ratio"])
-def test_what_the_sample_weights_remember_is_saved(kind):
+def test_the_state_of_the_sample_weights_is_saved(kind):
     """A method with another's state dict goes on as that one does, the random features of the weights among it."""
     values = settings(f"kanet.sample_weights.kind={kind}", "kanet.contrastive_weight=0")
     one, other = models.build(values).eval(), models.build(values).eval()
@@ -122,7 +122,7 @@ def test_what_the_sample_weights_remember_is_saved(kind):
     assert not [key for key in one.inference_state() if not key.startswith("network.")]
 
 
-def test_pictures():
+def test_images():
     method = models.build(settings(*PLAIN)).eval()
     found = method.sample_images(batch())
     assert list(found) == ["hazy", "dehazed", "clear"]

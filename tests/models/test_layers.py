@@ -37,7 +37,7 @@ def test_the_gradient_of_reflection(monkeypatch, pad, height, width):
     torch.testing.assert_close(gradients(ours, x), gradients(theirs, x), **CLOSE)
 
 
-def test_the_gradient_of_reflection_is_ours_where_it_must_be_the_same_every_time():
+def test_deterministic_mode_uses_the_own_gradient_of_reflection():
     x = torch.rand(1, 2, 5, 6, requires_grad=True)
     assert "_Reflect" not in layers.reflect(x, 2).grad_fn.name()
     try:
@@ -47,7 +47,7 @@ def test_the_gradient_of_reflection_is_ours_where_it_must_be_the_same_every_time
         torch.use_deterministic_algorithms(False)
 
 
-def test_the_gradient_of_reflection_leaves_what_it_is_given():
+def test_the_gradient_of_reflection_does_not_modify_its_input():
     """It may be another's too, as where a map is used twice, or no memory of its own, as that of a sum."""
     x = layers.channels_last(torch.randn(1, 4, 256, 257)).requires_grad_()
     assert x.numel() >= layers.WIDE
@@ -142,7 +142,7 @@ def test_recomputed_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-def test_a_quickened_network_gives_the_same():
+def test_fast_layers_give_the_same_output():
     import timm
 
     plain = timm.create_model("tf_efficientnet_lite3", features_only=True, out_indices=(1, 2), pretrained=False)

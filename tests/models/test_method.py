@@ -5,7 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from conftest import D4, tiny, tiny_settings
+from helpers import D4, tiny, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 9), st.integers(0, 40))
-def test_reflect_goes_back_and_forth(n, more):
+def test_reflection_repeats_for_small_images(n, more):
     bounce = list(range(n)) + list(range(n - 2, 0, -1))
     expected = torch.tensor([bounce[k % len(bounce)] for k in range(n + more)])
     for dim in (0, 1):
@@ -45,7 +45,7 @@ def test_dehaze_pads_and_crops(height, width):
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 3, 0, 8), (0, 3, 8, 8)])
-def test_dehaze_refuses_what_is_no_picture(shape):
+def test_dehaze_refuses_what_is_no_image(shape):
     with pytest.raises(UserError, match="N,3,H,W"):
         Echo(None).dehaze(torch.zeros(shape))
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import D4, picture, tiny
+from helpers import D4, picture, tiny
 
 import models
 from models.nedr import official
@@ -116,7 +116,7 @@ def assert_dead_shapes(state: dict) -> None:
                 assert weights[key].shape[1] == len(weights[key.replace("base_weight", "grid")])
 
 
-def test_what_is_lost_is_said():
+def test_losses_of_the_export_are_reported():
     with pytest.warns(UserWarning, match="never reads DREM"):
         tiny(*RELEASED).to_official()
     with pytest.warns(UserWarning, match="airlight head is left out"):
@@ -146,7 +146,7 @@ def test_what_the_released_networks_cannot_hold_is_refused(case):
         tiny(*overrides).to_official()
 
 
-def test_names_lead_to_one_place_each():
+def test_official_names_map_one_to_one():
     """No two modules share a name, and no name is the beginning of another, on either side."""
     for network in official.TABLES:
         names = official._names(network, 32)

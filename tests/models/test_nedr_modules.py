@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
+from helpers import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -116,7 +116,7 @@ def test_idrm_is_the_mlp_at_every_point(positional):
 
 
 @torch.no_grad()
-def test_only_the_positional_form_knows_where_it_is():
+def test_only_the_positional_form_depends_on_position():
     flat = torch.ones(1, 4, 9, 9)
     for positional in (True, False):
         inside = IDRM(4, hidden=16, positional=positional)(flat)[..., 1:-1, 1:-1]  # the border sees zero padding
@@ -131,7 +131,7 @@ def test_idrm_queried_at_its_own_size_is_the_same():
 
 
 @torch.no_grad()
-def test_idrm_queried_finer_is_one_field():
+def test_idrm_queried_more_finely_is_the_same_field():
     """At another resolution: a query at the same point with the same features gives the same value, cell apart."""
     module, features = IDRM(4, hidden=16), torch.randn(1, 4, 4, 4)
     module.layers[0].weight[:, -2:] = 0  # the cell tells the resolution, on purpose
@@ -149,7 +149,7 @@ def test_idrm_is_continuous():
 
 
 @torch.no_grad()
-def test_idrm_sees_the_cell():
+def test_idrm_depends_on_the_cell_size():
     module, features = IDRM(4, hidden=16), torch.randn(1, 4, 4, 4)
     centre = module(features, (12, 12))[..., 1::3, 1::3]
     assert (centre - module(features)).abs().max() > 1e-3
@@ -254,7 +254,7 @@ def test_squash():
     torch.testing.assert_close(squash(x, 0.6, 1.8), torch.tensor([0.6, 1.2, 1.8]))
 
 
-def test_frozen_lets_gradients_through_but_not_in():
+def test_frozen_passes_gradients_without_collecting_them():
     inner, outer = nn.Linear(2, 2), nn.Linear(2, 2)
     inner.bias.requires_grad_(False)
     with frozen(inner):
@@ -273,7 +273,7 @@ def test_frozen_thaws_after_an_error():
     assert layer.weight.requires_grad
 
 
-def test_haze_removal_is_the_scattering_model_turned_round():
+def test_haze_removal_inverts_the_scattering_model():
     net, hazy = RemovalNet(4, kan_cid=False, idrm=False, drem=False).eval(), picture(0, 1, 3, 64, 64)
     with torch.no_grad():
         found = net(hazy)

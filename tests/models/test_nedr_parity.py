@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import picture, rule_made
+from helpers import picture, rule_made
 from torch import nn
 
 import models
@@ -219,7 +219,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ways_to_pack_the_same_weights(official_state, shape):
+def test_packagings_of_the_same_weights_are_recognised(official_state, shape):
     state = foreign.find(SHAPES[shape](official_state), official.recognise)
     expected, found = official.translate(official_state), official.translate(state)
     assert found.networks.keys() == expected.networks.keys()
@@ -302,7 +302,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_official_files(official_state, tmp_path, case):
     changes, message = REFUSED[case]
-    torch.save(edited(official_state, "net_h2c", **changes), tmp_path / "bad.pth")
+    dehazing = {name: official_state[name] for name in ("net_h2c", "drem")}
+    torch.save(edited(dehazing, "net_h2c", **changes), tmp_path / "bad.pth")
     with pytest.raises(UserError, match=message) as error:
         models.load(tmp_path / "bad.pth")
     assert len(str(error.value)) < 500

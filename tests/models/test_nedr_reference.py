@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import picture, tiny
+from helpers import picture, tiny
 
 import models
 from models.encoder import RELEASED

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import D4, picture, tiny, tiny_settings
+from helpers import D4, picture, tiny, tiny_settings
 
 import models
 from models.encoder import RELEASED
@@ -116,7 +116,7 @@ def test_all_optional_terms(monkeypatch, tmp_path):
     assert set(method.state_dict()) == names  # a loss is no part of the weights
 
 
-def test_weights_of_zero_switch_off():
+def test_weights_of_zero_disable_losses():
     off = [f"nedr.{name}_weight=0" for name in ("gan", "density", "depth", "airlight")]
     overrides = (*SMALLEST, *off)
     method = tiny(*overrides)
@@ -133,7 +133,7 @@ ENERGY = tuple(f"nedr.{name}_weight=0" for name in ("gan", "cycle", "density", "
 ENERGY = (*SMALLEST, *ENERGY, "nedr.dark_channel_energy_weight=1")
 
 
-def test_the_energy_alone_costs_no_cycle():
+def test_the_energy_alone_computes_no_cycle():
     method, looks = tiny(*ENERGY), []
     for network in (method.production, method.depth, method.discriminator_clear, method.discriminator_hazy):
         network.register_forward_hook(lambda *_: pytest.fail("a network ran for a cycle without weight"))
@@ -155,7 +155,7 @@ def test_no_weight_at_all_is_refused():
         tiny_settings("nedr.dark_channel_energy.size=14")
 
 
-def test_the_game_reports_what_t_looks_like():
+def test_adversarial_training_reports_statistics_of_t():
     method, data = tiny(*ENERGY).eval(), batch(64)
     t = method.removal(data["hazy"], "learned").transmission.flatten(1)
     terms = next(method.losses(data, "train")).terms
@@ -163,7 +163,7 @@ def test_the_game_reports_what_t_looks_like():
     assert terms["t_deviation"].item() == pytest.approx(t.std(1).mean().item())
 
 
-def test_replayed_pictures_teach_as_in_the_warm_start():
+def test_replayed_images_have_the_loss_of_the_warm_start():
     """Their losses are those of the warm start, added with weight 1 to adversarial training's."""
     method, data = tiny(*SMALLEST).eval(), batch(64)
     hazy = {"hazy": data["hazy"].flip(3), "clear": data["clear"].flip(2)}
@@ -199,10 +199,10 @@ def test_frozen_statistics():
     assert {name.split(".")[0] for name, b in buffers().items() if not torch.equal(b, before[name])} >= {"removal"}
 
 
-def test_trivial_answers_are_named_when_they_last():
+def test_lasting_trivial_solutions_are_reported():
     method = tiny(*SMALLEST, started=False)
     said = {
-        step: [told.split(" ")[0:4] for told in method.training_warnings("train", step, figures)]
+        step: [warning.split(" ")[0:4] for warning in method.training_warnings("train", step, figures)]
         for step, figures in (
             (50, {"t_deviation": 0.02, "discriminator_clear": 0.001, "discriminator_hazy": 0.2}),
             (
@@ -222,12 +222,12 @@ def test_trivial_answers_are_named_when_they_last():
         550: [["the", "discriminator", "of", "clear"]],
     }
     assert not list(method.training_warnings("warm_start", 900, {"t_deviation": 0.0}))
-    told = [
+    warnings = [
         *method.training_warnings("train", 600, {"discriminator_clear": 0}),
         *method.training_warnings("train", 650, {"discriminator_clear": 0}),
     ]
-    assert len(set(told)) == 1  # so that the log says it once
-    assert "nedr.discriminator_rate" in told[0]
+    assert len(set(warnings)) == 1  # so that the log says it once
+    assert "nedr.discriminator_rate" in warnings[0]
 
 
 def test_weights_scale_the_terms():
@@ -268,7 +268,7 @@ def test_learning_rates():
     assert rates["warm_start"] == pytest.approx({"generators": 3e-4, "depth": 3e-4})
 
 
-def test_pictures_for_the_log():
+def test_sample_images_for_the_log():
     method = tiny(*SMALLEST).eval()
     shown = method.sample_images(batch(64))
     assert {"hazy", "dehazed", "rehazed", "clear", "synthetic", "transmission", "depth"} == shown.keys()
@@ -292,7 +292,7 @@ def test_the_released_start():
 
 
 @pytest.mark.parametrize("module", ["kan_cid", "idrm", "drem"])
-def test_a_module_switched_off_is_not_built(module):
+def test_a_disabled_module_is_not_built(module):
     sizes = [
         sum(p.numel() for p in tiny(f"nedr.{module}={on}", started=False).removal.parameters())
         for on in ("true", "false")
@@ -413,7 +413,7 @@ def test_checkpointing_changes_no_number():
 
 
 @pytest.mark.parametrize("trained", ["all", "weights", "airlight"])
-def test_the_warm_start_trains_what_it_is_told_to(trained):
+def test_the_warm_start_trains_only_the_selected_part(trained):
     overrides = (*SMALLEST, f"nedr.trained={trained}", "nedr.airlight_head=statistics", "nedr.found_airlight_weight=1")
     method, values = tiny(*overrides), tiny_settings(*overrides)
     buffers = {name: b.clone() for name, b in method.removal.named_buffers() if "running" in name}

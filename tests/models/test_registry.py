@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import picture
+from helpers import picture
 
 import models
 from models import official
@@ -49,13 +49,13 @@ def method(request) -> models.Method:
     return small(request.param).eval()
 
 
-def test_it_says_what_it_is(method):
+def test_a_method_has_its_citation_and_name(method):
     assert all(method.about)
     assert type(method) is models.METHODS[models.name_of(method)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 131), (67, 90)])
-def test_any_size_goes_through(method, size):
+def test_any_size_is_dehazed(method, size):
     hazy = picture(1, 2, 3, *size)
     found = method.estimate(hazy)
     assert found["clear"].shape == hazy.shape
@@ -76,14 +76,14 @@ def test_tiles_keep_the_size(method):
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_a_step_of_training(name, stage):
     """Losses and gradients are finite, every parameter gets one, and every network moves."""
-    method, told = small(name).train(), settings(name, *SMALL[name], "warm_start.steps=2", "train.steps=2")
+    method, values = small(name).train(), settings(name, *SMALL[name], "warm_start.steps=2", "train.steps=2")
     batch = {"hazy": picture(3, 2, 3, 128, 128), "clear": picture(4, 2, 3, 128, 128)}  # NeDR's smallest
     batch |= {"transmission": picture(5, 2, 1, 128, 128) * 0.8 + 0.1, "airlight": torch.full((2, 3, 1, 1), 0.9)}
     batch["density"] = torch.tensor([[0.9], [1.2]])
-    optimisers = method.optimisers(stage, told)
+    optimisers = method.optimisers(stage, values)
     before = [[p.detach().clone() for p in optimiser.param_groups[0]["params"]] for optimiser in optimisers.values()]
-    plan = next(each for each in progress.stages(told) if each.name == stage)
-    updater = Updater(optimisers, plan, told, torch.device("cpu"))
+    plan = next(each for each in progress.stages(values) if each.name == stage)
+    updater = Updater(optimisers, plan, values, torch.device("cpu"))
     figures = finite(updater.step(lambda batch: method.losses(batch, stage), [batch]))
     assert optimisers.keys() <= figures.keys()
     for earlier, optimiser in zip(before, optimisers.values(), strict=True):
@@ -128,7 +128,7 @@ def test_stages_that_a_method_has_not_are_refused():
         models.check_training(settings("aknet", "warm_start.steps=3"))
 
 
-def test_the_listing_names_them_all():
+def test_the_listing_names_all_methods():
     text = models.listing()
     assert max(map(len, text.splitlines())) <= 120
     for name in NAMES:
@@ -149,33 +149,44 @@ def released(request, tmp_path_factory) -> tuple[str, models.Method, Path]:
     return request.param, method, file
 
 
+@pytest.fixture(scope="module")
+def loaded(released) -> models.Method:
+    with warnings.catch_warnings(action="ignore"):
+        return models.load(released[2])
+
+
+@pytest.fixture(scope="module")
+def weights(released) -> dict[str, torch.Tensor]:
+    """The tensors in the file. The fixture is shared: copy before changing."""
+    return flat(torch.load(released[2]))
+
+
 def dehazed(method: models.Method) -> torch.Tensor:
     return method.dehaze(picture(7, 1, 3, 130, 128))
 
 
-def test_released_files_come_back(released, tmp_path, capsys):
+def test_released_files_come_back(released, loaded, weights, tmp_path, capsys):
     """export -> inspect -> import -> export: the same keys, shapes and numbers, and the same images."""
     name, method, file = released
-    with warnings.catch_warnings(action="ignore"):
-        loaded = models.load(file)
     assert models.name_of(loaded) == name
     assert loaded.skipped
     torch.testing.assert_close(dehazed(loaded), dehazed(method), rtol=0, atol=0)
 
     assert official.main(["inspect", str(file)]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{file}: {name}, in its authors' format\n")
-    assert f"{len(loaded.skipped)} in all" in told
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{file}: {name}, in its authors' format\n")
+    assert f"{len(loaded.skipped)} in all" in printed
 
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "again" / "theirs.pth"
     assert official.main(["import", str(file), "--output", str(ours)]) == 0
     assert torch.equal(dehazed(models.load(ours)), dehazed(loaded))
     assert official.main(["export", str(ours), "--output", str(theirs)]) == 0
-    one, two = flat(torch.load(file)), flat(torch.load(theirs))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    written = flat(torch.load(theirs))
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[key], weights[key]) for key in weights)
 
 
+TRAINING = ("net_c2h", "net_depth", "discriminator_h2c", "discriminator_c2h")  # networks that do not dehaze
 KEPT = {
     "model_state_dict, beside options": lambda w: {
         "model_state_dict": w,
@@ -189,9 +200,10 @@ KEPT = {
 
 
 @pytest.mark.parametrize("case", KEPT)
-def test_released_weights_as_people_keep_them(released, tmp_path, case):
-    name, method, file = released
-    torch.save(KEPT[case](flat(torch.load(file))), tmp_path / "kept.ckpt")
+def test_packaged_released_weights_load(released, weights, tmp_path, case):
+    name, method, _ = released
+    dehazing = {key: value for key, value in weights.items() if key.split(".")[0] not in TRAINING}
+    torch.save(KEPT[case](dehazing), tmp_path / "kept.ckpt")
     with warnings.catch_warnings(action="ignore"):
         loaded = models.load(tmp_path / "kept.ckpt")
     assert models.name_of(loaded) == name
@@ -205,21 +217,18 @@ def flat(state: dict) -> dict[str, torch.Tensor]:
     return foreign.find(state, lambda each: any(kind.recognises(each) for kind in models.METHODS.values()))
 
 
-def test_files_with_missing_or_unknown_keys_are_refused(released):
-    name, _, file = released
-    whole = flat(torch.load(file))
-    with warnings.catch_warnings(action="ignore"):
-        unused = models.load(file).skipped
-    own = [key for key in whole if key.startswith("net_h2c.")] or list(whole)
-    lost = [key for key in own if key.endswith("weight") and key not in unused][-1]
-    for state, word in ((whole.keys() - {lost}, "1 missing"), (whole.keys() | {"x.weight"}, r"x\.weight")):
-        damaged = {key: whole.get(key, torch.ones(2)) for key in state}
+def test_files_with_missing_or_unknown_keys_are_refused(released, loaded, weights):
+    name = released[0]
+    own = [key for key in weights if key.startswith("net_h2c.")] or list(weights)
+    lost = [key for key in own if key.endswith("weight") and key not in loaded.skipped][-1]
+    for state, word in ((weights.keys() - {lost}, "1 missing"), (weights.keys() | {"x.weight"}, r"x\.weight")):
+        damaged = {key: weights.get(key, torch.ones(2)) for key in state}
         with warnings.catch_warnings(action="ignore"), pytest.raises(UserError, match=word) as caught:
             models.METHODS[name].from_official(damaged, settings(name).method)
         assert len(str(caught.value)) < 300
 
 
-def test_damaged_and_foreign_files_are_refused(released, tmp_path):
+def test_damaged_and_foreign_files_are_refused(released, weights, tmp_path):
     name, _, file = released
     cut = tmp_path / "cut.pkl"
     with file.open("rb") as whole:
@@ -228,20 +237,24 @@ def test_damaged_and_foreign_files_are_refused(released, tmp_path):
         official.main(["import", str(cut), "--output", str(tmp_path / "out.safetensors")])
     assert not (tmp_path / "out.safetensors").exists()
     for other in set(TRAINED) - {name}:
-        assert models.METHODS[other].from_official(flat(torch.load(file)), settings(other).method) is None
+        assert models.METHODS[other].from_official(weights, settings(other).method) is None
 
 
 def file_of(folder: Path, *overrides: str, **change: torch.Tensor) -> Path:
     """The weights of a small AKNet as a file of before there were checksums, some of them changed."""
     values = settings("aknet", *SMALL["aknet"])
-    weights, told = small("aknet").state_dict(), config.to_dict(values)
-    told["aknet"] |= dict(text.split("=") for text in overrides)
-    header = {"format": checkpoint.FORMAT, "version": "1", "metadata": json.dumps({"model": "aknet", "settings": told})}
+    weights, saved = small("aknet").state_dict(), config.to_dict(values)
+    saved["aknet"] |= dict(text.split("=") for text in overrides)
+    header = {
+        "format": checkpoint.FORMAT,
+        "version": "1",
+        "metadata": json.dumps({"model": "aknet", "settings": saved}),
+    }
     safetensors.torch.save_file(weights | change, folder / "weights.safetensors", header)
     return folder / "weights.safetensors"
 
 
-def test_weights_that_are_no_numbers_are_named_where_they_are_read(tmp_path):
+def test_nonfinite_weights_are_named_when_read(tmp_path):
     file = file_of(tmp_path, **{"network.stem.bias": torch.full((8,), torch.nan)})
     for reading in (
         lambda: official.main(["inspect", str(file)]),
@@ -252,7 +265,7 @@ def test_weights_that_are_no_numbers_are_named_where_they_are_read(tmp_path):
             reading()
 
 
-def test_a_small_file_cannot_ask_for_a_large_network(tmp_path):
+def test_a_small_file_cannot_request_a_large_network(tmp_path):
     assert models.load(file_of(tmp_path)).settings.width == 8
     with pytest.raises(UserError, match="asks for networks far larger than its"):
         models.load(file_of(tmp_path, "width=512"))

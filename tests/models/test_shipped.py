@@ -21,7 +21,7 @@ def test_nedr_ships():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_they_are_small_and_of_their_preset(name):
+def test_shipped_weights_are_small_and_of_their_preset(name):
     path = models.shipped(name)
     assert path.stat().st_size < 20e6
     _, metadata = checkpoint.read_safetensors(path)
@@ -31,8 +31,8 @@ def test_they_are_small_and_of_their_preset(name):
     saved.method.encoder_weights = preset.method.encoder_weights  # what shipped last began with what shipped before
     assert saved.method == preset.method  # the same network, working size and airlight
     assert saved.haze == preset.haze
-    told = str(metadata)
-    assert "'/" not in told  # no path of the machine on which they were trained
+    text = str(metadata)
+    assert "'/" not in text  # no path of the machine on which they were trained
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import D4, tiny, tiny_settings
+from helpers import D4, tiny, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tiles import smooth, vivid
+from test_tiles import in_double, smooth, vivid
 
 import models
 from models.nedr.working_size import network_size
@@ -30,7 +30,7 @@ def test_network_size(height, width, size):
         assert abs(small - wanted) <= 16 or small == max(32, side // 32 * 32)
 
 
-def test_of_full_size_by_default():
+def test_the_working_size_is_full_size_by_default():
     assert network_size(460, 620, 0) is None
     assert tiny_settings().method.working_size == 0
 
@@ -41,7 +41,7 @@ def test_network_size_of_known_images():
 
 
 @pytest.mark.parametrize("airlight", ["max", "dark_channel", "learned"])
-def test_against_the_formula(airlight):
+def test_working_size_matches_the_formula(airlight):
     """By hand: the small image through the full-size method, its t interpolated, J = (I - A) / t + A."""
     hazy = smooth(1, 333, 450)
     method = vivid(*D4, f"nedr.airlight={airlight}", "nedr.working_size=128")
@@ -55,7 +55,7 @@ def test_against_the_formula(airlight):
 
 
 @pytest.mark.parametrize("size", [128, 140, 4000])
-def test_pictures_that_are_small_enough_are_as_at_full_size(size):
+def test_images_below_the_working_size_are_not_resized(size):
     """Bit for bit: they are never enlarged."""
     hazy = smooth(2, 128, 160)
     full, other = vivid(*D4), vivid(*D4, f"nedr.working_size={min(size, 2048)}")
@@ -65,31 +65,35 @@ def test_pictures_that_are_small_enough_are_as_at_full_size(size):
 
 @pytest.mark.parametrize("modules", [(), D4])
 def test_tiles_change_nothing(modules):
-    method, hazy = vivid(*modules, "nedr.working_size=128").double(), smooth(3, 300, 500).double()
+    method, hazy = in_double(vivid(*modules, "nedr.working_size=128")), smooth(3, 300, 500).double()
     whole = method.estimate(hazy)
     tiled = method.estimate(hazy, 128)
     for name, value in whole.items():
         torch.testing.assert_close(tiled[name], value, rtol=0, atol=1e-9)
 
 
-def test_the_network_sees_little_of_a_large_picture():
+def test_the_network_processes_a_small_version_of_a_large_image():
     method, seen = tiny(*D4, "nedr.working_size=64").eval(), []
     method.removal.pyramid.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
     assert method.dehaze(torch.rand(1, 3, 1500, 2000), 1024).shape == (1, 3, 1500, 2000)
     assert seen == [(1, 3, 64, 96)]
 
 
+@pytest.fixture(scope="module", params=[(), ("nedr.guided_radius=4",), ("nedr.query=2",)])
+def small_working_size(request) -> models.Method:
+    return tiny("nedr.working_size=64", *request.param).eval()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 300), (5, 250), (700, 14), (31, 64), (129, 131), (40, 2000)])
-@pytest.mark.parametrize("options", [(), ("nedr.guided_radius=4",), ("nedr.query=2",)])
-def test_any_shape(size, options):
+def test_any_shape_is_dehazed_at_a_working_size(size, small_working_size):
     hazy = torch.rand(1, 3, *size)
-    found = tiny("nedr.working_size=64", *options).eval().estimate(hazy)
+    found = small_working_size.estimate(hazy)
     assert found["clear"].shape == (1, 3, *size)
     assert found["transmission"].shape == (1, 1, *size)
     assert found["clear"].isfinite().all()
 
 
-def test_idrm_is_asked_between_its_features():
+def test_idrm_may_be_queried_between_its_features():
     """Twice as finely is another t, near the interpolated one: the field is continuous."""
     hazy = smooth(4, 300, 400)
     coarse, fine = (
@@ -125,7 +129,7 @@ def test_the_fast_filter_at_full_size_is_the_filter():
     )
 
 
-def test_it_may_change_after_training_and_what_cannot_be_is_refused():
+def test_the_working_size_may_change_after_training():
     method = tiny(*D4).eval()
     models.change(method, {"working_size": 64})
     assert method.estimate(torch.rand(1, 3, 200, 200))["clear"].shape == (1, 3, 200, 200)
@@ -134,7 +138,7 @@ def test_it_may_change_after_training_and_what_cannot_be_is_refused():
             models.change(method, {"working_size": wrong})
 
 
-def test_official_files_take_it(official_file):
+def test_official_files_accept_a_working_size(official_file):
     method = models.load(official_file, working_size=128)
     assert method.dehaze(smooth(6, 256, 320)).shape == (1, 3, 256, 320)
 

@@ -64,9 +64,9 @@ def server(tmp_path_factory):
     env = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()
-    found = re.search(r"http://127\.0\.0\.1:\d+", line)
-    assert found, line
-    yield found[0], temporary
+    match = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert match, line
+    yield match[0], temporary
     process.send_signal(signal.SIGTERM)
     process.wait(20)
     assert not list(temporary.glob("dehaze-page-*"))  # nothing stays
@@ -124,7 +124,7 @@ def pixels(page, url):
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1) / 255
 
 
-def near(a, b, most=0.012):  # JPEG
+def is_close(a, b, most=0.012):  # JPEG
     assert a.shape == b.shape
     return (a - b).abs().mean() < most
 
@@ -140,42 +140,42 @@ def coffee():
 
 
 @pytest.fixture(scope="module")
-def found(coffee):
+def estimates(coffee):
     return {name: models.load(name).estimate(images.read(coffee)[None]) for name in ("nedr", "dcp")}
 
 
-def test_a_photograph_is_dropped_and_seen_without_haze(visit, coffee, found):
+def test_a_dropped_photograph_is_shown_dehazed(visit, coffee, estimates):
     page = visit()
     drop(page, coffee)
     urls = shown(page)
-    assert any(near(pixels(page, url), images.read(coffee)) for url in urls)
-    assert any(near(pixels(page, url), found["nedr"]["clear"][0]) for url in urls)
+    assert any(is_close(pixels(page, url), images.read(coffee)) for url in urls)
+    assert any(is_close(pixels(page, url), estimates["nedr"]["clear"][0]) for url in urls)
     haze = page.wait_for_selector("#haze img").get_attribute("src")
-    assert near(pixels(page, haze), found["nedr"]["transmission"][0].expand(3, -1, -1))
+    assert is_close(pixels(page, haze), estimates["nedr"]["transmission"][0].expand(3, -1, -1))
     page.wait_for_timeout(500)  # the slider comes to rest
     seen = Image.open(io.BytesIO(page.locator("#shown img").first.screenshot())).convert("RGB")
     seen = torch.from_numpy(np.array(seen)).permute(2, 0, 1) / 255
     size = seen.shape[1:]
     hazy, clear = (
         F.interpolate(each, size, mode="bilinear", antialias=True)[0]
-        for each in (images.read(coffee)[None], found["nedr"]["clear"])
+        for each in (images.read(coffee)[None], estimates["nedr"]["clear"])
     )
     rows = slice(size[0] // 6, None)  # below the label
     third = size[1] // 3
-    assert near(seen[:, rows, :third], hazy[:, rows, :third], 0.04)  # left of the slider before, right of it after
-    assert near(seen[:, rows, -third:], clear[:, rows, -third:], 0.04)
-    assert not near(seen[:, rows, -third:], hazy[:, rows, -third:], 0.04)
+    assert is_close(seen[:, rows, :third], hazy[:, rows, :third], 0.04)  # left of the slider before, right of it after
+    assert is_close(seen[:, rows, -third:], clear[:, rows, -third:], 0.04)
+    assert not is_close(seen[:, rows, -third:], hazy[:, rows, -third:], 0.04)
 
 
-def test_strength_method_and_download(visit, coffee, found):
+def test_strength_method_and_download(visit, coffee, estimates):
     page = visit()
     drop(page, coffee)
     old = shown(page)
     set_strength(page, 0.5)
     new = shown(page, old)
-    nedr, hazy = found["nedr"], images.read(coffee)[None]
+    nedr, hazy = estimates["nedr"], images.read(coffee)[None]
     weaker = ((hazy - nedr["airlight"]) / nedr["transmission"] ** 0.5 + nedr["airlight"]).clamp(0, 1)[0]
-    assert near(pixels(page, new[-1]), weaker)
+    assert is_close(pixels(page, new[-1]), weaker)
     with page.expect_download() as download:
         page.click("#save")
     assert download.value.suggested_filename == "coffee_2_dehazed.png"
@@ -184,7 +184,7 @@ def test_strength_method_and_download(visit, coffee, found):
     set_strength(page, 1)
     page.wait_for_function("(old) => [...document.querySelectorAll('#shown img')].at(-1).src != old", arg=new[-1])
     page.wait_for_timeout(1500)
-    assert near(pixels(page, shown(page, new)[-1]), found["dcp"]["clear"][0])
+    assert is_close(pixels(page, shown(page, new)[-1]), estimates["dcp"]["clear"][0])
 
 
 def test_a_jpeg_keeps_its_format_profile_and_exif(visit, coffee, tmp_path):
@@ -205,7 +205,7 @@ def test_a_jpeg_keeps_its_format_profile_and_exif(visit, coffee, tmp_path):
         assert image.info["icc_profile"] == profile
 
 
-def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
+def test_several_uploads_with_invalid_ones_among_them(visit, coffee, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(coffee.read_bytes()[:20000])
     notes = tmp_path / "notes.jpg"
@@ -227,14 +227,14 @@ def test_several_at_once_wrong_ones_among_them(visit, coffee, tmp_path):
     page.wait_for_function("() => document.querySelector('#words').innerText.includes('broken.png: cannot be read')")
     page.click("#choice input")
     page.get_by_role("option", name="chelsea_1.png").click()
-    assert any(near(pixels(page, url), images.read(chelsea)) for url in shown(page, old))
+    assert any(is_close(pixels(page, url), images.read(chelsea)) for url in shown(page, old))
     for _ in range(2):  # coffee and the notes are crossed out
         page.locator("#drop button[aria-label='Remove this file']").first.click()
         page.wait_for_timeout(1000)
     page.wait_for_function("() => document.querySelector('#choice input').value == 'chelsea_1.png'")
 
 
-def test_wrong_and_too_large_files_are_answered_in_words(visit, tmp_path):
+def test_invalid_and_too_large_files_are_answered_with_a_message(visit, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     Image.new("1", (6000, 5000)).save(tmp_path / "poster.png")
     page = visit()
@@ -263,23 +263,23 @@ def test_twenty_megapixels(visit, coffee, tmp_path):
         assert image.size == (5480, 3650)
 
 
-def test_two_visitors_at_once_see_their_own(visit, coffee, found):
+def test_concurrent_visitors_see_their_own_images(visit, coffee, estimates):
     one, other = visit(), visit()
     chelsea = coffee.with_name("chelsea_2.png")
     drop(one, coffee)
     drop(other, chelsea)
     for page, path in ((one, coffee), (other, chelsea)):
         clear = models.load().dehaze(images.read(path)[None])[0]
-        assert any(near(pixels(page, url), clear) for url in shown(page))
+        assert any(is_close(pixels(page, url), clear) for url in shown(page))
 
 
-def test_an_example_is_a_press_away(visit):
+def test_an_example_can_be_selected(visit):
     page = visit()
     page.locator("#samples button img").first.click()
     assert len(shown(page)) >= 2
 
 
-def test_uploads_go_when_the_page_is_left_even_at_work(visit, server, coffee):
+def test_uploads_are_deleted_when_the_page_is_closed(visit, server, coffee):
     page = visit()
     drop(page, coffee)
     shown(page)
@@ -293,7 +293,7 @@ def test_uploads_go_when_the_page_is_left_even_at_work(visit, server, coffee):
     assert not any(folder.exists() for folder in folders)
 
 
-def test_only_this_computer_unless_told_otherwise_and_taken_ports_are_said(server):
+def test_the_page_is_local_by_default_and_reports_a_port_in_use(server):
     port = server[0].rsplit(":", 1)[1]
     command = [sys.executable, "-m", "page", "--port", port]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)

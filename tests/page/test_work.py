@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
+from helpers import picture
 from PIL import Image, ImageCms
 
 import models
@@ -40,7 +40,7 @@ def photo(tmp_path):
     return path
 
 
-def test_a_view_is_the_picture_made_small(photo, method, monkeypatch):
+def test_a_preview_is_the_resized_image(photo, method, monkeypatch):
     found = method.estimate(images.read(photo)[None])
     view = work.estimate(photo, method)
     torch.testing.assert_close(view.clear(1), found["clear"], atol=1e-6, rtol=0)
@@ -54,7 +54,7 @@ def test_a_view_is_the_picture_made_small(photo, method, monkeypatch):
 
 
 @pytest.mark.parametrize("strength", [0, 0.7, 1, 1.5])
-def test_what_is_written_has_all_pixels_and_keeps_what_belongs_to_it(photo, method, strength, tmp_path):
+def test_downloads_have_full_size_and_keep_metadata(photo, method, strength, tmp_path):
     written = work.write(photo, method, strength, tmp_path / "out")
     assert written.name == "sea_dehazed.JPG"
     with Image.open(written) as image:
@@ -67,7 +67,7 @@ def test_what_is_written_has_all_pixels_and_keeps_what_belongs_to_it(photo, meth
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("png", ".png"), ("bmp", ".png"), ("tiff", ".tiff"), ("webp", ".webp")])
-def test_what_can_be_written_keeps_its_format_and_others_become_png(kind, ending, method, tmp_path):
+def test_writable_formats_are_kept_and_others_become_png(kind, ending, method, tmp_path):
     path = tmp_path / f"a.{kind}"
     Image.new("RGB", (20, 30), "grey").save(path)
     assert work.write(path, method, 1, tmp_path / "out").name == f"a_dehazed{ending}"
@@ -80,7 +80,7 @@ def aknet():
     return models.build(settings).eval()
 
 
-def test_a_method_without_transmission_has_one_strength(photo, aknet, tmp_path):
+def test_a_method_without_transmission_ignores_strength(photo, aknet, tmp_path):
     with torch.no_grad():
         wanted = aknet.dehaze(images.read(photo)[None])
     view = work.estimate(photo, aknet)
@@ -91,7 +91,7 @@ def test_a_method_without_transmission_has_one_strength(photo, aknet, tmp_path):
         assert (written - wanted[0].clamp(0, 1)).abs().mean() < 0.01  # JPEG
 
 
-def test_every_method_whose_weights_are_at_hand_is_offered(aknet, tmp_path, monkeypatch):
+def test_every_method_with_available_weights_is_offered(aknet, tmp_path, monkeypatch):
     identity = {"model": "aknet", "settings": {"aknet": {"width": 8}}}
     for folder in ("aknet", "mine", "theirs"):
         checkpoint.save_weights(tmp_path / folder / "weights.safetensors", aknet.inference_state(), identity)
@@ -105,7 +105,7 @@ def test_every_method_whose_weights_are_at_hand_is_offered(aknet, tmp_path, monk
         program.load_methods([files[0]] * 3, "cpu")
 
 
-def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
+def test_invalid_files_are_refused_without_naming_a_folder(photo, tmp_path):
     visitor = Visitors(tmp_path).get("a")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.png").touch()
@@ -120,14 +120,14 @@ def test_wrong_files_are_refused_in_words_that_name_no_folder(photo, tmp_path):
     assert "this page accepts 5" in refused[2]
 
 
-def test_a_picture_cut_short_is_refused_when_it_is_looked_at(photo, method):
+def test_a_truncated_image_is_refused_when_viewed(photo, method):
     photo.write_bytes(photo.read_bytes()[:-100])
     work.check(photo, 60)
     with pytest.raises(UserError, match=r"sea\.JPG: cannot be read as an image"):
         work.estimate(photo, method)
 
 
-def test_a_lack_of_memory_is_said(photo, method, monkeypatch):
+def test_running_out_of_memory_is_reported(photo, method, monkeypatch):
     def fail(*_):
         raise MemoryError
 
@@ -136,7 +136,7 @@ def test_a_lack_of_memory_is_said(photo, method, monkeypatch):
         work.estimate(photo, method)
 
 
-def test_pictures_of_one_name_are_told_apart(photo, tmp_path):
+def test_images_of_one_name_are_distinguished(photo, tmp_path):
     visitor = Visitors(tmp_path).get("a")
     (tmp_path / "other").mkdir()
     shutil.copy(photo, tmp_path / "other")
@@ -144,7 +144,7 @@ def test_pictures_of_one_name_are_told_apart(photo, tmp_path):
     assert list(visitor.images) == ["sea.JPG", "sea (2).JPG"]
 
 
-def test_several_pictures_make_a_zip_of_those_that_can_be_read(photo, method, tmp_path):
+def test_several_images_give_a_zip_of_the_readable_ones(photo, method, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(photo.read_bytes()[:-100])
     seen = []
@@ -164,7 +164,7 @@ def test_several_pictures_make_a_zip_of_those_that_can_be_read(photo, method, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_a_visitor_had_goes_with_the_visitor(photo, tmp_path):
+def test_a_visitors_files_are_deleted_with_the_session(photo, tmp_path):
     all_, upload = Visitors(tmp_path / "root"), photo
     all_.root.mkdir()
     one, other = all_.get("one"), all_.get("other")
@@ -182,7 +182,7 @@ def test_what_a_visitor_had_goes_with_the_visitor(photo, tmp_path):
     all_.leave("nobody")
 
 
-def test_pictures_taken_before_stay_when_others_join_or_go(photo, tmp_path):
+def test_earlier_uploads_stay_when_others_are_added_or_removed(photo, tmp_path):
     visitor, other = Visitors(tmp_path).get("a"), tmp_path / "other.png"
     Image.new("RGB", (9, 9)).save(other)
     visitor.take([photo], 60)
@@ -197,7 +197,7 @@ def test_pictures_taken_before_stay_when_others_join_or_go(photo, tmp_path):
     assert list(visitor.folder.iterdir()) == []
 
 
-def test_new_pictures_take_the_place_of_the_old(photo, tmp_path):
+def test_new_uploads_replace_the_old_ones(photo, tmp_path):
     visitor = Visitors(tmp_path).get("a")
     visitor.take([photo], 60)
     old = visitor.images["sea.JPG"], visitor.show(picture(1, 1, 3, 8, 8))
@@ -208,7 +208,7 @@ def test_new_pictures_take_the_place_of_the_old(photo, tmp_path):
     assert len(list(visitor.folder.iterdir())) == visitors.KEEP + 1
 
 
-def test_uploads_that_nobody_fetched_are_swept_up(tmp_path, monkeypatch):
+def test_abandoned_uploads_are_deleted(tmp_path, monkeypatch):
     all_ = Visitors(tmp_path)
     mine = all_.get("a").new_folder() / "mine"
     old, new = tmp_path / "old", tmp_path / "new"

@@ -50,7 +50,7 @@ def test_configs_yml_gives_every_setting_and_no_other():
     assert recipes.keys() <= TYPES.keys()
 
 
-def test_recipes_lie_over_the_defaults_and_under_all_else(tmp_path):
+def test_recipes_override_only_the_defaults(tmp_path):
     """AKNet's is its released training; a method without one has the defaults."""
     train = load(model="aknet").train
     assert (train.steps, train.batch, train.clip, train.schedule) == (874_375, 8, 0.01, "epoch_cosine")
@@ -65,7 +65,7 @@ def test_defaults_are_valid(model):
     assert load(model=model).model == model
 
 
-def test_layers_win_in_order(tmp_path):
+def test_later_layers_override_earlier_ones(tmp_path):
     file = written(tmp_path / "config.yml", "train:\n  batch: 3\n  steps: 30\n  clip: 3\nseed: 3\n")
     saved = {"train": {"batch": 2, "steps": 20, "accumulate": 2}, "seed": 2}
     got = load("train.batch=4", "train.batch=5", files=[file], saved=saved)
@@ -86,7 +86,7 @@ def test_layers_win_in_order(tmp_path):
         (" train.batch =7", "batch", 7),
     ],
 )
-def test_numbers_as_people_write_them(text, key, value):
+def test_numbers_in_common_notations(text, key, value):
     got = getattr(load(text).train, key)
     assert got == value
     assert type(got) is type(value)
@@ -150,7 +150,7 @@ def test_other_kinds():
         ("nedr.betas=[0.9, 0.99", "cannot understand the value"),
     ],
 )
-def test_refused(text, message):
+def test_invalid_values_are_refused(text, message):
     with pytest.raises(UserError, match=message) as error:
         load(text)
     assert "\n" not in str(error.value)
@@ -214,11 +214,11 @@ def test_a_text_in_a_file_is_taken_as_written(tmp_path, name):
 
 
 @pytest.mark.parametrize(("text", "value"), [("", None), (" ", None), ("null", None), ("~", None), ("'null'", "null")])
-def test_nothing_can_be_said(text, value):
+def test_null_can_be_given(text, value):
     assert load("data.hazy=x", f"data.hazy={text}").data.hazy == value
 
 
-def test_an_empty_text_is_not_the_folder_where_one_stands(tmp_path):
+def test_an_empty_text_is_not_the_working_directory(tmp_path):
     assert load(files=[written(tmp_path / "config.yml", "data: {hazy: ''}")]).data.hazy is None
     with pytest.raises(UserError, match=r"data\.root is empty: needs text"):
         load(files=[written(tmp_path / "config.yml", "data: {root: ''}")])
@@ -245,12 +245,12 @@ def test_a_path_in_a_file_that_a_comment_cuts_is_refused_where_it_exists(tmp_pat
         ("nedr: &n\n  gan: lsgan\nd4:\n  <<: *n\n  gan: hinge\n  gan: hinge\n", r"'d4\.gan' .* 5 and 6"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path, text, message):
+def test_a_duplicate_key_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=rf"config\.yml: {message}"):
         load(files=[written(tmp_path / "config.yml", text)])
 
 
-def test_aliases_and_merge_keys_are_no_double_keys(tmp_path):
+def test_aliases_and_merge_keys_are_not_duplicate_keys(tmp_path):
     text = "nedr: &n\n  gan: hinge\n  betas: &b [0.5, 0.9]\nd4:\n  <<: *n\n  <<: {gan_weight: 1}\n  gan: lsgan\n"
     got = load(
         files=[written(tmp_path / "config.yml", f"{text}kanet: {{betas: *b}}\naknet: {{betas: *b}}\n")], model="d4"
@@ -325,7 +325,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_what_is_written_to_do_harm_is_one_short_line(tmp_path, text):
+def test_malicious_yaml_is_refused_in_one_short_line(tmp_path, text):
     with pytest.raises(UserError, match=HOSTILE[text]) as error:
         load(files=[written(tmp_path / "config.yml", text)])
     assert str(error.value).isprintable()
@@ -345,7 +345,7 @@ def test_what_is_written_to_do_harm_is_one_short_line(tmp_path, text):
         'seed="\\UFFFFFFFF"',
     ],
 )
-def test_it_is_on_the_command_line_too(text):
+def test_malicious_yaml_is_refused_on_the_command_line(text):
     with pytest.raises(UserError) as error:
         load(text)
     assert str(error.value).isprintable()
@@ -353,7 +353,7 @@ def test_it_is_on_the_command_line_too(text):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of POSIX")
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "config.yml")
     with pytest.raises(UserError, match="it is not a file"):
         load(files=[tmp_path / "config.yml"])
@@ -379,7 +379,7 @@ def test_files_that_cannot_be_read(tmp_path):
     st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\x85\0"), min_size=1, max_size=8),
 )
 # PyYAML itself does not read back U+0085, an obsolete line end, among characters left as they are; NUL is refused.
-def test_what_is_dumped_is_read_back(tmp_path_factory, batch, clip, milestones, kind, flip, hazy):
+def test_dumped_settings_are_read_back(tmp_path_factory, batch, clip, milestones, kind, flip, hazy):
     before = load()
     before.train.batch, before.train.clip, before.train.milestones, before.train.schedule = (
         batch,
@@ -394,7 +394,7 @@ def test_what_is_dumped_is_read_back(tmp_path_factory, batch, clip, milestones, 
     assert load(saved=config.to_dict(before)) == before
 
 
-def test_given_tells_what_was_said(tmp_path):
+def test_given_returns_explicit_settings_only(tmp_path):
     file = written(tmp_path / "config.yml", "nedr:\n  drem: false\n")
     assert config.given(TYPES, [file], ["nedr.airlight=max"]) == {"nedr": {"drem": False, "airlight": "max"}}
     assert config.given(TYPES) == {}

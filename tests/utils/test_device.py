@@ -32,7 +32,7 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
-def test_kept_memory_is_not_fetched_anew():
+def test_kept_memory_causes_no_page_faults():
     """Page faults of a computation that is repeated: none, if its memory was kept."""
     program = """
 import resource, torch
@@ -56,7 +56,7 @@ print(faults() - before)
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("float32", False), ("tf32", True), ("bf16", True), ("fp16", True)])
-def test_products_on_a_gpu_are_as_exact_as_the_precision_says(monkeypatch, precision, tf32):
+def test_tf32_on_a_gpu_follows_the_precision(monkeypatch, precision, tf32):
     """Of matrices and of convolutions alike; and the GPU that was asked for is the current one."""
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -71,7 +71,7 @@ def test_products_on_a_gpu_are_as_exact_as_the_precision_says(monkeypatch, preci
             part.allow_tf32 = value
 
 
-def test_cudnn_does_not_search_where_sizes_vary():
+def test_cudnn_benchmark_is_off_where_sizes_vary():
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -82,12 +82,12 @@ def test_cudnn_does_not_search_where_sizes_vary():
         torch.backends.cudnn.benchmark = before
 
 
-def test_tf32_wants_a_gpu():
+def test_tf32_needs_a_gpu():
     with pytest.raises(UserError, match="precision=tf32 needs a GPU"):
         device.autocast(torch.device("cpu"), "tf32")
 
 
-def test_deterministic_algorithms_alone(monkeypatch):
+def test_deterministic_mode_uses_only_deterministic_algorithms(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
@@ -107,11 +107,11 @@ def test_deterministic_algorithms_alone(monkeypatch):
 
 
 def test_an_operation_without_a_deterministic_form_is_named():
-    told = "grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set ..."
+    message = "grid_sampler_2d_backward_cuda does not have a deterministic implementation, but you set ..."
     with (
         pytest.raises(UserError, match=r"^deterministic=true: grid_sampler_2d_backward_cuda has no .* on cpu"),
         device.deterministic_errors(torch.device("cpu")),
     ):
-        raise RuntimeError(told)
+        raise RuntimeError(message)
     with pytest.raises(RuntimeError, match="other"), device.deterministic_errors(torch.device("cpu")):
         raise RuntimeError("other")

@@ -23,29 +23,29 @@ from utils.errors import UserError, quoted
         ([1, "x"], "[1, 'x']"),
     ],
 )
-def test_what_is_quoted_is_printable(value, words):
+def test_quoted_text_is_printable(value, words):
     assert quoted(value) == words
     assert str(UserError(f"x: {words}")) == f"x: {words}"
 
 
-def test_numbers_that_python_does_not_write_are_told_of():
+def test_numbers_of_thousands_of_digits_are_described():
     assert quoted(10**5000) == quoted([10**5000]) == "a number of thousands of digits"
 
 
-def test_what_is_quoted_is_shortened_in_its_middle():
+def test_quoted_text_is_shortened_in_its_middle():
     assert quoted("a" * 120) == "a" * 120
     assert quoted("a" * 500 + "b" * 500, 20) == "aaaaaaaaa ... bbbbbb"
     assert len(quoted("\0" * 10_000)) == 120
 
 
-def test_no_message_breaks_its_line():
+def test_messages_have_one_line():
     error = UserError(f"a\nb: {'x' * 10**5}; mend it")
     assert str(error).startswith(r"a\nb: xxx")
     assert str(error).endswith("xxx; mend it")
     assert len(str(error)) == errors.LONGEST
 
 
-def test_the_nearest_of_a_name_of_any_kind_is_looked_for():
+def test_nearest_accepts_names_of_any_type():
     assert errors.nearest("nerd", ["nedr", "d4"]) == "; did you mean 'nedr'?"
     for name in (7, 10**5000, "x" * 10**6):
         assert errors.nearest(name, ["nedr", "d4"]) == "; known: d4, nedr"
@@ -66,7 +66,7 @@ def test_warnings_about_damaged_files_are_not_shown():
     assert [str(each.message) for each in shown] == ["of torch.nn"]
 
 
-def test_a_hidden_name_beside_a_file_fits_where_that_does(tmp_path):
+def test_temporary_names_are_distinct_and_short_enough(tmp_path):
     wanted = ["x.1.png", "x_1.png", "x" * 254 + "a", "x" * 254 + "b", "\U0001f32b" * 63]
     names = {files.temporary_path(tmp_path / name).name for name in wanted}
     assert len(names) == len(wanted)

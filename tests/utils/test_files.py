@@ -10,14 +10,14 @@ from utils import files, processes
 from utils.errors import UserError
 
 
-def test_lines_are_added_whole(tmp_path):
+def test_lines_are_appended_whole(tmp_path):
     path = tmp_path / "lines"
     for line in ("one", "zwei — ü"):
         files.append_line(path, line)
     assert path.read_bytes() == "one\nzwei — ü\n".encode()
 
 
-def test_a_torn_line_spoils_no_other(tmp_path):
+def test_a_truncated_line_does_not_affect_others(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"one\ntw")
     files.append_line(path, "three")
@@ -26,7 +26,7 @@ def test_a_torn_line_spoils_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("fits", [0, 3])
-def test_a_full_disk_is_told_and_keeps_what_was_there(fits, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_file_stays_unchanged(fits, tmp_path, monkeypatch):
     path, write = tmp_path / "lines", os.write
     files.append_line(path, "one")
 
@@ -51,7 +51,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         files.append_line(tmp_path / "lines", "one")
 
 
-def test_a_place_that_is_no_folder_is_told(tmp_path):
+def test_a_path_below_a_file_is_reported(tmp_path):
     (tmp_path / "file").touch()
     for write in (files.append_line, files.write_text):
         with pytest.raises(UserError, match=r"cannot write .*file/a"):
@@ -67,7 +67,7 @@ def test_records_are_read_around_damage(tmp_path):
         files.read_records(tmp_path)
 
 
-def gone() -> int:
+def dead_process() -> int:
     """The number of a process that ran, and is gone."""
     child = os.fork()
     if child == 0:
@@ -76,8 +76,8 @@ def gone() -> int:
     return child
 
 
-def test_what_the_dead_began_to_write_is_removed_and_nothing_else(tmp_path):
-    dead = gone()
+def test_only_fragments_of_dead_processes_are_removed(tmp_path):
+    dead = dead_process()
     stray = [f".last.pt.{dead}.tmp", f".a b.png.{dead}.part", f".unfinished.last_pt-0badc0de-{dead}"]
     kept = [f".last.pt.{os.getpid()}.tmp", f"last.pt.{dead}.tmp", ".last.pt.tmp", f".last.pt.{dead}.old", "last.pt"]
     for name in (*stray, *kept):
@@ -89,7 +89,7 @@ def test_what_the_dead_began_to_write_is_removed_and_nothing_else(tmp_path):
 
 
 def test_temporary_files_are_removed_below_the_parts_named_alone(tmp_path):
-    name = f".unfinished.a_png-0badc0de-{gone()}"
+    name = f".unfinished.a_png-0badc0de-{dead_process()}"
     places = ["", "pictures", "pictures/SOTS/nedr", "mine"]
     for place in places:
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def test_temporary_files_are_removed_below_the_parts_named_alone(tmp_path):
     assert [place for place in places if (tmp_path / place / name).exists()] == ["mine"]
 
 
-def test_a_number_that_another_process_has_by_now_owns_nothing(tmp_path):
+def test_a_reused_process_number_owns_no_fragment(tmp_path):
     own = tmp_path / f".last.pt.{os.getpid()}.tmp"
     own.touch()
     before = processes.started_at(os.getpid()) - 60

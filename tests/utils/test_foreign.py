@@ -50,7 +50,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("case", WRAPPED)
-def test_weights_are_found_wherever_they_stand(case):
+def test_weights_are_found_at_any_depth(case):
     assert same(foreign.find(WRAPPED[case], fits))
 
 
@@ -61,30 +61,30 @@ def test_networks_without_plain_weights_are_found_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_they_become_float32_and_counts_stay_whole(dtype):
+def test_weights_become_float32_and_counts_stay_integers(dtype):
     found = foreign.find({k: v.to(dtype) if v.is_floating_point() else v for k, v in WEIGHTS.items()}, fits)
     assert same(found)
     assert {value.dtype for value in found.values()} == {torch.float32, torch.int64}
 
 
-def test_averaged_weights_may_be_left_aside():
+def test_averaged_weights_may_be_ignored():
     assert same(foreign.find({"params_ema": {"a.weight": torch.zeros(1)}, "params": WEIGHTS}, fits, averaged=False))
     assert same(foreign.find({"params": WEIGHTS}, fits, averaged=True))
 
 
-def test_several_that_fit_are_told():
+def test_several_matching_sets_are_reported():
     with pytest.warns(UserWarning, match="'best', 'last': the first is taken"):
         assert same(foreign.find({"best": WEIGHTS, "last": {"a.weight": torch.zeros(1)}}, fits))
 
 
-def test_what_fits_nowhere():
+def test_weights_that_match_no_method():
     looped = {"x": OTHER}
     looped["itself"] = looped
     for state in ({}, {"a.weight": 3}, OTHER, looped, [1, 2]):
         assert foreign.find(state, fits) is None
 
 
-def beside() -> dict:
+def objects_beside_weights() -> dict:
     """Objects that people save beside weights."""
     layer = nn.Linear(3, 2)
     optimiser = torch.optim.AdamW(layer.parameters())
@@ -105,9 +105,9 @@ def beside() -> dict:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("case", beside())
-def test_objects_beside_the_weights_are_not_made(tmp_path, case, zipped):
-    state = {"state_dict": WEIGHTS, "beside": beside()[case]}
+@pytest.mark.parametrize("case", objects_beside_weights())
+def test_objects_beside_the_weights_are_not_created(tmp_path, case, zipped):
+    state = {"state_dict": WEIGHTS, "beside": objects_beside_weights()[case]}
     torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     read = checkpoint.read(tmp_path / "a.pth")
     assert same(foreign.find(read, fits))
@@ -134,10 +134,10 @@ class Call:
 
 
 @pytest.mark.parametrize("function", [eval, exec, os.system, subprocess.call, getattr, __import__])
-def test_calls_beside_the_weights_are_refused_and_not_made(tmp_path, function):
+def test_calls_beside_the_weights_are_refused_and_not_executed(tmp_path, function):
     trace = tmp_path / "trace"
-    told = {os.system: f"touch {trace}", subprocess.call: ["touch", str(trace)]}
-    args = (trace, "name") if function is getattr else (told.get(function, f"open({str(trace)!r}, 'w')"),)
+    commands = {os.system: f"touch {trace}", subprocess.call: ["touch", str(trace)]}
+    args = (trace, "name") if function is getattr else (commands.get(function, f"open({str(trace)!r}, 'w')"),)
     torch.save({"state_dict": WEIGHTS, "x": Call(function, *args)}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="code in checkpoints is never run"):
         checkpoint.read(tmp_path / "evil.pth")

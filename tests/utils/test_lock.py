@@ -19,7 +19,7 @@ def put(folder, **changes):
     (folder / lock.NAME).write_text(json.dumps(OWN | changes))
 
 
-def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+def test_a_folder_is_locked_by_one_run(tmp_path):
     with lock.held(tmp_path) as warning:
         assert warning == ""
         with (
@@ -33,7 +33,7 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
         assert warning == ""
 
 
-def test_an_error_inside_gives_the_folder_back(tmp_path):
+def test_an_error_releases_the_lock(tmp_path):
     with pytest.raises(ValueError, match="inside"), lock.held(tmp_path):
         raise ValueError("inside")
     assert not list(tmp_path.iterdir())
@@ -50,7 +50,7 @@ def killed(collected: bool) -> int:
 
 
 @pytest.mark.parametrize("collected", [True, False])
-def test_the_lock_of_a_dead_process_is_taken_over_and_told(collected, tmp_path):
+def test_the_lock_of_a_dead_process_is_taken_over_and_reported(collected, tmp_path):
     pid = killed(collected)
     put(tmp_path, process=pid, started="boot:1")
     (tmp_path / f".last.pt.{pid}.tmp").touch()
@@ -61,13 +61,13 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_told(collected, tmp_path):
 
 
 @pytest.mark.skipif(not processes.started(os.getpid()), reason="needs /proc")
-def test_a_later_process_of_the_same_number_is_another(tmp_path):
+def test_a_reused_process_number_does_not_hold_the_lock(tmp_path):
     put(tmp_path, started="another boot:17")
     with lock.held(tmp_path) as warning:
         assert "did not release its lock" in warning
 
 
-def test_of_another_machine_nothing_is_known(tmp_path):
+def test_a_lock_of_another_machine_is_respected(tmp_path):
     put(tmp_path, host="elsewhere", process=1, started="boot:1")
     with (
         pytest.raises(UserError, match=r"process 1 on elsewhere, .*if it no longer runs, remove .*\.lock"),
@@ -85,7 +85,7 @@ def test_a_lock_that_does_not_name_its_owner_is_taken_over(text, tmp_path, monke
         assert "did not release its lock" in warning
 
 
-def test_two_that_take_over_at_once_do_not_both_have_it(tmp_path):
+def test_only_one_of_two_processes_takes_over_a_lock(tmp_path):
     """The other was faster: between the look at the old lock and its removal there is a new one."""
     put(tmp_path, process=1, started="new")
     assert not lock._remove(tmp_path / lock.NAME, OWN | {"process": 2})
@@ -93,7 +93,7 @@ def test_two_that_take_over_at_once_do_not_both_have_it(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_lock_that_went_meanwhile_is_another_s_to_take(tmp_path):
+def test_a_lock_removed_meanwhile_is_not_removed_again(tmp_path):
     assert not lock._remove(tmp_path / lock.NAME, OWN)
     assert not list(tmp_path.iterdir())
 
@@ -108,12 +108,12 @@ def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_another_has_taken_over_is_left_to_it(tmp_path):
+def test_a_lock_taken_over_by_another_is_not_released(tmp_path):
     with lock.held(tmp_path):
         put(tmp_path, host="elsewhere")
     assert (tmp_path / lock.NAME).exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_an_unwritable_folder_is_reported(tmp_path):
     with pytest.raises(UserError, match="cannot write"), lock.held(tmp_path / "absent"):
         pass

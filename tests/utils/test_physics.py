@@ -104,7 +104,7 @@ def test_dark_channel_airlight_counts_ties_and_is_capped():
     assert physics.dark_channel_airlight(image)[0, 0].item() == pytest.approx(220 / 255)
 
 
-def test_airlights_are_each_pictures_own():
+def test_airlights_are_each_images_own():
     image = torch.rand(3, 3, 40, 40)
     for estimate in (physics.max_airlight, physics.dark_channel_airlight):
         torch.testing.assert_close(estimate(image), torch.cat([estimate(one[None]) for one in image]))
@@ -121,7 +121,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("guided", [True, False])
-def test_dcp_takes_any_picture(name, guided):
+def test_dcp_accepts_any_image(name, guided):
     clear = DCP(DCPSettings(guided_filter=guided)).dehaze(PICTURES[name])
     assert clear.shape == PICTURES[name].shape
     assert clear.isfinite().all()
@@ -129,7 +129,7 @@ def test_dcp_takes_any_picture(name, guided):
     assert clear.max() <= 1
 
 
-def test_dcp_takes_haze_away():
+def test_dcp_removes_haze():
     rng = np.random.default_rng(0)
     clear = torch.from_numpy(rng.random((1, 3, 96, 96), np.float32)) ** 2
     clear[:, rng.integers(3)] *= 0.05  # dark somewhere, as the prior has it

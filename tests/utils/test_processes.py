@@ -26,11 +26,11 @@ def test_a_process_of_another_user_is_alive(error, alive, monkeypatch):
     assert processes.alive(1) == alive
 
 
-def test_a_number_that_no_process_can_have():
+def test_an_impossible_process_number_is_not_alive():
     assert not processes.alive(2**70)
 
 
-def test_on_windows_nothing_is_sent_to_a_process(monkeypatch):
+def test_on_windows_no_signal_is_sent(monkeypatch):
     """There os.kill would end it."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "kill", raising(AssertionError("sent")))

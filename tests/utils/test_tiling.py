@@ -23,7 +23,7 @@ tiles = st.integers(1, 45)
 
 @SMALL
 @given(sides, sides, tiles, st.integers(0, 9), st.integers(1, 3))
-def test_the_identity_stays_the_identity(height, width, tile, halo, step):
+def test_the_identity_in_tiles_is_the_identity(height, width, tile, halo, step):
     x = torch.rand(2, 3, height * step, width * step)
     seen = []
 
@@ -61,7 +61,7 @@ def integers(height: int, width: int) -> Tensor:
 
 @SMALL
 @given(st.integers(6, 40), st.integers(6, 40), tiles, st.sampled_from(["zeros", "reflect"]))
-def test_convolutions_with_their_halo_are_those_of_the_whole(height, width, tile, mode):
+def test_convolutions_in_tiles_with_halo_equal_the_whole(height, width, tile, mode):
     convs = [nn.Conv2d(2, 2, size, padding=size // 2, padding_mode=mode) for size in (3, 1, 7, 5)]
     tiled_is_whole(whole_numbers(*convs), integers(height, width), tile)
 
@@ -105,7 +105,7 @@ def test_reach_is_no_more_than_is_seen(module):
     assert rows.max() == middle * step + tiling.reach(module)
 
 
-def test_the_whole_at_once_is_the_function_itself_with_gradients():
+def test_without_tiles_the_function_is_applied_with_gradients():
     x = torch.rand(1, 1, 5, 6, requires_grad=True)
     for tile in (None, 6, 9):
         x.grad = None
@@ -153,7 +153,7 @@ def test_no_seam_where_tiles_disagree():
         ((64, 64), {"tile": 16, "halo": 9, "blend": 9}, "too narrow"),
     ],
 )
-def test_what_cannot_be_tiled(size, options, message):
+def test_invalid_tilings_are_refused(size, options, message):
     with pytest.raises(ValueError, match=message):
         tiling.apply(lambda piece, _: piece, torch.zeros(1, 1, *size), **options)
 
@@ -167,7 +167,7 @@ def test_part():
 # How large.
 
 
-def test_tiles_that_change_the_numbers_do_not_follow_from_the_free_memory(monkeypatch):
+def test_inexact_tiles_are_never_chosen_automatically(monkeypatch):
     """The whole, or a refusal; a side that is set is taken."""
     assert choose(monkeypatch, 60e9, 5436, 3612, exact=False) is None
     assert choose(monkeypatch, 1.6e9, 1000, 1000, exact=False) is None
@@ -182,7 +182,7 @@ def choose(monkeypatch, free: float, height: int, width: int, setting: int | str
     return tiling.choose(height, width, "cpu", setting, exact)
 
 
-def test_small_pictures_are_taken_whole_where_memory_allows(monkeypatch):
+def test_small_images_are_processed_whole_where_memory_allows(monkeypatch):
     assert choose(monkeypatch, math.inf, 1000, 1999) is None
     assert choose(monkeypatch, 8e9, 1000, 1999) is None
     assert choose(monkeypatch, math.inf, 1000, 2001) == 1024
@@ -190,7 +190,7 @@ def test_small_pictures_are_taken_whole_where_memory_allows(monkeypatch):
     assert choose(monkeypatch, 2e9, 1000, 1999) == 1024
 
 
-def test_tiles_shrink_with_the_memory_that_is_free(monkeypatch):
+def test_tiles_shrink_with_free_memory(monkeypatch):
     chosen = [choose(monkeypatch, free, 5436, 3612) for free in (8e9, 4e9, 3.5e9, 3e9, 2.6e9, 2.5e9, 2e9, 0)]
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] == 1024
@@ -198,7 +198,7 @@ def test_tiles_shrink_with_the_memory_that_is_free(monkeypatch):
     assert set(chosen) == set(tiling.SIDES)
 
 
-def test_a_set_tile_is_taken_as_it_is(monkeypatch):
+def test_an_explicit_tile_is_used(monkeypatch):
     for setting, tile in ((0, None), ("0", None), (512, 512), ("512", 512), (128, 128)):
         assert choose(monkeypatch, 0, 5436, 3612, setting) == tile
     for setting in (64, -1, "64", "large", "1.5"):
@@ -212,14 +212,14 @@ def test_free_memory_of_a_gpu_counts_what_pytorch_holds_unused(monkeypatch):
     assert memory.free_memory(torch.device("cuda")) == 8
 
 
-def test_free_memory_is_the_least_that_is_known(monkeypatch):
+def test_free_memory_is_the_smallest_known_limit(monkeypatch):
     monkeypatch.setattr(memory, "_available", lambda: 7)
     for limit, free in ((math.inf, 7), (3, 3)):
         monkeypatch.setattr(memory, "_group_limit", lambda limit=limit: limit)
         assert memory.free_memory(torch.device("cpu")) == free
 
 
-def test_a_limit_of_the_process_counts_too():
+def test_free_memory_respects_limits_of_the_process():
     """That of ulimit -v, in a child, since it cannot be taken back."""
     resource = pytest.importorskip("resource")
     child = os.fork()

@@ -9,7 +9,9 @@ command line it is not YAML at all, so that "# a: [b" is a valid name, too.
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -56,7 +58,7 @@ def load(
         raise UserError(f"unknown model '{quoted(model)}'{nearest(model, methods)}")
     tree: dict = {}
     overrides, schema = list(overrides), _schema(methods)
-    defaults = read_yaml(DEFAULTS, schema)
+    defaults = _defaults(schema)
     recipe = defaults.pop("recipes", {}).get(model, {})
     layers = [(defaults, str(DEFAULTS)), (recipe, f"{DEFAULTS}, recipes.{model}")]
     if saved is not None:
@@ -96,7 +98,7 @@ def section(name: str, overrides: Iterable[Override] = ()) -> Any:
     """
     schema = {name: get_type_hints(Settings, include_extras=True)[name]}
     tree: dict = {}
-    _merge(tree, {name: read_yaml(DEFAULTS, schema)[name]}, schema, str(DEFAULTS), "")
+    _merge(tree, {name: _defaults(schema)[name]}, schema, str(DEFAULTS), "")
     full = [f"{name}.{each}" if isinstance(each, str) else (f"{name}.{each[0]}", each[1]) for each in overrides]
     for layer, source in _layers((), full, schema):
         _merge(tree, layer, schema, source, "")
@@ -267,6 +269,16 @@ def _setting_type(section: Any, key: str) -> Any:
     for part in key.split("."):
         section = _hints(section).get(part)
     return section
+
+
+def _defaults(schema: Mapping[str, Any]) -> dict:
+    return copy.deepcopy(_read_defaults(tuple(schema.items())))
+
+
+@functools.cache
+def _read_defaults(schema: tuple[tuple[str, Any], ...]) -> dict:
+    """configs.yml, read once for each schema: parsing it took most of the time of `load`."""
+    return read_yaml(DEFAULTS, dict(schema))
 
 
 def _schema(methods: Mapping[str, type]) -> dict[str, Any]:

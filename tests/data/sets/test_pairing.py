@@ -15,7 +15,7 @@ def touch(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def lay(root: Path, hazy: str, clear: str) -> None:
+def touch_both(root: Path, hazy: str, clear: str) -> None:
     touch(root / "hazy", *hazy.split())
     touch(root / "clear", *clear.split())
 
@@ -91,9 +91,9 @@ def test_match_depth(tmp_path):
         "street_1 street, street_night_1 street_night",
     ],
 )
-def test_pairs_of_ones_own(tmp_path, wanted):
+def test_pairs_by_common_naming_schemes(tmp_path, wanted):
     hazy, clear = zip(*(pair.split() for pair in wanted.split(", ")), strict=True)
-    lay(tmp_path, " ".join(f"{name}.png" for name in hazy), " ".join(f"{name}.jpg" for name in clear))
+    touch_both(tmp_path, " ".join(f"{name}.png" for name in hazy), " ".join(f"{name}.jpg" for name in clear))
     assert paired(tmp_path) == wanted
 
 
@@ -113,7 +113,7 @@ def test_pairs_of_ones_own(tmp_path, wanted):
     ],
 )
 def test_the_same_path_comes_before_the_name_alone(tmp_path, hazy, clear, wanted):
-    lay(tmp_path, hazy, clear)
+    touch_both(tmp_path, hazy, clear)
     assert paired(tmp_path) == wanted
 
 
@@ -136,18 +136,20 @@ def test_the_same_path_comes_before_the_name_alone(tmp_path, hazy, clear, wanted
         ("foggy_day.png", "street.png", r"no ground truth"),  # in folders one of each may be anything
     ],
 )
-def test_what_could_be_another_pair_is_refused(tmp_path, hazy, clear, message):
-    lay(tmp_path, hazy, clear)
+def test_ambiguous_pairs_are_refused(tmp_path, hazy, clear, message):
+    touch_both(tmp_path, hazy, clear)
     with pytest.raises(UserError, match=message):
         pairs(tmp_path / "hazy", tmp_path / "clear")
 
 
 def test_merged_sets_may_follow_several_rules(tmp_path):
-    lay(tmp_path, "0586.jpg 1_1_0.9.png 1400_1.png 07_outdoor_hazy.png", "0586.jpg 1.png 1400.png 07_outdoor_GT.png")
+    touch_both(
+        tmp_path, "0586.jpg 1_1_0.9.png 1400_1.png 07_outdoor_hazy.png", "0586.jpg 1.png 1400.png 07_outdoor_GT.png"
+    )
     assert paired(tmp_path) == "1_1_0.9 1, 07_outdoor_hazy 07_outdoor_GT, 0586 0586, 1400_1 1400"
 
 
-def test_one_picture_with_one_truth(tmp_path):
+def test_a_single_image_pairs_with_a_single_ground_truth(tmp_path):
     hazy, clear = touch(tmp_path, "my_foggy.png", "street.png")
     assert pairs(hazy, clear) == ([(hazy, clear)], [])
     with pytest.raises(UserError, match="are the same file"):
@@ -160,7 +162,7 @@ def listed(root: Path, name: str, names: str) -> Path:
     return root / name
 
 
-def test_two_lists_of_one_length(tmp_path):
+def test_lists_of_equal_length_pair_line_by_line(tmp_path):
     """By name where all names pair, else line by line; either way it is said where that is not the same."""
     h = listed(tmp_path, "h.flist", "h/x.png h/y.png h/z.png")
     c = listed(tmp_path, "c.flist", "c/p.png c/q.png c/p.png")

@@ -65,7 +65,7 @@ def same_window(item):
 
 
 @pytest.mark.parametrize("rule", ["short_side", "random"])
-def test_both_are_cut_and_flipped_alike(pools, rule):
+def test_hazy_and_clear_are_cropped_and_flipped_alike(pools, rule):
     stream = training(**pools, crop=rule)
     items = [stream[k] for k in range(40)]
     for item in items:
@@ -79,7 +79,7 @@ def test_both_are_cut_and_flipped_alike(pools, rule):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 40), st.integers(5, 40), st.booleans())
-def test_a_stack_is_cut_as_its_parts(seed, height, width, flip):
+def test_a_stack_is_cropped_as_its_parts(seed, height, width, flip):
     hazy, clear = scene(1, height, width), scene(2, height, width)
     cut = [
         crop(x, np.random.default_rng(seed), (5, 5), "random", flip) for x in (torch.cat([hazy, clear]), hazy, clear)
@@ -87,7 +87,7 @@ def test_a_stack_is_cut_as_its_parts(seed, height, width, flip):
     assert torch.equal(cut[0], torch.cat(cut[1:]))
 
 
-def test_each_pair_once_an_epoch_whatever_was_read_before(pools):
+def test_each_pair_occurs_once_an_epoch(pools):
     one, two = training(**pools), training(**pools)
     assert isinstance(one, Pairs)
     assert one.epoch_length == 12
@@ -100,7 +100,7 @@ def test_each_pair_once_an_epoch_whatever_was_read_before(pools):
         assert all(torch.equal(two[k][key], items[k][key]) for key in ("hazy", "clear"))
 
 
-def test_resume_is_to_start_at_a_position(pools):
+def test_a_resumed_stream_starts_at_its_position(pools):
     straight = list(loader(training(**pools), 0, 24, 4, workers=2))
     resumed = list(loader(training(**pools), 12, 24, 4))
     assert len(straight) == 6
@@ -120,7 +120,7 @@ def test_ground_truth_with_the_border_of_reside(tmp_path):
         same_window(stream[k])
 
 
-def test_pairs_that_do_not_fit_are_skipped_and_told(pools, tmp_path):
+def test_pairs_of_unequal_sizes_are_skipped_and_reported(pools, tmp_path):
     images.write(tmp_path / "own/hazy/2_1_0.9.png", scene(2, 20, 25))
     images.write(tmp_path / "own/hazy/3_3_0.9.png", scene(2, 11, 24))
     images.write(tmp_path / "own/gt/4.png", scene(4, 11, 24))
@@ -129,14 +129,14 @@ def test_pairs_that_do_not_fit_are_skipped_and_told(pools, tmp_path):
     (tmp_path / "own/hazy/1_2_0.9.png").write_bytes(b"junk")
     stream = training(**pools)
     items = [stream[k] for k in range(12)]
-    told = sorted(message for item in items for message in item["skipped"])
+    messages = sorted(message for item in items for message in item["skipped"])
     for words in (
         "1_2_0.9.png: cannot be read as an image",
         f"2_1_0.9.png is 25x20 but its ground truth {tmp_path / 'own/gt/2.png'} is 24x20; crop them to one size",
         "3_3_0.9.png is 24x11 but its ground truth",
         "4_1_0.9.png: 24x11 is smaller than the crop of 12; set a smaller data.crop_size",
     ):
-        assert any(words in message for message in told)
+        assert any(words in message for message in messages)
     assert {round(item["clear"][0, 0, 0].item() * 255) for item in items} == {1, 2, 3}
     for path in (tmp_path / "own/hazy").iterdir():
         path.write_bytes(b"")
@@ -144,7 +144,7 @@ def test_pairs_that_do_not_fit_are_skipped_and_told(pools, tmp_path):
         stream[0]
 
 
-def test_pools_that_do_not_pair_are_refused_at_once(pools, tmp_path):
+def test_unpaired_pools_are_refused(pools, tmp_path):
     for data, message in [
         ({}, r"no pairs: set data\.pairs to sets by name, as data\.pairs=\[ITS\], or data\.hazy and data\.clear"),
         ({"hazy": pools["hazy"]}, r"data\.clear is not set: name a folder or a \.flist of clear images"),
@@ -164,7 +164,7 @@ def test_pools_that_do_not_pair_are_refused_at_once(pools, tmp_path):
         training(**pools)
 
 
-def test_pairs_are_not_for_methods_that_take_none(pools):
+def test_pairs_are_refused_for_methods_without_paired_training(pools):
     for kind in ("unpaired", "synthetic", "degraded"):
         with pytest.raises(
             UserError, match=r"data\.pairs=\['ITS'\]: some does not train on pairs; empty it, set data\.c"
@@ -227,7 +227,7 @@ def test_validation_pairs(pools):
             validation(**data)
 
 
-def test_hazy_pictures_in_parts(tmp_path):
+def test_hazy_images_may_lie_in_several_parts(tmp_path):
     """OTS comes as part1 to part4, which some leave as they are."""
     for layout in ("hazy/part1", "hazy/part2"), ("part1", "part2"):
         root = tmp_path / layout[0].replace("/", "")
@@ -239,14 +239,14 @@ def test_hazy_pictures_in_parts(tmp_path):
         assert stream.remarks == ["OTS: 4 of 72135 hazy images"]
 
 
-def test_the_same_picture_in_two_parts_is_refused(tmp_path):
+def test_the_same_image_in_two_parts_is_refused(tmp_path):
     for part in ("part1", "part2"):
         write(tmp_path / "OTS", "0001_0.8_0.2.jpg", "0001.jpg", (1,), sides=(f"hazy/{part}", "clear"))
     with pytest.raises(UserError, match=r"part1/0001_0\.8_0\.2\.jpg and .*part2.* are hazy images of one name; keep"):
         training(pairs=["OTS"], root=str(tmp_path))
 
 
-def test_masks_and_other_parts_of_a_set_are_left_alone(tmp_path):
+def test_masks_and_other_parts_of_a_set_are_ignored(tmp_path):
     for part, numbers in (("Train", (1, 2, 3)), ("Test", (7, 8))):
         write(tmp_path / "CSD" / part, "{n}.png", "{n}.png", numbers, sides=("Snow", "Gt"))
         write(tmp_path / "CSD" / part, "{n}.png", "{n}.png", numbers, sides=("Mask", "Mask"))
@@ -277,7 +277,7 @@ def test_defocus_pairs_in_order(tmp_path):
         training(pairs=["DPDD:train"], root=str(tmp_path))
 
 
-def test_training_pictures_are_no_benchmark_and_the_other_way_round(tmp_path):
+def test_training_and_test_splits_are_not_interchangeable(tmp_path):
     for part, numbers in (("train", (1, 2)), ("test", (41, 42))):
         write(tmp_path / "O-HAZE" / part, "{n:02}_outdoor_hazy.jpg", "{n:02}_outdoor_GT.jpg", numbers)
     assert [hazy.stem[:2] for hazy, _ in find(["O-HAZE"], tmp_path)[0].pairs] == ["41", "42"]
@@ -288,7 +288,7 @@ def test_training_pictures_are_no_benchmark_and_the_other_way_round(tmp_path):
         find(["Haze4K"], tmp_path)
 
 
-def test_a_root_that_is_one_set_to_train_on(tmp_path):
+def test_the_data_root_may_be_one_training_set(tmp_path):
     """The folders of AKNet's and OKNet's own loaders: train and test below a root of any name."""
     write(tmp_path / "mine/train", "{n}_{k}_0.9.png", "{n}.png", (1, 2), 2)
     write(tmp_path / "mine/test", "{n}_{k}.png", "{n}.png", (1400,), 2)

@@ -114,7 +114,7 @@ def fill(name: str, hazy: Path, truth: Path, numbers=(0, 1)) -> list[tuple[Path,
     return pairs
 
 
-def lay(name: str, layout: str, root: Path) -> list[tuple[Path, Path | None]]:
+def write_layout(name: str, layout: str, root: Path) -> list[tuple[Path, Path | None]]:
     """A set laid out as a layout says."""
     layout = layout.replace("/*", "/pictures").replace("*", "-more").replace("{hazy}", "hazy")
     return fill(name, *(root / re.sub("{(.*),(.*)}", rf"\{side}", layout) for side in (1, 2)))
@@ -140,7 +140,7 @@ def test_every_entry_is_complete(name):
         assert {b.train, b.test} <= {"", "all"}
 
 
-def test_what_is_held_out_of_a_training_set_is_not_trained_on():
+def test_held_out_images_are_excluded_from_training():
     splits = BENCHMARKS["ITS"].splits
     training, validation = (set(table.unroll(splits[name])) for name in ("train", "validation"))
     assert not training & validation
@@ -171,8 +171,8 @@ def test_the_agreed_splits_and_groups():
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-def test_every_layout_is_found(tmp_path, name, layout):
-    pairs = lay(name, layout, tmp_path / "some")
+def test_every_layout_is_recognised(tmp_path, name, layout):
+    pairs = write_layout(name, layout, tmp_path / "some")
     (found,) = find([name], tmp_path)
     assert found.pairs == pairs
     assert found.folder == pairs[0][0].parent
@@ -183,7 +183,7 @@ def test_every_layout_is_found(tmp_path, name, layout):
 def everything(tmp_path_factory):
     """All sets as shipped, side by side, among folders that are none of them."""
     root = tmp_path_factory.mktemp("everything")
-    pairs = {name: lay(name, b.all_layouts()[0], root) for name, b in BENCHMARKS.items()}
+    pairs = {name: write_layout(name, b.all_layouts()[0], root) for name, b in BENCHMARKS.items()}
     for folder in ("RESIDE-IN/train/GT", "train/O-HAZE/hazy", "ITS-sample/hazy", ".cache/RTTS"):
         save(root / folder / "9.png")
     for folder in ("O-HAZE-train/hazy", "RTTS-dehazed", "SOTS-indoor_results/hazy", "NH-HAZE23/hazy", "XO-HAZE/hazy"):
@@ -193,7 +193,7 @@ def everything(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_no_set_is_taken_for_another(everything, name):
+def test_no_set_is_mistaken_for_another(everything, name):
     root, pairs = everything
     (found,) = find([name], root)
     assert found.pairs == pairs[name]
@@ -221,8 +221,8 @@ def test_the_data_root_may_be_the_set_itself(everything, tmp_path, monkeypatch):
 
 
 def test_links(tmp_path):
-    lay("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path / "disk")
-    lay("RTTS", "photos", tmp_path / "disk")
+    write_layout("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path / "disk")
+    write_layout("RTTS", "photos", tmp_path / "disk")
     root = tmp_path / "root"
     root.mkdir()
     (root / "first").symlink_to(tmp_path / "disk" / "O-HAZE")  # known by where it leads
@@ -236,10 +236,10 @@ def test_links(tmp_path):
     assert not any("also" in remark for f in found for remark in f.remarks)
 
 
-def test_the_first_place_is_taken_and_the_others_told(tmp_path):
-    lay("SOTS-indoor", "a/SOTS-indoor/{hazy,gt}", tmp_path)
-    lay("SOTS-indoor", "deep/down/SOTS/indoor/{hazy,gt}", tmp_path)
-    pairs = lay("SOTS-indoor", "z/SOTS/indoor/{hazy,gt}", tmp_path)
+def test_the_first_folder_is_used_and_the_others_are_reported(tmp_path):
+    write_layout("SOTS-indoor", "a/SOTS-indoor/{hazy,gt}", tmp_path)
+    write_layout("SOTS-indoor", "deep/down/SOTS/indoor/{hazy,gt}", tmp_path)
+    pairs = write_layout("SOTS-indoor", "z/SOTS/indoor/{hazy,gt}", tmp_path)
     save(tmp_path / "z/SOTS/indoor/clear/1400.png")
     (found,) = find(["SOTS-indoor"], tmp_path)
     assert found.pairs == pairs
@@ -254,7 +254,7 @@ def test_huge_folders_are_not_listed_to_their_end(tmp_path, monkeypatch):
     save(tmp_path / "ots" / "1.png")
     for n in range(2, 50):
         (tmp_path / "ots" / f"{n}.png").touch()
-    lay("RTTS", "RTTS", tmp_path)
+    write_layout("RTTS", "RTTS", tmp_path)
     seen = []
     is_picture = locate._is_image
     monkeypatch.setattr(locate, "_is_image", lambda name: seen.append(name) or is_picture(name))
@@ -263,8 +263,8 @@ def test_huge_folders_are_not_listed_to_their_end(tmp_path, monkeypatch):
     assert len(seen) < 12
 
 
-def test_pictures_of_sub_folders_are_none_of_the_set(tmp_path):
-    pairs = lay("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path)
+def test_images_in_sub_folders_are_not_of_the_set(tmp_path):
+    pairs = write_layout("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path)
     save(pairs[0][0].parent / "old" / "01_outdoor_hazy.jpg")
     assert find(["O-HAZE"], tmp_path)[0].pairs == pairs
 
@@ -275,7 +275,7 @@ def test_natural_order(tmp_path):
     assert [h.name.split("_")[0] for h, _ in find(["haze4k"], tmp_path)[0].pairs] == ["1", "9", "10", "100"]
 
 
-def test_the_same_stem_comes_before_the_rule(tmp_path):
+def test_the_same_stem_takes_precedence_over_the_rule(tmp_path):
     for name in ("hazy/1400_1.png", "hazy/1400_2.png", "GT/1400_1.png", "GT/1400_2.png", "GT/1400.png"):
         save(tmp_path / "RESIDE-IN/test" / name)
     pairs = find(["SOTS-indoor"], tmp_path)[0].pairs
@@ -309,14 +309,14 @@ def test_splits(tmp_path):
         find(["O-HAZE:test"], tmp_path)
 
 
-def test_whole_sets_need_no_remark(tmp_path):
+def test_complete_sets_have_no_remark(tmp_path):
     fill("I-HAZE", tmp_path / "I-HAZE/hazy", tmp_path / "I-HAZE/gt", range(5))
     (found,) = find(["I-HAZE:test"], tmp_path)
     assert found.remarks == []
     assert len(found.pairs) == found.expected == 5
 
 
-def test_what_is_too_much_is_told(tmp_path):
+def test_surplus_images_are_reported(tmp_path):
     hazy, gt = tmp_path / "I-HAZE/hazy", tmp_path / "I-HAZE/gt"
     for n in range(1, 36):
         save(hazy / f"{n:02}_indoor_hazy.jpg")
@@ -327,7 +327,7 @@ def test_what_is_too_much_is_told(tmp_path):
     assert "more hazy images than the set has" in remarks[1]
 
 
-def test_incomplete_scenes_are_told(tmp_path):
+def test_incomplete_scenes_are_reported(tmp_path):
     hazy, gt = tmp_path / "SOTS/indoor/hazy", tmp_path / "SOTS/indoor/gt"
     fill("SOTS-indoor", hazy, gt, range(50))
     (found,) = find(["SOTS-indoor"], tmp_path)
@@ -338,7 +338,7 @@ def test_incomplete_scenes_are_told(tmp_path):
     assert found.remarks == ["488 of 500 hazy images; missing: 1449; fewer than 10 each: 1403-1404"]
 
 
-def test_a_wrong_number_of_ground_truths_is_told(tmp_path):
+def test_a_wrong_number_of_ground_truths_is_reported(tmp_path):
     fill("HSTS-synthetic", tmp_path / "HSTS-synthetic/hazy", tmp_path / "HSTS-synthetic/gt", range(10))
     assert find(["HSTS-synthetic"], tmp_path)[0].remarks == []
     fill("SOTS-outdoor", tmp_path / "SOTS/outdoor/hazy", tmp_path / "SOTS/outdoor/gt", [0])
@@ -372,7 +372,7 @@ def test_a_set_in_two_splits_is_whole(tmp_path):
 
 
 def test_a_layout_of_two_sets_is_decided_by_numbers(tmp_path):
-    lay("SOTS-outdoor", "SOTS/{hazy,gt}", tmp_path)
+    write_layout("SOTS-outdoor", "SOTS/{hazy,gt}", tmp_path)
     with pytest.raises(UserError, match="SOTS-indoor: not under"):
         find(["SOTS-indoor"], tmp_path)
     save(tmp_path / "SOTS/hazy/1400_1.png")
@@ -380,8 +380,8 @@ def test_a_layout_of_two_sets_is_decided_by_numbers(tmp_path):
         find(["SOTS-outdoor"], tmp_path)
 
 
-def test_unread_kinds_of_files_are_told(tmp_path):
-    lay("RTTS", "RTTS", tmp_path)
+def test_file_types_that_are_not_read_are_reported(tmp_path):
+    write_layout("RTTS", "RTTS", tmp_path)
     (tmp_path / "RTTS/7.CR2").touch()
     assert "passed over 1 CR2" in find(["RTTS"], tmp_path)[0].remarks[-1]
 
@@ -403,8 +403,8 @@ def test_names_in_any_spelling(name, random):
 
 
 def test_groups_leave_out_what_is_absent(tmp_path):
-    lay("RTTS", "RTTS", tmp_path)
-    lay("SOTS-outdoor", "SOTS/outdoor/{hazy,gt}", tmp_path)
+    write_layout("RTTS", "RTTS", tmp_path)
+    write_layout("SOTS-outdoor", "SOTS/outdoor/{hazy,gt}", tmp_path)
     rtts, outdoor = find(["RTTS", "SOTS"], tmp_path)
     assert f"of SOTS, not under {tmp_path} and left out: SOTS-indoor" in outdoor.remarks
     assert not any("left out" in remark for remark in rtts.remarks)
@@ -442,8 +442,8 @@ def test_refusals_of_the_root(tmp_path):
         find(["RTTS"], save(tmp_path / "a.png"))
 
 
-def test_hazy_pictures_without_ground_truths(tmp_path):
-    pairs = lay("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path)
+def test_hazy_images_without_ground_truths(tmp_path):
+    pairs = write_layout("O-HAZE", "O-HAZE/{hazy,gt}", tmp_path)
     pairs[1][1].unlink()
     with pytest.raises(
         UserError, match=r"42_outdoor_hazy\.jpg: no ground truth 42_outdoor_gt\.\* in .*gt; add it; .*_GT"
@@ -460,8 +460,8 @@ def test_hazy_pictures_without_ground_truths(tmp_path):
         find(["O-HAZE"], tmp_path)
 
 
-def test_two_of_a_name(tmp_path):
-    pairs = lay("Haze4K", "Haze4K/test/{haze,gt}", tmp_path)
+def test_two_images_of_one_name_are_refused(tmp_path):
+    pairs = write_layout("Haze4K", "Haze4K/test/{haze,gt}", tmp_path)
     other = save(pairs[0][1].with_suffix(".jpg"))
     with pytest.raises(
         UserError, match=r"1_0\.79_1\.44\.png: has two ground truths, .*1\.(png|jpg) and .*1\.(png|jpg); keep"
@@ -475,7 +475,7 @@ def test_two_of_a_name(tmp_path):
 
 def sizes(root: Path, name: str, hazy: tuple[int, int], truth: tuple[int, int]):
     """A set whose first pair has these sizes."""
-    pairs = lay(name, BENCHMARKS[name].all_layouts()[0], root)
+    pairs = write_layout(name, BENCHMARKS[name].all_layouts()[0], root)
     for k in range(BENCHMARKS[name].each):
         save(pairs[k][0], hazy)
     save(pairs[0][1], truth)
@@ -499,7 +499,7 @@ def test_border_rule(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-def test_sizes_are_those_of_upright_pictures(tmp_path, extension):
+def test_sizes_respect_exif_orientation(tmp_path, extension):
     exif = Image.Exif()
     exif[0x0112] = 6
     save(tmp_path / f"PhoneHazy/hazy/1.{extension}", (5, 3), exif=exif)
@@ -512,7 +512,7 @@ def test_sizes_are_those_of_upright_pictures(tmp_path, extension):
 @pytest.mark.filterwarnings("error")
 def test_sizes_are_read_from_headers(tmp_path):
     """Content decides, not the extension; pixels that are not there do not matter, nor does what has no header."""
-    pairs = lay("HSTS-synthetic", "HSTS/synthetic/{synthetic,original}", tmp_path)
+    pairs = write_layout("HSTS-synthetic", "HSTS/synthetic/{synthetic,original}", tmp_path)
     pairs[0][1].write_bytes(b"junk")
     for size in ((4, 3), (5, 3)):
         save(pairs[1][1], size, format="PNG")
@@ -524,21 +524,21 @@ def test_sizes_are_read_from_headers(tmp_path):
 
 
 def test_items_without_ground_truth(tmp_path):
-    lay("RTTS", "RTTS/JPEGImages", tmp_path)
+    write_layout("RTTS", "RTTS/JPEGImages", tmp_path)
     items = find(["RTTS"], tmp_path)[0].items()
     assert isinstance(items, Folder)
     assert items.names == ["1.png", "2.png"]
 
 
 def test_flat_sets_do_not_score_their_ground_truths(tmp_path):
-    pairs = lay("NH-HAZE", "NH-HAZE", tmp_path)
+    pairs = write_layout("NH-HAZE", "NH-HAZE", tmp_path)
     (found,) = find(["NH-HAZE"], tmp_path)
     assert found.pairs == pairs
     assert found.items().names == ["51_hazy.png", "52_hazy.png"]
 
 
-def test_folders_that_cannot_be_listed_are_passed_by(tmp_path):
-    lay("RTTS", "RTTS", tmp_path)
+def test_folders_that_cannot_be_listed_are_skipped(tmp_path):
+    write_layout("RTTS", "RTTS", tmp_path)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
     assert len(find(["RTTS"], tmp_path)[0].pairs) == 2
@@ -561,7 +561,7 @@ def test_listing_names_all_and_fits_the_terminal():
 def test_one_set_alone_may_be_the_root_itself_whatever_its_name(tmp_path, name):
     root = tmp_path / "mine"
     without = BENCHMARKS[name].truth == "none"
-    pairs = lay(name, "mine" if without else "mine/{hazy,gt}", tmp_path)
+    pairs = write_layout(name, "mine" if without else "mine/{hazy,gt}", tmp_path)
     (found,) = find([name], root)
     assert found.pairs == pairs
     if not without:  # with another set beside it, it could be either
@@ -569,11 +569,11 @@ def test_one_set_alone_may_be_the_root_itself_whatever_its_name(tmp_path, name):
             find([name, "URHI"], root)
 
 
-def test_a_root_of_another_set_is_not_taken_for_the_one_asked_for(tmp_path):
-    lay("SOTS-indoor", "SOTS/indoor/{hazy,gt}", tmp_path)
+def test_a_root_of_another_set_is_refused(tmp_path):
+    write_layout("SOTS-indoor", "SOTS/indoor/{hazy,gt}", tmp_path)
     for name in ("SOTS-outdoor", "HSTS-synthetic", "O-HAZE", "RTTS"):
         with pytest.raises(UserError, match=f"{name}: not under"):
             find([name], tmp_path / "SOTS" / "indoor")
-    lay("SOTS-outdoor", "mine/{hazy,gt}", tmp_path)
+    write_layout("SOTS-outdoor", "mine/{hazy,gt}", tmp_path)
     with pytest.raises(UserError, match="SOTS-indoor: not under"):  # its numbers are 1400 and more
         find(["SOTS-indoor"], tmp_path / "mine")

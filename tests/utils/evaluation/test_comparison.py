@@ -37,7 +37,7 @@ def results(figures, *, protocols=(OURS,), metrics=None, versions=None, order=1)
         "versions": {"torch": "2.15.0", "pillow": "11.0"} | (versions or {}),
         "device": "cpu",
         "settings": {},
-        "methods": {name: told for name, told in methods.items() if name != "hazy input"},
+        "methods": {name: about for name, about in methods.items() if name != "hazy input"},
         "rows": rows,
     }
 
@@ -95,20 +95,20 @@ def test_lower_can_be_better(save):
     assert found.protocols == {}
 
 
-def test_pictures_are_paired_by_name_whatever_their_order(save):
+def test_images_are_paired_by_name_whatever_their_order(save):
     straight = comparison.compare([save("x/a", NEAR), save("x/b", FAR)])
     mixed = comparison.compare([save("y/a", NEAR), save("y/b", FAR, order=-1)])
     assert straight.to_dict() == mixed.to_dict()
 
 
-def test_only_pictures_common_to_all_count(save):
+def test_only_images_common_to_all_count(save):
     more = {"set": {"hazy input": [*HAZY, 14.0], "nedr": [21.0, 23.0, 25.0, 27.0, 90.0]}}
     found = comparison.compare([save("a", NEAR), save("b", more)])
     assert lines(found.tables[0])["b"].mean == 24.0
     assert "set: 4 of 5 images are common to all methods (the whole set: 500)" in found.text()
 
 
-def test_figures_that_are_not_finite_leave_their_picture_out(save):
+def test_figures_that_are_not_finite_leave_their_image_out(save):
     odd = {"set": {"hazy input": HAZY, "nedr": [math.inf, 23.0, math.nan, 27.0]}}
     found = comparison.compare([save("a", NEAR), save("b", odd)])
     (table,) = found.tables
@@ -127,7 +127,7 @@ def test_a_metric_finite_nowhere_is_left_out_with_a_remark(save):
     assert any("ours.psnr left out" in remark for remark in found.remarks)
 
 
-def test_metrics_that_do_not_apply_to_a_set_are_no_matter(save):
+def test_metrics_that_do_not_apply_to_a_set_are_ignored(save):
     both = {"ours.psnr": PSNR, "ciede2000": COLOUR}
     figures = {"set": {"x": [{"ours.psnr": 1.0, "ciede2000": 1.0}] * 20}, "real": {"x": [{"ciede2000": 1.0}] * 20}}
     found = comparison.compare([save(name, figures, metrics=both) for name in ("a", "b")])
@@ -153,7 +153,7 @@ def test_where_the_first_method_was_not_scored_the_next_is_the_reference(save):
     assert verdicts == {"set": ["", "reference", "better", ""], "further": ["worse", "reference", "worse"]}
 
 
-def test_what_is_odd_about_a_set_is_said_again(save):
+def test_remarks_about_a_set_are_repeated(save):
     a, b = save("a", NEAR), save("b", FAR)
     data = results(NEAR)
     data["rows"][0]["remarks"] = ["its pairs are not aligned"]

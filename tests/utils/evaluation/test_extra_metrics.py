@@ -96,7 +96,7 @@ def test_ciede2000_of_known_colours():
     assert figure(white, white - 0.4 / 255) == 0  # saved as the same
 
 
-def test_lpips_gets_pictures_in_minus_one_to_one(package, capsys, recwarn):
+def test_lpips_gets_images_in_minus_one_to_one(package, capsys, recwarn):
     make, made = recorder()
     package("lpips", LPIPS=make)
     figure = extra_metrics.load(["lpips"])["lpips"]
@@ -113,7 +113,7 @@ def test_lpips_gets_pictures_in_minus_one_to_one(package, capsys, recwarn):
 
 
 @pytest.mark.parametrize("name", ["niqe", "brisque", "musiq"])
-def test_pyiqa_gets_pictures_in_zero_to_one_and_no_clear_one(name, package):
+def test_pyiqa_gets_images_in_zero_to_one_and_no_clear_one(name, package):
     make, made = recorder()
     package("pyiqa", create_metric=make)
     figure = extra_metrics.load([name], torch.device("cpu"))[name]
@@ -124,7 +124,7 @@ def test_pyiqa_gets_pictures_in_zero_to_one_and_no_clear_one(name, package):
     torch.testing.assert_close(batch[0], saved(dehazed))
 
 
-def test_fade_gets_an_8_bit_picture_with_channels_last(package):
+def test_fade_gets_an_8_bit_image_with_channels_last(package):
     calls = []
     package("pyfade", fade=lambda picture: calls.append(picture) or np.float64(0.5))
     figure = extra_metrics.load(["fade"])["fade"]
@@ -137,7 +137,7 @@ def test_fade_gets_an_8_bit_picture_with_channels_last(package):
 @pytest.mark.parametrize(
     "each", [each for each in extra_metrics.METRICS.values() if each.least > 1], ids=lambda each: each.name
 )
-def test_pictures_that_are_too_small_have_no_figure(each, package):
+def test_images_that_are_too_small_have_no_figure(each, package):
     package("lpips", LPIPS=Network)
     package("pyiqa", create_metric=Network)
     package("pyfade", fade=lambda picture: 0.25)
@@ -194,7 +194,7 @@ def test_without_a_network_the_file_and_its_place_are_named(each, offline, monke
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_that_cannot_be_compared_are_refused():
+def test_images_that_cannot_be_compared_are_refused():
     figure = extra_metrics.load(["ciede2000"])["ciede2000"]
     with pytest.raises(UserError, match="cannot be compared"):
         figure(torch.zeros(3, 8, 8), torch.zeros(3, 8, 9))

@@ -14,13 +14,13 @@ def score(name, psnr=20.0):
     return Score(name, 4, 3, 0.1, {"ours.psnr": psnr, "ours.ssim": 0.5})
 
 
-def test_a_new_run_has_done_nothing(tmp_path):
+def test_a_new_journal_is_empty(tmp_path):
     journal = Journal(tmp_path / "results", IDENTITY)
     assert (journal.resumed, journal.replaced) == (0, False)
     assert journal.done("O-HAZE/nedr", ["1.jpg"]) == {}
 
 
-def test_what_was_done_is_known_to_the_next_run_of_the_same_identity(tmp_path):
+def test_entries_are_read_by_the_next_run_of_the_same_identity(tmp_path):
     first = Journal(tmp_path, IDENTITY)
     scores = [score("1.jpg"), score("ü 2.jpg", math.inf)]
     for each in scores:
@@ -33,7 +33,7 @@ def test_what_was_done_is_known_to_the_next_run_of_the_same_identity(tmp_path):
     assert Journal(tmp_path, IDENTITY).resumed == 3
 
 
-def test_another_identity_begins_anew(tmp_path):
+def test_another_identity_starts_an_empty_journal(tmp_path):
     Journal(tmp_path, IDENTITY).add("row", score("1.jpg"))
     other = Journal(tmp_path, IDENTITY | {"weights": "abd"})
     assert (other.resumed, other.replaced) == (0, True)
@@ -41,7 +41,7 @@ def test_another_identity_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
-def test_a_line_cut_short_does_not_count_and_the_next_is_whole_again(tmp_path, cut):
+def test_a_truncated_line_is_ignored_and_the_next_is_whole(tmp_path, cut):
     first = Journal(tmp_path, IDENTITY)
     first.add("row", score("1.jpg"))
     first.add("row", score("2.jpg"))
@@ -59,27 +59,27 @@ def test_a_foreign_or_damaged_file_is_replaced(tmp_path, text):
     assert Journal(tmp_path, IDENTITY).resumed == 0
 
 
-def test_lines_of_another_shape_are_not_taken(tmp_path):
+def test_lines_of_another_structure_are_ignored(tmp_path):
     Journal(tmp_path, IDENTITY).add("row", score("1.jpg"))
     with open(tmp_path / NAME, "a", encoding="utf-8") as file:
         file.write(json.dumps({"row": "row", "name": "2.jpg"}) + "\n")
     assert Journal(tmp_path, IDENTITY).resumed == 1
 
 
-def test_a_finished_run_leaves_nothing(tmp_path):
+def test_a_finished_run_deletes_its_journal(tmp_path):
     journal = Journal(tmp_path, IDENTITY)
     journal.add("row", score("1.jpg"))
     journal.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"progress\.jsonl"):
         Journal(tmp_path / "file", IDENTITY)
 
 
-def test_a_disk_that_fills_on_the_way_and_a_journal_that_is_none(tmp_path):
+def test_a_full_disk_and_a_journal_that_is_not_a_file_are_refused(tmp_path):
     own = Journal(tmp_path, {})
     own.path.unlink()
     own.path.mkdir()
@@ -91,7 +91,7 @@ def test_a_disk_that_fills_on_the_way_and_a_journal_that_is_none(tmp_path):
     assert Journal(tmp_path / "other", {}).resumed == 0
 
 
-def test_a_damaged_line_costs_its_own_picture_alone(tmp_path):
+def test_a_damaged_line_costs_one_image(tmp_path):
     first = Journal(tmp_path, IDENTITY)
     for name in ("1.jpg", "2.jpg", "3.jpg"):
         first.add("row", score(name))
@@ -103,7 +103,7 @@ def test_a_damaged_line_costs_its_own_picture_alone(tmp_path):
     assert Journal(tmp_path, IDENTITY).damaged == 0
 
 
-def test_begun_again_it_is_never_less_than_it_was(tmp_path, monkeypatch):
+def test_a_journal_killed_while_rewritten_loses_nothing(tmp_path, monkeypatch):
     """Killed while it writes the file anew, it has lost nothing."""
     Journal(tmp_path, IDENTITY).add("row", score("1.jpg"))
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -113,7 +113,7 @@ def test_begun_again_it_is_never_less_than_it_was(tmp_path, monkeypatch):
     assert Journal(tmp_path, IDENTITY).resumed == 1
 
 
-def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_file_stays_unchanged(tmp_path, monkeypatch):
     journal = Journal(tmp_path, IDENTITY)
     journal.add("row", score("1.jpg"))
     with monkeypatch.context() as patch:

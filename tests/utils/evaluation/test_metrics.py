@@ -127,7 +127,7 @@ SSIM = {
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=8, deadline=None)
 @given(st.data(), seeds)
-def test_ssim_is_that_of_its_definition(name, data, seed):
+def test_ssim_follows_its_definition(name, data, seed):
     oracle, least = SSIM[name]
     more = st.integers(least, least + 30)
     a, b = pictures(data.draw(more), data.draw(more), seed)
@@ -153,7 +153,7 @@ def test_ssim_after_pooling(name, height, width):
         ("aknet", 300, 303, (304, 304)),  # with a ratio of 1 the formula asks for more than there is
     ],
 )
-def test_sizes_that_pictures_are_pooled_to(name, height, width, size):
+def test_ssim_pools_images_to_the_given_sizes(name, height, width, size):
     assert metrics._prepared(torch.rand(3, height, width), metrics.protocol(name)).shape == (3, *size)
 
 
@@ -218,7 +218,7 @@ def test_known_figures():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_constant_pictures_have_no_variance(name):
+def test_constant_images_have_no_variance(name):
     a, b = torch.full((3, 60, 60), 51 / 255), torch.full((3, 60, 60), 102 / 255)
     x, y = (16 + 219 / 5, 16 + 438 / 5) if name == "y-channel" else (51, 102)
     c1 = (0.01 * 255) ** 2
@@ -227,7 +227,7 @@ def test_constant_pictures_have_no_variance(name):
     assert metrics.psnr(a, b, name) == pytest.approx(20 * math.log10(255 / (y - x)), abs=1e-5)
 
 
-def test_pictures_are_compared_as_they_would_be_saved():
+def test_images_are_compared_as_8_bit():
     picture = torch.full((3, 12, 12), 100 / 255)
     one = pytest.approx(20 * math.log10(255))
     assert metrics.psnr(picture, picture + 0.4 / 255) == math.inf  # rounds to the same
@@ -240,7 +240,7 @@ def test_pictures_are_compared_as_they_would_be_saved():
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pixels", ["round", "truncate"])
-def test_8_bit_pictures_stay_themselves(pixels, kind):
+def test_8_bit_images_are_unchanged(pixels, kind):
     levels = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1)
     for picture in (
         levels.to(kind) / 255,
@@ -275,7 +275,7 @@ def test_different_sizes_are_refused(metric):
 @pytest.mark.parametrize(
     "picture", [torch.zeros(3, 16, 16).byte(), torch.zeros(1, 3, 16, 16), torch.zeros(1, 16, 16), torch.zeros(3, 0, 16)]
 )
-def test_what_is_no_picture_is_refused(picture):
+def test_files_that_are_not_images_are_refused(picture):
     with pytest.raises(UserError, match=r"must be float in \[0,1\] of shape \(3,H,W\), not "):
         metrics.psnr(picture, picture)
 
@@ -292,14 +292,14 @@ def test_figures_are_those_of_psnr_and_ssim_in_the_order_asked():
     assert metrics.figures(a, b, []) == {}
 
 
-def test_pictures_are_left_as_they_were_and_may_ask_for_gradients():
+def test_inputs_are_not_modified_and_may_require_gradients():
     a, b = pictures(60, 60)
     a, before = a * 1.5 - 0.25, (a * 1.5 - 0.25).clone()
     metrics.figures(a.requires_grad_(), b, ALL)
     assert torch.equal(a, before)
 
 
-def test_views_are_measured_as_their_copies():
+def test_views_have_the_figures_of_their_copies():
     a, b = pictures(60, 70)
     flipped = a.transpose(1, 2), b.transpose(1, 2)
     assert metrics.figures(*flipped, ALL) == metrics.figures(*(image.contiguous() for image in flipped), ALL)
@@ -334,7 +334,7 @@ def test_versions_name_all_that_figures_depend_on():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_measuring_leaves_the_pictures_alone(dtype):
+def test_measuring_does_not_modify_the_images(dtype):
     picture, other = (torch.linspace(-0.5, 1.5, 3 * 64 * 64, dtype=dtype).view(3, 64, 64) + k for k in (0, 0.1))
     before = picture.clone(), other.clone()
     metrics.figures(picture, other, list(metrics.PROTOCOLS))

@@ -21,14 +21,14 @@ def test_the_best_the_median_and_the_worst():
     assert chosen(scores, better="lower") == {"best": "c", "median": "e", "worst": "b"}
 
 
-def test_what_is_not_finite_is_not_ranked():
+def test_nonfinite_figures_are_not_ranked():
     assert chosen([score("a", math.inf), score("b", 9), score("c", math.nan), score("d", 7)]) == {
         "best": "b",
         "median": "d",
     }
 
 
-def test_few_pictures_are_not_shown_twice():
+def test_few_images_are_not_shown_twice():
     assert chosen([score("a", 1)]) == {"best": "a"}
     assert chosen([score("a", 1), score("b", 2)]) == {"best": "b", "median": "a"}
     assert chosen([]) == {}

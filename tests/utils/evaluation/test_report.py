@@ -48,7 +48,7 @@ def settings():
 
 
 @pytest.fixture
-def found(rows, settings):
+def summary(rows, settings):
     return results.build(rows, settings, METHODS, "cpu")
 
 
@@ -56,8 +56,8 @@ def refuse(name):
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_results_are_valid_json_and_complete(tmp_path, rows, found):
-    report.write(tmp_path, rows, found)
+def test_results_are_valid_json_and_complete(tmp_path, rows, summary):
+    report.write(tmp_path, rows, summary)
     read = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert (read["format"], read["version"]) == (results.FORMAT, results.VERSION)
     assert list(read["protocols"]) == ["ours", "d4"]
@@ -78,13 +78,13 @@ def test_results_are_valid_json_and_complete(tmp_path, rows, found):
     assert (real["mean"], real["resumed"], real["images_per_second"]) == ({}, 1, 0.25)
 
 
-def test_what_was_written_can_be_compared(tmp_path, rows, found):
-    report.write(tmp_path, rows, found)
+def test_written_results_can_be_compared(tmp_path, rows, summary):
+    report.write(tmp_path, rows, summary)
     assert "O-HAZE" in comparison.compare([tmp_path]).text()
 
 
-def test_rows_read_back(tmp_path, rows, found):
-    report.write(tmp_path, rows, found)
+def test_rows_read_back(tmp_path, rows, summary):
+    report.write(tmp_path, rows, summary)
     with open(tmp_path / "per_image.csv", encoding="utf-8", newline="") as file:
         read = list(csv.DictReader(file))
     assert [(each["method"], each["name"]) for each in read] == [
@@ -97,14 +97,14 @@ def test_rows_read_back(tmp_path, rows, found):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["per_image.csv", "results.json", "results.md"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path, rows, found):
+def test_an_unwritable_folder_is_named(tmp_path, rows, summary):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(UserError, match=r"results\.json"):
-        report.write(tmp_path, rows, found)
+        report.write(tmp_path, rows, summary)
 
 
-def test_the_screen_shows_sets_methods_and_protocols(rows, found):
-    lines = tables.text(rows, found).splitlines()
+def test_the_screen_shows_sets_methods_and_protocols(rows, summary):
+    lines = tables.text(rows, summary).splitlines()
     assert lines[0] == "O-HAZE: 2 of 45 images"
     for method, start in {"hazy input": "10.00", "nedr": "20.00", "dcp": "10.00"}.items():
         line = next(line for line in lines if line.startswith(f"{method} "))
@@ -126,8 +126,8 @@ def table_of(text, head):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in block]
 
 
-def test_markdown_has_a_table_for_each_protocol_and_metric(rows, found):
-    text = tables.markdown(rows, found)
+def test_markdown_has_a_table_for_each_protocol_and_metric(rows, summary):
+    text = tables.markdown(rows, summary)
     assert table_of(text, "PSNR (dB) / SSIM, protocol `ours`") == [
         ["PSNR (dB) / SSIM, protocol `ours`", "O-HAZE (2 of 45)"],
         ["---", "---"],
@@ -147,7 +147,7 @@ def test_markdown_has_a_table_for_each_protocol_and_metric(rows, found):
     assert f"torch {metrics.versions()['torch']}" in text
 
 
-def test_picture_names_keep_folders_and_never_collide():
+def test_image_names_keep_folders_and_never_collide():
     names = ["a.jpg", "b/a.png", "b/a.jpg", "b/c.d.tif"]
     assert list(report.image_names(names).values()) == ["a.png", "b/a.png.png", "b/a.jpg.png", "b/c.d.png"]
     assert list(report.image_names(["A.png", "a.jpg", "a.jpg.bmp"]).values()) == [

@@ -65,16 +65,16 @@ def test_output_of_low_precision_is_scored_in_full():
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_threads_change_nothing_but_the_time(workers):
-    saved, told = {}, []
+    saved, scores = {}, []
     outcome = scoring.run(
         half,
         Pairs(),
         lambda item, dehazed: {"error": float((dehazed - item["clear"]).abs().mean())},
         lambda item, dehazed: saved.update({item["name"]: dehazed}),
         workers=workers,
-        on_score=told.append,
+        on_score=scores.append,
     )
-    assert names(outcome) == ["a.png", "b.png", "c.png"] == [score.name for score in told]
+    assert names(outcome) == ["a.png", "b.png", "c.png"] == [score.name for score in scores]
     for score, item in zip(outcome.scores, Pairs(), strict=False):
         assert torch.equal(saved[score.name], half(item["hazy"]))
         assert score.figures == {"error": float((half(item["hazy"]) - item["clear"]).abs().mean())}
@@ -108,7 +108,7 @@ def test_reading_the_next_and_finishing_the_last_overlap_with_dehazing():
     assert names(scoring.run(dehaze, Items(), measure, workers=2)) == ["a.png", "b.png", "c.png"]
 
 
-def test_large_pictures_are_not_held_beside_each_other(monkeypatch):
+def test_large_images_are_not_held_beside_each_other(monkeypatch):
     monkeypatch.setattr(scoring, "LARGE", 100)
     alive, most = set(), []
 
@@ -125,7 +125,7 @@ def test_large_pictures_are_not_held_beside_each_other(monkeypatch):
     assert max(most) <= 2  # the next may be read while the last is finished, no more
 
 
-def test_memory_is_given_back_between_pictures_of_different_sizes(monkeypatch):
+def test_memory_is_given_back_between_images_of_different_sizes(monkeypatch):
     given = []
     monkeypatch.setattr(scoring, "release_memory", lambda: given.append(1))
     scoring.run(half, Pairs())  # of three sizes
@@ -144,14 +144,14 @@ def test_threads_leave_the_number_of_threads_of_the_network_alone():
         torch.set_num_threads(before)
 
 
-def test_only_the_pictures_asked_for():
+def test_only_the_requested_images_are_scored():
     pairs = Pairs()
     assert names(scoring.run(half, pairs, indices=[2, 0])) == ["c.png", "a.png"]
     assert pairs.read == [2, 0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_picture_is_raised_or_handed_over(workers):
+def test_an_unreadable_image_raises_or_is_passed_to_the_callback(workers):
     with pytest.raises(UserError, match="damaged"):
         scoring.score(half, Pairs(broken=True))
     errors = []
@@ -160,7 +160,7 @@ def test_an_unreadable_picture_is_raised_or_handed_over(workers):
     assert [str(error) for error in errors] == outcome.skipped == ["b.png: damaged"]
 
 
-def test_a_picture_that_cannot_be_measured_is_left_out():
+def test_an_image_that_cannot_be_measured_is_left_out():
     def measure(item, dehazed):
         if item["name"] == "b.png":
             raise UserError("b.png: immeasurable")
@@ -172,23 +172,23 @@ def test_a_picture_that_cannot_be_measured_is_left_out():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_saved_ends_the_run(workers):
-    told = []
+def test_a_failed_write_ends_the_run(workers):
+    scores = []
 
     def save(item, dehazed):
         if item["name"] == "b.png":
             raise UserError("the disk is full")
 
     with pytest.raises(UserError, match="disk is full"):
-        scoring.run(half, Pairs(), None, save, workers=workers, on_score=told.append)
-    assert [score.name for score in told] == ["a.png"]
+        scoring.run(half, Pairs(), None, save, workers=workers, on_score=scores.append)
+    assert [score.name for score in scores] == ["a.png"]
 
 
 def raised(error):
     raise error
 
 
-def test_output_that_is_no_picture_is_refused_by_name():
+def test_output_that_is_not_an_image_is_refused_by_name():
     with pytest.raises(UserError, match=r"a\.png.*not numbers; training has diverged: lower the learning rate"):
         scoring.score(lambda hazy: hazy * math.nan, Pairs())
     with pytest.raises(UserError, match=r"a\.png.*not numbers; use others"):
@@ -205,7 +205,7 @@ def test_output_that_is_no_picture_is_refused_by_name():
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."),
     ],
 )
-def test_too_little_memory_names_picture_size_and_remedy(error):
+def test_running_out_of_memory_names_image_size_and_remedy(error):
     def exhaust(hazy):
         raise error
 
@@ -215,7 +215,7 @@ def test_too_little_memory_names_picture_size_and_remedy(error):
         scoring.score(exhaust, Pairs())
 
 
-def test_a_mistake_in_the_code_is_not_taken_for_a_bad_picture():
+def test_a_programming_error_is_not_reported_as_a_bad_image():
     def wrong(hazy):
         raise RuntimeError("shapes do not match")
 
@@ -233,7 +233,7 @@ def test_means():
     assert scoring.median_seconds(scores) == 2.0
 
 
-def test_means_leave_out_what_is_not_finite_and_say_so():
+def test_means_omit_and_report_nonfinite_figures():
     scores = [score(20, math.nan), score(math.inf), score(30)]
     assert scoring.mean(scores) == {"ours.psnr": 25, "ours.ssim": 0.5}
     assert scoring.left_out(scores) == {"ours.psnr": 1, "ours.ssim": 1}
@@ -251,7 +251,7 @@ def test_devices():
             device.pick(name)
 
 
-def test_giving_memory_back_works_on_every_system():
+def test_release_memory_works_on_every_system():
     memory.release_memory()
 
 

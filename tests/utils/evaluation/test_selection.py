@@ -3,7 +3,7 @@ import torch
 from utils.evaluation import selection
 
 
-def test_a_truth_is_known_by_what_it_shows():
+def test_a_ground_truth_is_identified_by_its_content():
     """As RESIDE ships it and without its border; larger than the middle, and smaller."""
     for height, width in ((480, 640), (40, 50)):
         clear = torch.randint(0, 256, (3, height, width)) / 255
@@ -15,7 +15,7 @@ def test_a_truth_is_known_by_what_it_shows():
     assert selection.fingerprint(official[:, 10:-10, 10:-10]) == selection.fingerprint(official)
 
 
-def test_what_is_said_of_figures():
+def test_remarks_about_figures_on_images_used_for_selection():
     chosen = selection.chosen_on(["mine"], 3, ["a", "b", "b"])
     assert chosen == {"sets": ["mine"], "pictures": 3, "truths": ["a", "b"]}
     assert selection.warning(chosen, ["c", "d"]) is None

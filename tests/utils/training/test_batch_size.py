@@ -3,7 +3,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import picture, tiny_settings
+from helpers import picture, tiny_settings
 from torch import nn
 
 from models.method import Loss, Method
@@ -83,7 +83,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(monkeyp
     assert all(p.grad is None for p in method.parameters())
 
 
-def test_what_the_failed_step_held_is_gone_before_the_trial(monkeypatch):
+def test_memory_of_the_failed_step_is_released_before_the_trial(monkeypatch):
     method = Hungry(room=2)
     guard, updater = guarded(method, "train.batch=4")
     trial = batch_size.largest
@@ -96,7 +96,7 @@ def test_what_the_failed_step_held_is_gone_before_the_trial(monkeypatch):
     refused(guard, updater, batch_of(4))
 
 
-def test_a_gpu_is_cleared_and_the_method_leaves_it(monkeypatch):
+def test_the_gpu_cache_is_emptied_and_the_method_moved_off_it(monkeypatch):
     """As far as can be seen without one."""
     calls = []
     method = Hungry(room=1)
@@ -120,7 +120,7 @@ def test_a_precision_that_the_device_has_is_recommended(monkeypatch, has_bf16, r
     assert f" or {remedy}" in str(guard.refusal(2)).replace(",", " or")
 
 
-def test_where_not_even_one_fits_and_in_the_warm_start_other_remedies_are_named():
+def test_where_no_batch_fits_other_remedies_are_named():
     warm = ("warm_start.batch=4", "precision=bf16")
     message = str(guarded(Hungry(), *warm, stage=0)[0].refusal(3))
     assert "the largest that does is 3: set warm_start.batch=3 or train.checkpointing=true; nothing" in message
@@ -151,7 +151,7 @@ def test_the_largest_batch_by_bisection():
             assert batch_size.largest(batch, lambda n, room=room: n <= room) == room
 
 
-def test_pictures_a_step_are_kept_as_nearly_as_possible():
+def test_images_per_step_are_kept_as_nearly_as_possible():
     assert [batch_size.divided(*case) for case in ((12, 7), (12, 1), (24, 11), (11, 7), (13, 4), (6, 5))] == [
         (6, 2),
         (1, 12),

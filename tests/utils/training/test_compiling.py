@@ -13,7 +13,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.ReLU())
 
 
-def test_without_a_compiler_it_is_said_once_and_nothing_changes(network, monkeypatch):
+def test_a_missing_compiler_is_reported_once_and_nothing_changes(network, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("\nno working C++ compiler was found\nand much more")
 
@@ -28,7 +28,7 @@ def test_without_a_compiler_it_is_said_once_and_nothing_changes(network, monkeyp
     assert network(torch.ones(1, 3)).shape == (1, 3)
 
 
-def test_a_network_that_cannot_be_compiled_goes_on_as_it_is(network, monkeypatch):
+def test_a_network_that_cannot_be_compiled_runs_uncompiled(network, monkeypatch):
     def broken(*_):
         raise Unsupported("what is this?")
 

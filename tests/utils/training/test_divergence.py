@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from test_updater import CPU, batches, losses, net, told
+from test_updater import CPU, batches, losses, net, stage_and_settings
 from torch import nn
 
 from utils.training.divergence import Divergence
@@ -24,16 +24,16 @@ def poisoned(module: nn.Module, part: str):
     return of
 
 
-def mover_of(module: nn.Module, **train) -> Updater:
-    return Updater({"net": torch.optim.Adam(module.parameters(), 0.05, fused=True)}, *told(**train), CPU)
+def fused_updater(module: nn.Module, **train) -> Updater:
+    return Updater({"net": torch.optim.Adam(module.parameters(), 0.05, fused=True)}, *stage_and_settings(**train), CPU)
 
 
 @pytest.mark.parametrize("clip", [0, 1])
 @pytest.mark.parametrize("part", ["loss", "gradient", "its square"])
-def test_such_a_step_changes_no_weight_and_no_moment(part, clip):
+def test_a_nonfinite_step_changes_no_weight_and_no_moment(part, clip):
     """As if it had not been, but for the schedule."""
     one, other, data = net(), net(), batches(3)
-    mover, straight = mover_of(one, clip=clip), mover_of(other, clip=clip)
+    mover, straight = fused_updater(one, clip=clip), fused_updater(other, clip=clip)
     for k, batch in enumerate(data):
         if k == 1:
             mover.step(poisoned(one, part), [batch])
@@ -48,9 +48,9 @@ def test_such_a_step_changes_no_weight_and_no_moment(part, clip):
 
 
 @pytest.mark.parametrize("clip", [0, 1])
-def test_the_scaler_of_fp16_leaves_out_a_loss_that_is_no_number(clip):
+def test_the_fp16_scaler_skips_a_nonfinite_loss(clip):
     module, data = net(), batches(1)
-    mover, before = mover_of(module, clip=clip), copy.deepcopy(module.state_dict())
+    mover, before = fused_updater(module, clip=clip), copy.deepcopy(module.state_dict())
     mover.scaler = torch.amp.GradScaler("cpu", enabled=True)
 
     def with_good_gradients(batch):
@@ -63,7 +63,7 @@ def test_the_scaler_of_fp16_leaves_out_a_loss_that_is_no_number(clip):
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
-def test_a_fused_optimiser_leaves_a_step_out_by_itself(wrong):
+def test_a_fused_optimiser_skips_a_nonfinite_step(wrong):
     """As on a GPU, where it is asked to."""
     module, data = net(), batches(1)
     before = copy.deepcopy(module.state_dict())
@@ -74,16 +74,16 @@ def test_a_fused_optimiser_leaves_a_step_out_by_itself(wrong):
     assert all(state["step"] == 1 - wrong for state in optimiser.state.values())
 
 
-def test_one_bad_batch_of_several_is_enough():
+def test_one_nonfinite_batch_of_several_skips_the_step():
     module, data = net(), batches(2)
-    mover, before = mover_of(module), copy.deepcopy(module.state_dict())
+    mover, before = fused_updater(module), copy.deepcopy(module.state_dict())
     data[0]["y"][0, 0] = math.inf
     mover.step(losses(module), data)
     assert mover.left_out == 1
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
-def test_steps_left_out_are_counted_and_statistics_put_back():
+def test_skipped_steps_are_counted_and_statistics_restored():
     norm = nn.BatchNorm1d(2)
     watch, no, yes = Divergence([norm], 5), torch.tensor(0.0), torch.tensor(1.0)
     norm(torch.randn(4, 2))
@@ -102,7 +102,7 @@ def test_steps_left_out_are_counted_and_statistics_put_back():
     assert (watch.consecutive, watch.last_good) == (0, 9)
 
 
-def test_gradients_are_named_where_all_losses_are_numbers():
+def test_nonfinite_gradients_are_named_where_losses_are_finite():
     watch = Divergence([], 0)
     watch.record(1, torch.tensor(1.0), {"a": torch.ones(())}, [])
     assert "gradients" in watch.detected()[0].cause()

@@ -13,7 +13,7 @@ class Pair(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout())
-        self.judge = nn.Linear(2, 2)
+        self.discriminator = nn.Linear(2, 2)
 
 
 def shift(pair: Pair, amount: float) -> None:
@@ -44,7 +44,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_an_update_waits_for_no_device_and_counters_go_together():
+def test_an_update_does_not_synchronise_and_groups_its_operations():
     """No value is asked for, and there are as many operations for a hundred layers as for one."""
     pair = Pair()
     pair.net = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(100)))
@@ -56,7 +56,7 @@ def test_an_update_waits_for_no_device_and_counters_go_together():
         assert len(seen.names) <= 2
 
 
-def test_states_of_before_the_steps_were_a_number():
+def test_states_with_a_tensor_of_steps_load():
     pair = Pair()
     ema = EMA(pair, ["net"], 0.9)
     ema.load_state_dict({"weights": ema.state_dict()["weights"], "steps": torch.tensor(7)})
@@ -64,7 +64,7 @@ def test_states_of_before_the_steps_were_a_number():
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
-def test_closed_form_with_its_warm_up(decay):
+def test_the_average_follows_the_closed_form_with_warm_up(decay):
     pair = Pair()
     ema, expected = EMA(pair, ["net"], decay), None
     for n in range(12):
@@ -88,11 +88,11 @@ def test_applied_swaps_and_restores():
     ema = EMA(pair, ["net"], 0.9)
     ema.update()
     shift(pair, 1.0)
-    live, judge, modes = pair.net, pair.judge, [module.training for module in pair.modules()]
+    live, discriminator, modes = pair.net, pair.discriminator, [module.training for module in pair.modules()]
     with ema.applied() as inside:
         assert inside is pair
         assert pair.net is not live
-        assert pair.judge is judge
+        assert pair.discriminator is discriminator
         assert not any(module.training for module in pair.modules())
         torch.testing.assert_close(pair.net[0].weight + 1, live[0].weight)
     assert pair.net is live
@@ -103,7 +103,7 @@ def test_applied_swaps_and_restores():
     assert [module.training for module in pair.modules()] == modes
 
 
-def test_the_average_is_no_part_of_the_method():
+def test_the_average_is_not_part_of_the_method():
     pair = Pair()
     names = set(pair.state_dict())
     ema = EMA(pair, ["net"], 0.9)
@@ -124,7 +124,7 @@ def test_without_averaging():
     ema.load_state_dict({})
 
 
-def test_going_on_from_a_state():
+def test_a_restored_average_continues():
     one, other = Pair(), Pair()
     other.load_state_dict(one.state_dict())
     first, second = EMA(one, ["net"], 0.9), EMA(other, ["net"], 0.9)

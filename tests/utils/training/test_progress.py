@@ -8,7 +8,7 @@ from utils.training.progress import Progress, Stage
 STAGES = [Stage("warm_start", 3, 2, 1, "constant"), Stage("train", 5, 2, 3, "constant")]
 
 
-def test_steps_and_pictures_are_counted_over_stages_and_processes():
+def test_steps_and_images_are_counted_over_stages_and_processes():
     at = Progress(STAGES, world=4)
     for _ in range(3):
         assert not at.stage_ends
@@ -22,7 +22,7 @@ def test_steps_and_pictures_are_counted_over_stages_and_processes():
     assert [at.due(every) for every in (0, 1, 2)] == [False, True, False]
 
 
-def test_another_number_of_processes_goes_on_in_the_pictures():
+def test_progress_in_images_survives_another_number_of_processes():
     at = Progress(STAGES, world=4)
     at.advance()
     again = Progress(STAGES, world=1)
@@ -32,7 +32,7 @@ def test_another_number_of_processes_goes_on_in_the_pictures():
     assert (again.step, again.seen, again.ahead) == (2, 10, 3)
 
 
-def test_checkpoints_of_before_pictures_were_counted():
+def test_checkpoints_without_an_image_count_load():
     at = Progress(STAGES, world=2)
     at.load_state_dict({"stage": "train", "step": 4, "best": 20.0})
     assert (at.number, at.step, at.seen, at.best) == (1, 4, 4 * 6, 20.0)

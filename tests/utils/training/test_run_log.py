@@ -30,7 +30,7 @@ def _every_file_in_another_second(monkeypatch):
     monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: next(clock)))
 
 
-def test_figures_and_pictures(tmp_path):
+def test_figures_and_images_are_logged(tmp_path):
     folder = tmp_path / "new" / "run"
     with RunLog(folder) as log:
         log.figures("warm_start", 3, loss={"clear": 0.5}, speed={"steps_per_second": 2.0})
@@ -47,7 +47,7 @@ def test_figures_and_pictures(tmp_path):
     assert set(board.Tags()["images"]) == {"pictures/hazy", "pictures/depth"}
 
 
-def test_words_go_to_the_screen_and_the_file(tmp_path, capsys):
+def test_messages_go_to_the_screen_and_the_file(tmp_path, capsys):
     with RunLog(tmp_path) as log:
         log.say("hello — ü")
         log.warn_once("skipped: a.png")
@@ -62,7 +62,7 @@ def test_words_go_to_the_screen_and_the_file(tmp_path, capsys):
     assert captured.out == ""
 
 
-def test_nothing_is_said_twice_by_a_second_log(tmp_path, capsys):
+def test_a_second_log_prints_nothing_twice(tmp_path, capsys):
     for _ in range(2):
         with RunLog(tmp_path) as log:
             log.say("once")
@@ -71,7 +71,7 @@ def test_nothing_is_said_twice_by_a_second_log(tmp_path, capsys):
     assert not logging.getLogger(f"nedr-dehaze.{tmp_path}").handlers
 
 
-def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_lines_after_its_checkpoint(tmp_path):
     with RunLog(tmp_path) as log:
         for step in (1, 2, 3):
             log.figures("train", step, loss={"a": float(step)})
@@ -91,7 +91,7 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
         assert lines(tmp_path) == []
 
 
-def test_speed_is_that_since_it_was_last_asked(monkeypatch):
+def test_speed_is_measured_since_the_last_call(monkeypatch):
     clock, waiting = [100.0], SimpleNamespace(seconds=5.0)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     speed = Speed(10, 6, waiting)
@@ -110,7 +110,7 @@ def test_the_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_damaged_line_is_told_and_blocks_nothing(tmp_path, capsys):
+def test_a_damaged_line_is_reported_and_skipped(tmp_path, capsys):
     with RunLog(tmp_path) as log:
         for step in (1, 2):
             log.figures("train", step, loss={"a": float(step)})
@@ -123,7 +123,7 @@ def test_a_damaged_line_is_told_and_blocks_nothing(tmp_path, capsys):
     assert "log.jsonl: damaged lines are left out: 1, 5" in capsys.readouterr().err
 
 
-def test_the_log_is_put_right_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_the_log_is_repaired_atomically(tmp_path, monkeypatch):
     """Killed while it drops lines, a run has the log as it was."""
     with RunLog(tmp_path) as log:
         for step in (1, 2):
@@ -168,7 +168,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_training(tmp_path, capsys
     assert [line["step"] for line in lines(tmp_path)] == [1]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_an_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         RunLog(tmp_path / "file")

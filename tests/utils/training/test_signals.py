@@ -20,7 +20,7 @@ def _as_before():
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_every_signal_asks_and_afterwards_all_is_as_before(number, capfd):
+def test_every_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
     before, heard = [signal.getsignal(each) for each in signals.SIGNALS], []
     with signals.handled(heard.append):
         os.kill(os.getpid(), number)
@@ -40,7 +40,7 @@ def test_under_a_launcher_the_same_signal_comes_twice():
     assert heard == [signal.SIGINT] * 2
 
 
-def test_nohup_stays():
+def test_nohup_is_respected():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with signals.handled(lambda number: None):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

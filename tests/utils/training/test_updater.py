@@ -22,7 +22,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
-def told(**train) -> tuple[progress.Stage, config.Settings]:
+def stage_and_settings(**train) -> tuple[progress.Stage, config.Settings]:
     """A stage of 10 steps of 2 images, and settings with these in their train section."""
     values = config.load("nedr", models.settings_types(), overrides=["train.steps=10", "train.batch=2"])
     values.precision = train.pop("precision", "float32")
@@ -32,7 +32,7 @@ def told(**train) -> tuple[progress.Stage, config.Settings]:
 
 
 def updater(module: nn.Module, optimiser=torch.optim.Adam, **train) -> Updater:
-    return Updater({"net": optimiser(module.parameters(), 0.05)}, *told(**train), CPU)
+    return Updater({"net": optimiser(module.parameters(), 0.05)}, *stage_and_settings(**train), CPU)
 
 
 def losses(module: nn.Module):
@@ -48,7 +48,7 @@ def batches(count: int, size: int = 3) -> list[dict[str, torch.Tensor]]:
     return [{"x": torch.randn(size, 4, generator=g), "y": torch.randn(size, 2, generator=g)} for _ in range(count)]
 
 
-def test_a_step_is_that_of_the_optimiser():
+def test_a_step_equals_the_optimisers():
     one, other, data = net(), net(), batches(1)
     terms = updater(one).step(losses(one), data)
     plain = torch.optim.Adam(other.parameters(), 0.05)
@@ -122,7 +122,7 @@ def test_each_loss_moves_its_own_optimiser_before_the_next_is_asked_for():
         yield Loss("other", value, {"second": value})
         seen.append(all(torch.equal(p, after[name]) for name, p in one.state_dict().items()))
 
-    terms = Updater(made, *told(), CPU).step(both, batches(1))
+    terms = Updater(made, *stage_and_settings(), CPU).step(both, batches(1))
     assert seen == [True, True]
     assert terms.keys() == {"one", "first", "other", "second"}
     assert any(not torch.equal(p, before[name]) for name, p in other.state_dict().items())
@@ -173,7 +173,7 @@ def test_epoch_cosine_is_that_of_the_released_aknet():
 def test_milestones_are_epochs():
     """Epochs of 6 images, 2 a batch: 3 steps each."""
     module, data = net(), batches(1)
-    how = told(schedule="multistep", milestones=[1.0, 2.0], gamma=0.5)
+    how = stage_and_settings(schedule="multistep", milestones=[1.0, 2.0], gamma=0.5)
     mover, seen = Updater({"net": torch.optim.SGD(module.parameters(), 1.0)}, *how, CPU, epoch_length=6), []
     for _ in range(8):
         seen.append(mover.rates()["net"])
@@ -186,19 +186,21 @@ def test_a_resumed_run_may_be_given_more_steps():
     first = updater(module, schedule="cosine")
     for _ in range(4):
         first.step(losses(module), data)
-    stage, values = told(schedule="cosine")
+    stage, values = stage_and_settings(schedule="cosine")
     longer = Updater({"net": torch.optim.Adam(module.parameters(), 0.05)}, stage._replace(steps=20), values, CPU)
     longer.load_state_dict(first.state_dict())
     longer.step(losses(module), data)
     assert longer.rates()["net"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 5 / 20)) / 2)
 
 
-def test_a_resumed_run_has_the_rates_betas_and_decay_that_are_set_now():
+def test_a_resumed_run_uses_the_current_rates_betas_and_decay():
     module, data = net(), batches(1)
-    first = Updater({"net": torch.optim.AdamW(module.parameters(), 0.05)}, *told(schedule="cosine"), CPU)
+    first = Updater({"net": torch.optim.AdamW(module.parameters(), 0.05)}, *stage_and_settings(schedule="cosine"), CPU)
     first.step(losses(module), data)
     other = torch.optim.AdamW(module.parameters(), 0.02, betas=(0.5, 0.6), weight_decay=0.3)
-    again = Updater({"net": other}, *told(schedule="constant"), CPU, saved=copy.deepcopy(first.state_dict()))
+    again = Updater(
+        {"net": other}, *stage_and_settings(schedule="constant"), CPU, saved=copy.deepcopy(first.state_dict())
+    )
     [group] = other.param_groups
     assert (group["lr"], group["initial_lr"], group["betas"], group["weight_decay"]) == (0.02, 0.02, (0.5, 0.6), 0.3)
     assert again.schedules["net"].last_epoch == 1
@@ -225,7 +227,7 @@ def test_the_remedy_for_a_loss_names_settings_of_its_stage():
 
 
 @pytest.mark.parametrize("kind", ["constant", "multistep", "cosine"])
-def test_going_on_from_a_state_is_the_same_run(kind):
+def test_a_restored_updater_continues_the_same_run(kind):
     straight, data = net(), batches(8)
     how = {"schedule": kind, "milestones": [3.0], "gamma": 0.5}
     mover = updater(straight, **how)
@@ -265,7 +267,7 @@ def test_precision_on_the_cpu():
         updater(module, precision="fp16").step(losses(module), data)
 
 
-def test_what_is_not_finite_is_refused():
+def test_nonfinite_values_are_refused():
     assert finite({"a": torch.tensor(0.5)}) == {"a": 0.5}
     for bad in ("nan", "inf", "-inf"):
         with pytest.raises(UserError, match="the loss 'b' has become"):
@@ -293,7 +295,7 @@ def test_losses_through_one_computation_move_only_what_they_name():
                 nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
         old = copy.deepcopy(nets)  # b before it moves
         optimisers = {name: torch.optim.SGD(net_.parameters(), 0.1) for name, net_ in nets.items()}
-        Updater(optimisers, *told(), CPU).step(of(nets, apart), data)
+        Updater(optimisers, *stage_and_settings(), CPU).step(of(nets, apart), data)
         found.append([p.detach() for net_ in nets.values() for p in net_.parameters()])
         for name, module in nets.items():
             pairs = zip(module.parameters(), old[name].parameters(), strict=True)
