@@ -33,8 +33,8 @@ class StatisticsAirlight(nn.Module):
 
     Cameras saturate, so A is often exactly 1, which can be reached if the upper bound is above it.
 
-    ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,H,W) the estimated transmission, which gets no gradient. Encoder maps are
-    not used: learned from a few thousand images, they cost 0.7 dB on others (docs/training.md).
+    ``hazy`` (N,3,H,W) in [0,1], ``t`` (N,1,h,w) the estimated transmission of any size, which gets no gradient. Encoder
+    maps are not used: learned from a few thousand images, they cost 0.7 dB on others (docs/training.md).
     """
 
     def __init__(self, bounds: tuple[float, float]):
@@ -45,7 +45,8 @@ class StatisticsAirlight(nn.Module):
         self.layers = nn.Sequential(nn.Linear(count, 128), nn.ReLU(), nn.Linear(128, 3))
 
     def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
-        small, small_t = halved(hazy), halved(t.detach())
+        small = halved(hazy)
+        small_t = F.interpolate(t.detach(), small.shape[2:], mode="bilinear", antialias=True)
         low, high = self.bounds
         statistics = torch.cat([image_statistics(hazy), haze_statistics(small, small_t)], 1)
         raw = low + (high - low) * self.layers(self.standardise(statistics)).sigmoid()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import D4, tiny, tiny_settings
 
 import models
@@ -124,3 +125,12 @@ def test_the_head_can_predict_dim_airlights():
         head.layers[-1].weight.zero_()
         head.layers[-1].bias.fill_(-20)
     torch.testing.assert_close(head(torch.rand(1, 2), *scene(1, 0.9)), torch.full((1, 3, 1, 1), 0.25))
+
+
+def test_airlight_from_t_of_another_size():
+    """With nedr.query, t is finer than the image: A is that of t at the image's size."""
+    torch.manual_seed(0)
+    head = airlight.create("statistics", 0, (0.5, 1.15)).eval()
+    hazy, t = torch.rand(2, 3, 48, 64), F.interpolate(torch.rand(2, 1, 6, 8), (48, 64), mode="bilinear")
+    fine = F.interpolate(t, (96, 128), mode="bilinear")
+    torch.testing.assert_close(head(None, hazy, fine), head(None, hazy, t), atol=0.01, rtol=0)
