@@ -45,8 +45,10 @@ class StatisticsAirlight(nn.Module):
         self.layers = nn.Sequential(nn.Linear(count, 128), nn.ReLU(), nn.Linear(128, 3))
 
     def forward(self, pooled: Tensor, hazy: Tensor, t: Tensor) -> Tensor:
-        small = halved(hazy)
-        small_t = F.interpolate(t.detach(), small.shape[2:], mode="bilinear", antialias=True)
+        t = t.detach()
+        if t.shape[2:] != hazy.shape[2:]:
+            t = F.interpolate(t, hazy.shape[2:], mode="bilinear", antialias=True)
+        small, small_t = halved(hazy), halved(t)
         low, high = self.bounds
         statistics = torch.cat([image_statistics(hazy), haze_statistics(small, small_t)], 1)
         raw = low + (high - low) * self.layers(self.standardise(statistics)).sigmoid()
