@@ -78,6 +78,7 @@ class Page:
         with self.visitors.at_work(visitor):
             try:
                 visitor.view = view = work.estimate(path, self.methods[method])
+                visitor.strength = strength
                 pair = visitor.show(view.hazy), visitor.show(view.clear(strength))
                 if view.transmission is None:
                     return pair, None, messages + _messages([f"{method} {NO_TRANSMISSION}"])
@@ -89,9 +90,10 @@ class Page:
     def strengthen(self, strength: float, shown: Any, request: gr.Request) -> Any:
         """The same estimate at another strength; the network is not run."""
         visitor = self.visitors.get(request.session_hash)
-        if visitor.view is None or shown is None:
+        if visitor.view is None or shown is None or strength == visitor.strength:
             return gr.skip()
         with self.visitors.at_work(visitor):
+            visitor.strength = strength
             return shown[0], visitor.show(visitor.view.clear(strength))
 
     def save(self, name: str | None, method: str, strength: float, request: gr.Request) -> tuple:
@@ -202,13 +204,14 @@ def _connect(page: Page, controls: Controls, results: Results) -> None:
     show = dict(
         fn=page.show, inputs=[choice, method, strength, messages], outputs=[shown, transmission, messages], **heavy
     )
-    for event in (drop.upload, drop.clear):
-        event(page.take, drop, taken, **quiet).then(**show)
-    drop.delete(page.drop_one, drop, taken, **quiet).then(**show)
-    samples.select(page.example, None, taken, **quiet).then(**show)
-    for event in (choice.input, method.input):
-        event(**show)
-    strength.change(page.strengthen, [strength, shown], shown, trigger_mode="always_last", **quiet)
+    strengthen = dict(fn=page.strengthen, inputs=[strength, shown], outputs=shown, **quiet)
+    requests = [event(page.take, drop, taken, **quiet).then(**show) for event in (drop.upload, drop.clear)]
+    requests.append(drop.delete(page.drop_one, drop, taken, **quiet).then(**show))
+    requests.append(samples.select(page.example, None, taken, **quiet).then(**show))
+    requests += [event(**show) for event in (choice.input, method.input)]
+    for request in requests:  # the strength may have been changed while the network ran
+        request.then(**strengthen)
+    strength.change(**strengthen, trigger_mode="always_last")
     save.click(page.save, [choice, method, strength], [fetch, messages], **heavy).success(js=FETCH)
     save_all.click(page.save_all, [method, strength], [fetch, messages], **heavy).success(js=FETCH)
 

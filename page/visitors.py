@@ -27,6 +27,7 @@ class Visitor:
         self.folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=root))
         self._taken: dict[Path, Path] = {}  # by the server's file of the upload
         self.view: work.View | None = None
+        self.strength = 1.0  # of the image shown
         self._shown: list[Path] = []
         self.seen = time.monotonic()
 

@@ -125,7 +125,9 @@ def die_in_write(number: int, share: float) -> None:
 
 
 def losses(folder: Path) -> dict[int, list[float]]:
-    """The points of one loss in TensorBoard, by step."""
+    """The points of one loss in TensorBoard, by step; none if the run was killed before it made the folder."""
+    if not (folder / "tensorboard").exists():
+        return {}
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     found: dict[int, list[float]] = {}
