@@ -47,6 +47,8 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         warnings.extend(paths.passed_over(source, extensions))
         return paths.find(source, extensions)
 
+    add_haze = partial(synthesis.random_haze, law=settings.haze, colours=_airlight_colours(settings, find))
+
     def stream(source: str, name: str) -> Stream:
         return Stream(find(source), transform, settings.seed, name, cache)
 
@@ -61,8 +63,6 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         outdoor_haze = partial(add_haze, generated="outdoor")
         outdoor = Synthetic(find(warm_start.outdoor), None, transform, outdoor_haze, settings.seed, "outdoor", cache)
         return Mixed(with_depth, outdoor, warm_start.outdoor_share)
-
-    add_haze = partial(synthesis.random_haze, law=settings.haze, colours=_airlight_colours(settings, find))
 
     match kind:
         case "paired":

@@ -122,9 +122,9 @@ def random_haze(
 
     First the exposure and the white balance of the clear image may be changed, which gives another clear image. The
     airlight is a grey from its range, clamped at 1, times one of the ``colours`` (N,3) if there are any; sometimes each
-    channel is shifted by up to ``law.colour``. To
-    simulate dusk, ``law.light`` sometimes darkens the clear image and the airlight by a factor from its range.
-    Without ``depth`` (1,H,W) a map is generated, ``generated`` = smooth | outdoor (by default ``law.depth``).
+    channel is shifted by up to ``law.colour``. To simulate dusk, ``law.light`` sometimes darkens the clear image and
+    the airlight by a factor from its range. Without ``depth`` (1,H,W) a map is generated, ``generated`` = smooth |
+    outdoor (by default ``law.depth``).
     -> hazy, clear (3,H,W), transmission (1,H,W), airlight (3,1,1), density (1,).
     """
     gamma = _sometimes(law.gamma, rng)

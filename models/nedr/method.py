@@ -244,13 +244,15 @@ class NeDR(Method):
         return self.watch.warnings(step, figures) if stage == "train" else iter(())
 
     def predict(self, hazy: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+        if self.settings.balance == "none":
+            return self._predict(hazy, tile)
         colour = self._colour(hazy)
-        removal = self.removal(hazy / colour, self.settings.airlight, self.settings.guided_filter, tile)
-        return {
-            "clear": removal.clear * colour,
-            "transmission": removal.transmission,
-            "airlight": removal.airlight * colour,
-        }
+        found = self._predict(hazy / colour, tile)
+        return found | {name: found[name] * colour for name in ("clear", "airlight")}
+
+    def _predict(self, hazy: Tensor, tile: int | None) -> dict[str, Tensor]:
+        removal = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
+        return {"clear": removal.clear, "transmission": removal.transmission, "airlight": removal.airlight}
 
     def _colour(self, hazy: Tensor) -> Tensor | int:
         """What the images are divided by before their haze is estimated, (N,3,1,1): I/c = (J/c) t + (A/c) (1-t)."""
