@@ -4,8 +4,9 @@ All work in any memory format and are fastest in channels_last, in which the net
 convolutions of oneDNN and cuDNN need no reordering. docs/performance.md lists the gain of each.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -185,10 +186,26 @@ class BatchNorm(nn.BatchNorm2d):
 
 def freeze_batch_norm(*networks: nn.Module) -> None:
     """Batch norm in ``networks`` uses its running statistics, unchanged, until the next `train()`."""
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+    for norm in _batch_norms(*networks):
+        norm.eval()
+
+
+@contextlib.contextmanager
+def untracked_batch_norm(network: nn.Module) -> Iterator[None]:
+    """Context in which batches do not enter the running statistics of ``network``: for images unlike those of tests."""
+    momenta = {norm: norm.momentum for norm in _batch_norms(network)}
+    for norm in momenta:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+
+
+def _batch_norms(*networks: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    modules = (module for network in networks for module in network.modules())
+    return (module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm))
 
 
 class _Normalise(torch.autograd.Function):

@@ -14,7 +14,7 @@ from losses.adversarial import discriminator_loss, generator_loss
 from losses.perceptual import PerceptualLoss
 from losses.priors import dark_channel_energy, dark_channel_loss, total_variation
 from models import encoder
-from models.layers import freeze_batch_norm, single
+from models.layers import freeze_batch_norm, single, untracked_batch_norm
 from models.method import About, Loss, Method, frozen
 from models.nedr import official
 from models.nedr.discriminator import Discriminator
@@ -425,7 +425,9 @@ class NeDR(Method):
         if s.tv_weight:
             terms["tv"] = (s.tv_weight, total_variation(removal.clear))
         if s.identity_weight:
-            terms["identity"] = (s.identity_weight, F.l1_loss(self.removal(clear, s.airlight).clear, clear))
+            with untracked_batch_norm(self.removal):  # tests have hazy images
+                unchanged = self.removal(clear, s.airlight).clear
+            terms["identity"] = (s.identity_weight, F.l1_loss(unchanged, clear))
         if s.dark_channel_energy_weight:
             energy = dark_channel_energy(removal.transmission, hazy, removal.airlight, **vars(s.dark_channel_energy))
             terms["dark_channel_energy"] = (s.dark_channel_energy_weight, energy)

@@ -199,6 +199,18 @@ def test_frozen_statistics():
     assert {name.split(".")[0] for name, b in buffers().items() if not torch.equal(b, before[name])} >= {"removal"}
 
 
+def test_clear_images_of_the_identity_loss_leave_the_statistics_of_hazy_ones():
+    statistics = []
+    for weight in (0, 1):
+        overrides = (*SMALLEST, f"nedr.identity_weight={weight}")
+        method = tiny(*overrides)
+        terms = step(method, tiny_settings(*overrides), "train", 64)
+        statistics.append({name: b for name, b in method.removal.named_buffers() if "running" in name})
+    assert "identity" in terms
+    torch.testing.assert_close(*statistics)
+    assert all(norm.momentum for norm in method.removal.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+
+
 def test_lasting_trivial_solutions_are_reported():
     method = tiny(*SMALLEST, started=False)
     said = {
