@@ -101,6 +101,11 @@ class NeDR(Method):
                     f"data.crop_size={size}: {settings.model} needs a multiple of {STRIDE}, at least {least}"
                 )
         trained, block = settings.method.trained, settings.method.block
+        if settings.train.steps and not settings.method.trains_generators and not settings.warm_start.replay:
+            raise UserError(
+                f"{block}.cycle_weight=0: the generators need a loss; give gan, cycle, density, identity or "
+                f"dark_channel_energy a weight, or set warm_start.replay=true"
+            )
         if trained != "all" and settings.warm_start.steps and not settings.train.init:
             raise UserError(f"{block}.trained={trained}: name the trained weights to go on from as train.init=FILE")
         if settings.method.balance != "none" and settings.train.steps:

@@ -75,6 +75,12 @@ class NeDRSettings:
         weights = (self.gan_weight, self.cycle_weight, self.density_weight, self.perceptual_weight, self.depth_weight)
         return any(weights) or (self.airlight == "learned" and self.airlight_weight > 0)
 
+    @property
+    def trains_generators(self) -> bool:
+        """Does adversarial training have a loss for the generators? The other terms only regularise."""
+        terms = (self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)
+        return any((*terms, self.dark_channel_energy_weight))
+
     def __post_init__(self):
         check_interval(f"{self.block}.density_range", self.density_range, low=1e-3)
         check_interval(f"{self.block}.depth_range", self.depth_range)
@@ -92,12 +98,6 @@ class NeDRSettings:
             )
         if not self.scales:
             raise UserError(f"{self.block}.scales=[]: name at least one, as [1.0]")
-        terms = (self.gan_weight, self.cycle_weight, self.density_weight, self.identity_weight)
-        if not any((*terms, self.dark_channel_energy_weight)):
-            raise UserError(
-                f"{self.block}.cycle_weight=0: the generators need a loss; give gan, cycle, density, identity or "
-                f"dark_channel_energy a weight"
-            )
         if self.dark_channel_energy.size % 2 == 0:
             raise UserError(
                 f"{self.block}.dark_channel_energy.size={self.dark_channel_energy.size}: a window needs a central "

@@ -149,8 +149,10 @@ def test_the_energy_alone_computes_no_cycle():
 
 
 def test_no_weight_at_all_is_refused():
+    no_loss = (*ENERGY, "nedr.dark_channel_energy_weight=0")
     with pytest.raises(UserError, match=r"dark_channel_energy a weight"):
-        tiny_settings(*ENERGY, "nedr.dark_channel_energy_weight=0")
+        models.check_training(tiny_settings(*no_loss, "train.steps=1"))
+    models.check_training(tiny_settings(*no_loss, "warm_start.steps=1", "train.steps=0"))
     with pytest.raises(UserError, match=r"size=14: .*odd"):
         tiny_settings("nedr.dark_channel_energy.size=14")
 
@@ -182,6 +184,16 @@ def test_replayed_images_have_the_loss_of_the_warm_start():
         both = totals["warm_start"][optimiser] + totals["adversarial"][optimiser]
         assert totals["both"][optimiser] == pytest.approx(both, rel=1e-5)
     assert {"replay_transmission", "replay_clear", "replay_airlight", "cycle_clear"} <= terms.keys()
+
+
+def test_replay_alone_is_a_loss():
+    overrides = (*ENERGY, "nedr.dark_channel_energy_weight=0", "train.steps=1", "warm_start.replay=true")
+    models.check_training(tiny_settings(*overrides))
+    method, data = tiny(*overrides).eval(), batch(64)
+    (replayed,) = method.losses(data | {f"replay_{name}": value for name, value in data.items()}, "train")
+    (supervised,) = method.losses(data, "warm_start")
+    torch.testing.assert_close(replayed.value, supervised.value)
+    replayed.value.backward()
 
 
 def test_frozen_statistics():
