@@ -182,11 +182,9 @@ def _from_own_file(metadata: dict, weights: dict, path: Path) -> Method:
     """The method for ``weights``; ``metadata`` of the file records its name and settings."""
     checkpoint.require(metadata, ("model", "settings"), path)
     settings = config.load(metadata["model"], settings_types(), saved=metadata["settings"])
+    held = {key.split(".")[0] for key in weights}  # an inference file holds only the networks that dehaze
     with trust.limit_size(weights, path):
-        method = build(settings)
-    held = {key.split(".")[0] for key in weights}
-    for name in [name for name, _ in method.named_children() if name not in held]:
-        delattr(method, name)  # an inference file holds only the networks that dehaze
+        method = METHODS[settings.model].with_networks(settings.method, held)
     checkpoint.load_strict(method, weights, str(path))
     return method
 

@@ -59,6 +59,14 @@ class Method(nn.Module):
         self.skipped: list[str] | None = None  # tensors of an official file that its authors' code never uses
 
     @classmethod
+    def with_networks(cls, settings: Any, names: Collection[str]) -> "Method":
+        """The method with only those of its networks that are among ``names``."""
+        method = cls(settings)
+        for name in [name for name, _ in method.named_children() if name not in names]:
+            delattr(method, name)
+        return method
+
+    @classmethod
     def check(cls, settings: config.Settings) -> None:
         """Refuse settings that cannot work together, before anything is loaded. Raises `UserError`."""
 

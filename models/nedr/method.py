@@ -93,6 +93,10 @@ class NeDR(Method):
         self.perceptual_loss: list[PerceptualLoss] = []  # in a list, so that its weights are not the method's
 
     @classmethod
+    def with_networks(cls, settings: NeDRSettings, names: Collection[str]) -> "NeDR":
+        return cls(settings, tuple(name for name in cls.children_names if name in names))
+
+    @classmethod
     def check(cls, settings: config.Settings) -> None:
         least = minimum_side(settings.method)
         for size in settings.data.crop_shape:
