@@ -4,7 +4,6 @@ A stream is a pure function of the position: item k does not depend on what was 
 on the process. Resuming means starting at a position.
 """
 
-import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,8 @@ from data.streams import Mixed, Pairs, Replayed, Stream, Synthetic, Unpaired, cr
 from utils import physics
 from utils.config import Settings
 from utils.errors import UserError, quoted
+
+COLOURS = 200  # images of haze.colours_of whose airlights are taken
 
 
 def training(settings: Settings, stage: str, kind: str, cache: Cache | None = None) -> Dataset:
@@ -91,7 +92,7 @@ def validation(settings: Settings) -> Paired | None:
     if not data.validation_pairs and data.validation_hazy is None:
         return None
     pairs, warnings = _pairs(settings, "validation_")
-    return Paired(pairs[:: math.ceil(len(pairs) / limit)] if limit else pairs, remarks=warnings)
+    return Paired(paths.spread(pairs, limit) if limit else pairs, remarks=warnings)
 
 
 def _required(source: str | None, key: str) -> str:
@@ -114,11 +115,10 @@ def _clear_and_depth(settings: Settings, stage: str, find: Callable) -> tuple[li
 
 
 def _airlight_colours(settings: Settings, find: Callable) -> np.ndarray | None:
-    """The airlights' colours of up to 200 images of haze.colours_of, evenly spread: (N,3)."""
+    """The airlights' colours of up to `COLOURS` images of haze.colours_of, evenly spread: (N,3)."""
     if settings.haze.colours_of is None:
         return None
-    files = find(settings.haze.colours_of)
-    chosen = files[:: math.ceil(len(files) / 200)]
+    chosen = paths.spread(find(settings.haze.colours_of), COLOURS)
     return np.stack([physics.bright_colour(images.read(file)[None]).flatten().numpy() for file in chosen])
 
 

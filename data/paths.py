@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from data import depth as depth_files
 from data import sample, video
 from utils.errors import UserError, quoted
 from utils.files import expand_home
+
+Item = TypeVar("Item")
 
 HEIF = frozenset({".heic", ".heif", ".hif"})
 CAMERA = "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
@@ -140,6 +142,12 @@ def passed_over(source: str | Path | Sequence[str | Path], extensions: frozenset
             f"{walked.results[0]}{more}: results of an earlier run, passed over; to use them, name that folder itself"
         )
     return warnings
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """``count`` of the ``items``, evenly spread over them, from the first on; all of them if there are no more."""
+    count = min(count, len(items))
+    return [items[k * len(items) // count] for k in range(count)]
 
 
 def describe_unread(names: Iterable[str], extensions: frozenset[str] = EXTENSIONS) -> str:

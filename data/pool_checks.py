@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 
 from data import images
+from data.paths import spread
 from utils import physics
 from utils.errors import UserError
 
@@ -43,10 +44,9 @@ def warnings(hazy: Sequence[Path] | None, clear: Sequence[Path]) -> list[str]:
     return found
 
 
-def _looks(paths: Sequence[Path]) -> Iterator[_Look]:
+def _looks(pool: Sequence[Path]) -> Iterator[_Look]:
     """Looks at the sample of a pool, without images that cannot be read: training reports those."""
-    count = min(SAMPLE, len(paths))
-    for path in (paths[k * (len(paths) - 1) // max(1, count - 1)] for k in range(count)):
+    for path in spread(pool, SAMPLE):
         try:
             image = images.read(path)[None]
         except UserError:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import re
 from collections import Counter
@@ -369,8 +368,7 @@ def _split_pairs(benchmark: Benchmark, split: str, location: Location) -> list[t
     if location.truths == [location.hazy]:
         truths = [path for path in truths if path.stem.lower().endswith("_gt")]
     pairs = _pair(benchmark, hazy, truths, location.truths[0])
-    step = math.ceil(len(pairs) / CHECKED_PAIRS) if benchmark.to_train_on(split) else 1
-    _check_sizes(benchmark, pairs[::step])
+    _check_sizes(benchmark, paths.spread(pairs, CHECKED_PAIRS) if benchmark.to_train_on(split) else pairs)
     return pairs
 
 

@@ -218,7 +218,8 @@ def test_validation_pairs(pools):
     assert validation() is validation(validation_clear=pools["clear"]) is None
     both = {f"validation_{key}": folder for key, folder in pools.items()}
     assert len(validation(**both)) == 12
-    assert validation(limit=5, **both).names == [f"{n}_1_0.9.png" for n in (1, 2, 3, 4)]
+    assert validation(limit=4, **both).names == [f"{n}_1_0.9.png" for n in (1, 2, 3, 4)]
+    assert [len(validation(limit=limit, **both)) for limit in (1, 5, 11, 12, 13)] == [1, 5, 11, 12, 12]
     for data, message in [
         ({"validation_hazy": pools["hazy"]}, r"data\.validation_clear is not set: name a .* of clear images"),
         (both | {"validation_pairs": ["CSD"]}, r"data\.validation_pairs=\['CSD'\] and data\.validation_hazy and"),
