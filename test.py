@@ -47,7 +47,7 @@ from utils.files import clear_temporaries, expand_home
 
 RESULTS = ("pictures", "panels")  # sub-folders of the output
 OUTPUT_OPTIONS = ("format", "quality", "suffix", "strength", "show")
-TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log")  # sections of configs.yml
+TRAINING = ("data", "haze", "degradations", "train", "warm_start", "log", "compile")  # of configs.yml
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -174,6 +174,8 @@ def find(test: config.Test, output: Path) -> list[ImageSet]:
     absent = None if test.clear else list[str]()  # an absent image of a pair is an error: lines would pair wrongly
     listed = paths.find(test.hazy, absent=absent)
     hazy = list(dict.fromkeys(listed))
+    if (output.suffix.lower() in paths.EXTENSIONS or video.is_clip(output)) and not output.is_dir():
+        raise UserError(f"--output {quoted(output)}: is the name of a file, and images go into a folder; name one")
     results = [os.path.realpath(output / part) for part in RESULTS]
     if any(Path(os.path.realpath(path)).is_relative_to(folder) for path in hazy for folder in results):
         raise UserError(f"{output} holds earlier results, which are among the hazy images; give another --output")

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(models.listing())
         return 0
     memory.keep_memory()
-    folder = Path(options.checkpoints)
+    folder = files.expand_home(options.checkpoints)
     with distributed.group() as ranks:
         settings = config.load(options.model, models.settings_types(), [folder / "config.yml"], options.settings)
         with lock.held(folder) if ranks.first else contextlib.nullcontext("") as warning:
@@ -97,7 +97,7 @@ class Run:
             raise UserError(
                 f"{self.folder} holds a run already: continue with --resume, or remove {self.last} to start again"
             )
-        if self.weights.resolve() == models.shipped(settings.model) and not self.last.exists():
+        if self.weights.resolve() in map(models.shipped, models.names()) and not self.last.exists():
             raise UserError(
                 f"{self.weights} ships with this project, and training in its folder would replace it: copy "
                 f"{self.folder / 'config.yml'} into a new folder and train there"
@@ -139,6 +139,8 @@ class Run:
             self.load_state_dict(saved)
         if changed.keys() & resuming.VALIDATION_SETTINGS:
             self.progress.best = -math.inf  # the recorded score is of other images
+        if f"{self.progress.stage.name}.steps" in changed and self.progress.stage_ends:
+            self.progress.validated = False  # the last step has become another one, which is not validated
         self.updater = self.make_updater(saved and saved["updater"])
         networks = [self.method] if self.ema.average is None else [self.method, self.ema.average]
         self.divergence = Divergence(networks, self.progress.global_step)
@@ -155,6 +157,8 @@ class Run:
             self.log.say(line)
         sources = filter(None, (*self.datasets.values(), self.validation))
         warnings = device.warnings(self.device, settings.precision, settings.deterministic)
+        if self.validation is None and settings.data.validation_clear is not None:
+            warnings = [*warnings, "nothing is validated: data.validation_clear is set, data.validation_hazy is not"]
         for warning in (*warnings, *(remark for source in sources for remark in source.remarks)):
             self.log.say(f"warning: {warning}")
         if first:
@@ -219,14 +223,16 @@ class Run:
                 bar.update()
                 if progress.due(log.every) and not self.divergence.consecutive:
                     self.log_step(stage, self.ranks.mean(speed.figures(progress.step)), bar)
-                if progress.due(log.pictures_every) and self.ranks.first:
-                    with self.evaluating() as method:
-                        self.log.pictures(progress.global_step, method.sample_images(chunk[-1]))
-                if progress.due(log.validate_every) or progress.stage_ends:
-                    self.validate(stage)
-                if save_due and not self.divergence.consecutive:
-                    self.save()
-                    save_due = False
+                with speed.paused():
+                    if progress.due(log.pictures_every) and self.ranks.first:
+                        with self.evaluating() as method:
+                            self.log.pictures(progress.global_step, method.sample_images(chunk[-1]))
+                    if progress.due(log.validate_every) or progress.stage_ends:
+                        self.save_before_validation()
+                        self.validate(stage)
+                    if save_due and not self.divergence.consecutive:
+                        self.save()
+                        save_due = False
         [self.ending] = self.ranks.all_max(self.signalled)
         if self.ending and not progress.stage_ends:
             self.save()
@@ -247,6 +253,7 @@ class Run:
             count = self.divergence.consecutive
             is_last = progress.stage_ends and step.number == progress.global_step
             if is_last or count >= self.settings.train.nonfinite:
+                progress.validated &= not is_last  # the stage is validated on --resume
                 if self.divergence.last_good > self.saved:
                     self.save()
                 steps = f"the last {count} steps were" if count > 1 else "the last step was"
@@ -329,6 +336,12 @@ class Run:
             f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation images "
             f"(hazy: {hazy:.2f} dB){', the best of this stage so far' if better else ''}"
         )
+
+    def save_before_validation(self) -> None:
+        """Save, so that no step is lost if an image cannot be scored; the resumed run then begins with validating."""
+        self.progress.validated = False
+        if self.validation is not None and not self.divergence.consecutive:
+            self.save()
 
     def scores(self, stage: Stage, method: models.Method) -> list[scoring.Score | None]:
         """Scores of the validation images, shared out among all processes; some are None if a signal interrupted it."""

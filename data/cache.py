@@ -1,9 +1,11 @@
 """A cache of decoded images in memory, shared by the workers of a training run."""
 
+import dataclasses
 import mmap
 import multiprocessing
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,16 @@ from utils import memory
 from utils.errors import UserError
 
 EMPTY, BEING_WRITTEN, READY = range(3)
+ROW = 8  # numbers: state, offset, the shape (height, width, channels) of the values, and the rest of `_Entry`
+
+
+class _Entry(NamedTuple):
+    """Decoded values (C,H,W) as they are kept, and what is known only before they are cut and reduced."""
+
+    values: Tensor
+    height: int  # of the whole image
+    width: int
+    peak: int  # the maximum of a whole 8-bit depth map
 
 
 class Cache:
@@ -40,7 +52,7 @@ class Cache:
         size = int(gib * 2**30)
         self.border = border
         self.short_side = short_side
-        self._rows: dict[tuple, np.ndarray] = {}  # (decoder, path) -> state, offset, height, width, channels
+        self._rows: dict[tuple, np.ndarray] = {}  # (decoder, path) -> `ROW` numbers
         self._memory: Tensor | None = None
         self._used = np.zeros(1, np.int64)
         if size == 0:
@@ -70,29 +82,37 @@ class Cache:
         keys = [(images.decode, path) for path in paths] + [(images.decode_depth, path) for path in depth]
         new = [key for key in dict.fromkeys(keys) if key not in self._rows]
         if new:
-            table = np.frombuffer(_shared(len(new) * 5 * 8), np.int64).reshape(len(new), 5)
+            table = np.frombuffer(_shared(len(new) * ROW * 8), np.int64).reshape(len(new), ROW)
             self._rows |= zip(new, table, strict=True)
 
-    def image(self, path: Path) -> Pixels:
-        """An image (3,H,W). Raises `UserError` as `images.read`."""
-        return Pixels(self._get(images.decode, path))
+    def image(self, path: Path, crop: Callable[[Tensor], Tensor] = lambda values: values) -> Pixels:
+        """An image (3,H,W). Raises `UserError` as `images.read`.
+
+        ``crop`` cuts the decoded values first; an image must be asked for with the same one every time.
+        """
+        entry = self._get(images.decode, path, crop)
+        return Pixels(entry.values, whole=(entry.height, entry.width))
 
     def depth(self, path: Path) -> Pixels:
         """A depth map (1,H,W). Raises `UserError` as `images.read_depth`."""
-        return images.depth_pixels(self._get(images.decode_depth, path))
+        entry = self._get(images.decode_depth, path)
+        pixels = images.depth_pixels(entry.values, entry.peak)
+        return dataclasses.replace(pixels, whole=(entry.height, entry.width))
 
-    def _get(self, decode: Callable[[Path], Tensor], path: Path) -> Tensor:
+    def _get(self, decode: Callable, path: Path, crop: Callable[[Tensor], Tensor] = lambda values: values) -> _Entry:
         row = self._rows.get((decode, path))
-        if row is None:
-            return self._reduced(decode(path), path)
-        with self._lock:
-            state, offset, *shape = row.tolist()
-        if state == READY:
-            return self._view(offset, shape)
-        values = self._reduced(decode(path), path)
-        if state == EMPTY and values.dtype == torch.uint8:
-            self._store(row, values)
-        return values
+        state = EMPTY
+        if row is not None:
+            with self._lock:
+                state, offset, *numbers = row.tolist()
+            if state == READY:
+                return _Entry(self._view(offset, numbers[:3]), *numbers[3:])
+        values = crop(decode(path))
+        peak = int(values.max()) if decode is images.decode_depth else 0
+        entry = _Entry(self._reduced(values, path), *values.shape[1:], peak)
+        if row is not None and state == EMPTY and values.dtype == torch.uint8:
+            self._store(row, entry)
+        return entry
 
     def _reduced(self, values: Tensor, path: Path) -> Tensor:
         """``values`` without the border, reduced to ``short_side``; 8-bit values stay 8-bit."""
@@ -107,15 +127,16 @@ class Cache:
         small = F.interpolate(values[None].float(), size, mode="bilinear", antialias=True)[0]
         return small.round_().to(values.dtype) if values.dtype == torch.uint8 else small
 
-    def _store(self, row: np.ndarray, values: Tensor) -> None:
-        """Copy (C,H,W) into the cache, if there is space and no other process has stored it meanwhile."""
+    def _store(self, row: np.ndarray, entry: _Entry) -> None:
+        """Copy the values of ``entry`` into the cache, if there is space and no other process has stored it since."""
+        values = entry.values
         with self._lock:
             offset = int(self._used[0])
             if row[0] != EMPTY or offset + values.numel() > len(self._memory):
                 return
             self._used[0] += values.numel()
             shape = (*values.shape[1:], values.shape[0])
-            row[:] = (BEING_WRITTEN, offset, *shape)
+            row[:] = (BEING_WRITTEN, offset, *shape, *entry[1:])
         self._view(offset, shape).copy_(values)
         with self._lock:  # also a memory barrier: other cores must not see READY before the pixels
             row[0] = READY

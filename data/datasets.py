@@ -4,6 +4,7 @@ A stream is a pure function of the position: item k does not depend on what was 
 on the process. Resuming means starting at a position.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from data import degradations, images, paths, pool_checks, synthesis
 from data.cache import Cache
-from data.pictures import Paired
+from data.pictures import SOTS_BORDER, Paired, of_other_size
 from data.sets import locate, pairing
 from data.streams import Mixed, Pairs, Replayed, Stream, Synthetic, Unpaired, crop
 from utils import physics
@@ -48,7 +49,9 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         warnings.extend(paths.passed_over(source, extensions))
         return paths.find(source, extensions)
 
-    add_haze = partial(synthesis.random_haze, law=settings.haze, colours=_airlight_colours(settings, find))
+    @functools.cache
+    def add_haze() -> Callable:
+        return partial(synthesis.random_haze, law=settings.haze, colours=_airlight_colours(settings, find, warnings))
 
     def stream(source: str, name: str) -> Stream:
         return Stream(find(source), transform, settings.seed, name, cache)
@@ -58,10 +61,10 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         return Synthetic(clear, depth, transform, add_haze, settings.seed, name, cache)
 
     def supervised(name: str) -> Stream | Mixed:
-        with_depth = synthetic(name, add_haze)
+        with_depth = synthetic(name, add_haze())
         if name != "warm_start" or warm_start.outdoor is None or not warm_start.outdoor_share:
             return with_depth
-        outdoor_haze = partial(add_haze, generated="outdoor")
+        outdoor_haze = partial(add_haze(), generated="outdoor")
         outdoor = Synthetic(find(warm_start.outdoor), None, transform, outdoor_haze, settings.seed, "outdoor", cache)
         return Mixed(with_depth, outdoor, warm_start.outdoor_share)
 
@@ -75,7 +78,7 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
             dataset = synthetic(stage, partial(degradations.degrade, settings=settings.degradations))
         case "unpaired":
             clear = stream(_required(data.clear, "data.clear"), "clear")
-            hazy = synthetic("hazy", add_haze) if data.hazy is None else stream(data.hazy, "hazy")
+            hazy = synthetic("hazy", add_haze()) if data.hazy is None else stream(data.hazy, "hazy")
             warnings += pool_checks.warnings(None if data.hazy is None else hazy.paths, clear.paths)
             dataset = Unpaired(hazy, clear)
             dataset = Replayed(dataset, supervised("warm_start")) if warm_start.replay else dataset
@@ -92,7 +95,10 @@ def validation(settings: Settings) -> Paired | None:
     if not data.validation_pairs and data.validation_hazy is None:
         return None
     pairs, warnings = _pairs(settings, "validation_")
-    return Paired(paths.spread(pairs, limit) if limit else pairs, remarks=warnings)
+    pairs = paths.spread(pairs, limit) if limit else pairs
+    if wrong := of_other_size(pairs, SOTS_BORDER):  # found now, not at the first validation
+        raise UserError(f"{wrong[0]}; crop them to one size{f' ({len(wrong)} pairs)' if len(wrong) > 1 else ''}")
+    return Paired(pairs, remarks=warnings)
 
 
 def _required(source: str | None, key: str) -> str:
@@ -114,12 +120,23 @@ def _clear_and_depth(settings: Settings, stage: str, find: Callable) -> tuple[li
     return find(clear), None if depth is None else find(depth, paths.DEPTH_EXTENSIONS)
 
 
-def _airlight_colours(settings: Settings, find: Callable) -> np.ndarray | None:
-    """The airlights' colours of up to `COLOURS` images of haze.colours_of, evenly spread: (N,3)."""
+def _airlight_colours(settings: Settings, find: Callable, warnings: list[str]) -> np.ndarray | None:
+    """The airlights' colours of up to `COLOURS` images of haze.colours_of, evenly spread: (N,3).
+
+    Images that cannot be read are left out, with one of the ``warnings`` for each. Raises `UserError` if none can.
+    """
     if settings.haze.colours_of is None:
         return None
-    chosen = paths.spread(find(settings.haze.colours_of), COLOURS)
-    return np.stack([physics.bright_colour(images.read(file)[None]).flatten().numpy() for file in chosen])
+    colours, unread = [], []
+    for file in paths.spread(find(settings.haze.colours_of), COLOURS):
+        try:
+            colours.append(physics.bright_colour(images.read(file)[None]).flatten().numpy())
+        except UserError as error:
+            unread.append(f"haze.colours_of: left out: {error}")
+    if not colours:
+        raise UserError(unread[0])
+    warnings += unread
+    return np.stack(colours)
 
 
 def _pairs(settings: Settings, prefix: str) -> tuple[list[tuple[Path, Path]], list[str]]:

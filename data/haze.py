@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -25,17 +26,18 @@ from utils import config, errors
 from utils.errors import UserError
 
 
-def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace) -> None:
+def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace) -> str:
     """Write a clear image, its depth map if given, and ``per_image`` hazy versions, seeded by the name alone.
 
-    The name is the path below the folder of clear images, without extension.
+    The name is the path below the folder of clear images, without extension. Returns why nothing was written, for an
+    image that cannot be used; empty if all was.
     """
     clear, depth, name = task
-    pixels, depth_pixels = pictures.read_with_depth(clear, depth)
-    image = pixels[:]
     rng = np.random.default_rng([options.seed, zlib.crc32(name.encode())])
-    distance = synthesis.smooth_depth(*image.shape[1:], rng) if depth_pixels is None else depth_pixels[:]
-    image, distance = (_trim(tensor, options, clear) for tensor in (image, distance))
+    try:
+        image, distance = _read(clear, depth, rng, options)
+    except UserError as error:
+        return str(error)
     save = partial(images.write, compress_level=1)
     save(options.output / "clear" / f"{name}.{options.format}", image)
     if depth is not None:
@@ -43,6 +45,17 @@ def write_hazy(task: tuple[Path, Path | None, str], options: argparse.Namespace)
     for n in range(1, options.per_image + 1):
         hazy, suffix = _add_haze(image, distance, rng, options)
         save(options.output / "hazy" / f"{name}_{n}{suffix}.{options.format}", hazy)
+    return ""
+
+
+def _read(
+    clear: Path, depth: Path | None, rng: np.random.Generator, options: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """An image (3,H,W) and its depth map (1,H,W), generated if there is none. Raises `UserError`."""
+    pixels, depth_pixels = pictures.read_with_depth(clear, depth)
+    image = pixels[:]
+    distance = synthesis.smooth_depth(*image.shape[1:], rng) if depth_pixels is None else depth_pixels[:]
+    return _trim(image, options, clear), _trim(distance, options, clear)
 
 
 def _add_haze(
@@ -133,8 +146,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; ``arguments`` as on the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """The command; ``arguments`` as on the command line. Returns 0, or 2 if some images could not be used."""
     options = _options(arguments)
     tasks = _tasks(options)
     work = partial(write_hazy, options=options)
@@ -144,15 +157,28 @@ def main(arguments: list[str] | None = None) -> None:
             print(warning, file=sys.stderr)
     bar = partial(tqdm, total=len(tasks), unit="image", disable=None)
     if options.workers == 0:
-        for task in bar(tasks):
-            work(task)
+        unusable = _report(bar(map(work, tasks)))
     else:
         with multiprocessing.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
-            for _ in bar(pool.imap_unordered(work, tasks, chunksize=4)):
-                pass
+            unusable = _report(bar(pool.imap_unordered(work, tasks, chunksize=4)))
             pool.close()  # close and join: terminate, which `with` calls, hangs if a caller handles SIGTERM
             pool.join()
-    print(f"{len(tasks)} clear and {len(tasks) * options.per_image} hazy images in {options.output}")
+    done = len(tasks) - len(unusable)
+    if not done:
+        raise UserError(unusable[0])
+    print(f"{done} clear and {done * options.per_image} hazy images in {options.output}")
+    if unusable:
+        print(f"error: {len(unusable)} of {len(tasks)} images could not be used, see above", file=sys.stderr)
+    return 2 if unusable else 0
+
+
+def _report(results: Iterable[str]) -> list[str]:
+    """Print, as they come, why images were left out; returns these texts."""
+    unusable = []
+    for why in filter(None, results):
+        tqdm.write(f"left out: {why}", file=sys.stderr)
+        unusable.append(why)
+    return unusable
 
 
 if __name__ == "__main__":

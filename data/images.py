@@ -25,6 +25,8 @@ from utils.rounding import to_8bit
 
 MAX_PIXELS = 500_000_000
 READ_BYTES = 16  # peak memory of `read` in bytes per pixel: three floats beside the 8-bit steps
+ORIENTATION = 0x0112  # the EXIF tag
+QUARTER_TURNS = (5, 6, 7, 8)  # its values that swap width and height
 JPEG_QUALITY = 95
 JPEG_EXIF = 65533  # the most bytes of EXIF that a JPEG can hold
 # Errors of the disk, not of one image: the next image would fail too.
@@ -56,6 +58,15 @@ def _decode_rgb(path: Path) -> Tensor:
     return pixels.permute(2, 0, 1)
 
 
+def size(path: str | Path) -> tuple[int, int] | None:
+    """Width and height when upright, from the header alone; None if unreadable, which is reported on reading."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    with contextlib.suppress(Exception), Image.open(path) as image:  # on broken bytes Pillow raises nearly any kind
+        exif = Image.Image.getexif(image)  # the method of PNG files would decode all pixels
+        return image.size[::-1] if exif.get(ORIENTATION) in QUARTER_TURNS else image.size
+    return None
+
+
 def read_depth(path: str | Path) -> Tensor:
     """Read a depth map (larger is farther), divided by its own maximum: (1,H,W), float32 in [0,1].
 
@@ -63,7 +74,8 @@ def read_depth(path: str | Path) -> Tensor:
     (v + 0.5) / (max + 0.5). Floats are the depth itself: of .npy, .mat, .exr, .pfm and float TIFF (`data.depth`).
     Raises `UserError` for several channels and for depth that is not finite, negative, or zero everywhere.
     """
-    return depth_pixels(decode_depth(path))[:]
+    values = decode_depth(path)
+    return depth_pixels(values, int(values.max()))[:]
 
 
 def decode_depth(path: str | Path) -> Tensor:
@@ -83,11 +95,11 @@ def _decode_depth(path: Path) -> Tensor:
     return torch.from_numpy(((depth + half) / (depth.max() + half)).astype(np.float32))[None]
 
 
-def depth_pixels(values: Tensor) -> Pixels:
-    """The result of `decode_depth` as `Pixels`, which give the values of `read_depth`."""
+def depth_pixels(values: Tensor, peak: int) -> Pixels:
+    """The result of `decode_depth`, or a part of it, as `Pixels`; ``peak`` is the maximum of the whole map."""
     if values.is_floating_point():
         return Pixels(values)
-    return Pixels(values, ((np.arange(256) + 0.5) / (int(values.max()) + 0.5)).astype(np.float32))
+    return Pixels(values, ((np.arange(256) + 0.5) / (peak + 0.5)).astype(np.float32))
 
 
 def write(

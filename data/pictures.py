@@ -1,9 +1,11 @@
 """Datasets of whole images, each once and in order: pairs to score on, folders to dehaze."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import images
@@ -88,13 +90,28 @@ def doubts(paired: Paired) -> list[str]:
 def read_pair(hazy_path: Path, clear_path: Path, border: int, cache: Cache) -> tuple[Pixels, Pixels]:
     """Both images, of equal size: a ground truth ``border`` larger on every side is cropped. Raises `UserError`."""
     hazy = cache.image(hazy_path)
-    clear = cache.image(clear_path)
-    if border and all(b - a == 2 * border for a, b in zip(hazy.shape[1:], clear.shape[1:], strict=True)):
-        clear = clear.inside(border)
-    if hazy.shape != clear.shape:
-        (_, h, w), (_, H, W) = hazy.shape, clear.shape
+
+    def inside(clear: Tensor) -> Tensor:
+        larger = all(b - a == 2 * border for a, b in zip(hazy.whole, clear.shape[1:], strict=True))
+        return clear[:, border:-border, border:-border] if border and larger else clear
+
+    clear = cache.image(clear_path, inside)
+    if hazy.whole != clear.whole:
+        (h, w), (H, W) = hazy.whole, clear.whole
         raise UserError(f"{hazy_path} is {w}x{h} but its ground truth {clear_path} is {W}x{H}; crop them to one size")
     return hazy, clear
+
+
+def of_other_size(pairs: Iterable[tuple[Path, Path]], border: int) -> list[str]:
+    """A text for every pair that `read_pair` would refuse, by the files' headers; unreadable ones are passed over."""
+    size = functools.cache(images.size)
+    wrong = []
+    for hazy, truth in pairs:
+        if size(hazy) and size(truth):
+            (w, h), (W, H) = size(hazy), size(truth)
+            if (W - w, H - h) not in [(0, 0), (2 * border, 2 * border)]:
+                wrong.append(f"{hazy} is {w}x{h} but its ground truth {truth} is {W}x{H}")
+    return wrong
 
 
 def names(paths: list[Path], root: str | Path | None = None) -> list[str]:
@@ -113,7 +130,7 @@ def read_with_depth(clear: Path, depth: Path | None, cache: Cache | None = None)
     if depth is None:
         return image, None
     distance = cache.depth(depth)
-    if distance.shape[1:] != image.shape[1:]:
-        sizes = [f"{pixels.shape[2]}x{pixels.shape[1]}" for pixels in (image, distance)]
+    if distance.whole != image.whole:
+        sizes = ["{1}x{0}".format(*pixels.whole) for pixels in (image, distance)]
         raise UserError(f"{clear} is {sizes[0]} but its depth map {depth} is {sizes[1]}; they must have one size")
     return image, distance

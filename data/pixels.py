@@ -4,7 +4,6 @@
 the same numbers, since the conversion is per pixel, for a fraction of the work.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,12 @@ class Pixels:
     """An image (C,H,W): ``pixels[:, a:b, c:d]`` is a contiguous tensor, float32 in [0,1].
 
     ``values`` are uint8, or float32 in [0,1] where 8 bits do not suffice. ``levels`` maps the 256 values of uint8 to
-    floats; None means value / 255.
+    floats; None means value / 255. ``whole``: height and width before the image was cut or reduced, if it was.
     """
 
     values: Tensor
     levels: np.ndarray | None = None
+    whole: tuple[int, int] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -34,10 +34,6 @@ class Pixels:
         if self.levels is None:
             return values.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         return torch.from_numpy(self.levels[values.numpy()]).contiguous()
-
-    def inside(self, border: int) -> "Pixels":
-        """The image without ``border`` >= 1 pixels on every side."""
-        return dataclasses.replace(self, values=self.values[:, border:-border, border:-border])
 
 
 @dataclass(frozen=True)

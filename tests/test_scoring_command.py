@@ -616,6 +616,23 @@ def test_a_failed_panel_costs_no_figure_and_old_panels_are_deleted(run, pairs, t
     assert row(tmp_path / "out")["images"] == 3
 
 
+def test_a_panel_that_cannot_be_written_costs_no_figure(run, tmp_path):
+    name = f"{'x' * 249}.png"  # with best_ before it too long for a file system
+    for side in ("hazy", "clear"):
+        images.write(tmp_path / side / "1.png", torch.rand(3, 24, 36))
+        (tmp_path / side / "1.png").rename(tmp_path / side / name)
+    done = run("--model", "dcp", "--hazy", "hazy", "--clear", "clear", "--output", "out")
+    assert done.status == 0
+    assert "no panel: " in done.err
+    assert row(tmp_path / "out")["images"] == 1
+
+
+def test_an_output_named_like_a_file_is_refused(run, pairs):
+    done = run("--model", "dcp", "--hazy", "hazy", "--output", "out.jpg")
+    assert done.status == 2
+    assert "--output out.jpg: is the name of a file, and images go into a folder; name one" in done.err
+
+
 def test_unreadable_images_alone_still_give_a_report(run, pairs, tmp_path):
     for path in (tmp_path / "clear").iterdir():
         path.write_bytes(b"no image")

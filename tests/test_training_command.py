@@ -371,6 +371,69 @@ def test_nonfinite_weights_are_not_exported(experiment, monkeypatch):
     assert before == ((experiment / "weights.safetensors").read_bytes(), (experiment / "last.pt").read_bytes())
 
 
+LATEST = ["warm_start.steps=0", "data.validation_hazy=", "data.validation_clear=", "log.validate_every=0"]
+
+
+def test_a_run_that_is_ended_early_by_its_steps_exports_what_it_has(experiment, monkeypatch):
+    """Stopped, then resumed with fewer steps: there is nothing left to train, and the weights are written."""
+    how = [*OTHERS["aknet"], *LATEST, "log.pictures_every=0"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(experiment, *how, "train.steps=9", model="aknet") == 128 + signal.SIGTERM
+    assert not (experiment / "weights.safetensors").exists()
+    assert run(experiment, *how, "train.steps=2", "--resume", model="aknet") == 0
+    assert checkpoint.read_metadata(experiment / "weights.safetensors")["step"] == 2
+
+
+def test_where_the_last_step_is_left_out_resuming_exports_the_others(experiment, monkeypatch):
+    step, taken = train.Updater.step, []
+
+    def third_is_nan(updater, losses, batches):
+        taken.append(1)
+        factor = float("nan") if len(taken) == 3 else 1
+        return step(updater, lambda b: (each._replace(value=each.value * factor) for each in losses(b)), batches)
+
+    how = [*OTHERS["aknet"], *LATEST, "log.pictures_every=0", "log.every=1000", "train.steps=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Updater, "step", third_is_nan)
+        with pytest.raises(UserError, match="the last step was left out"):
+            run(experiment, *how, model="aknet")
+    assert not (experiment / "weights.safetensors").exists()
+    assert run(experiment, *how, "--resume", model="aknet") == 0
+    assert (experiment / "weights.safetensors").exists()
+
+
+def test_validation_images_of_another_size_are_refused_before_training(experiment, tmp_path):
+    for folder, size in (("hazy", (40, 50)), ("clear", (40, 60))):
+        images.write(tmp_path / folder / "1.png", torch.rand(3, *size))
+    pair = [f"data.validation_{side}={tmp_path / side}" for side in ("hazy", "clear")]
+    with pytest.raises(UserError, match=r"50x40 but its ground truth .* is 60x40; crop them to one size"):
+        run(experiment, *OTHERS["aknet"], *pair, "warm_start.steps=0", model="aknet")
+    assert not (experiment / "last.pt").exists()
+
+
+def test_half_of_the_validation_is_none_and_that_is_said(experiment, capfd):
+    how = [*OTHERS["aknet"], "warm_start.steps=0", "train.steps=1", "data.validation_hazy="]
+    assert run(experiment, *how, model="aknet") == 0
+    assert "nothing is validated: data.validation_clear is set, data.validation_hazy is not" in capfd.readouterr().err
+
+
+def test_a_validation_that_fails_costs_no_step(experiment, tmp_path):
+    """A damaged image is found at the first validation; once replaced, the run goes on with that validation."""
+    for side in ("hazy", "clear"):
+        images.write(tmp_path / side / "1.png", torch.rand(3, 40, 50))
+    content = (tmp_path / "hazy" / "1.png").read_bytes()
+    (tmp_path / "hazy" / "1.png").write_bytes(content[: len(content) // 2])
+    how = [*OTHERS["aknet"], "warm_start.steps=0", "train.steps=3", "log.validate_every=2", "log.save_every=100"]
+    how += [f"data.validation_{side}={tmp_path / side}" for side in ("hazy", "clear")]
+    with pytest.raises(UserError, match=r"1\.png: cannot be read as an image"):
+        run(experiment, *how, model="aknet")
+    assert checkpoint.read(experiment / "last.pt")["step"] == 2
+    (tmp_path / "hazy" / "1.png").write_bytes(content)
+    assert run(experiment, *how, "--resume", model="aknet") == 0
+    assert [line["step"] for line in lines(experiment) if "validation/psnr" in line] == [2, 3]
+
+
 def test_training_can_begin_with_the_weights_of_a_file(experiment, tmp_path):
     steps = ["warm_start.steps=0", "train.steps=1", "data.validation_hazy="]
     assert run(experiment, *steps) == 0
@@ -396,7 +459,15 @@ def test_shipped_weights_are_not_overwritten(experiment, monkeypatch):
     (folder / "weights.safetensors").write_bytes(b"weights")
     with pytest.raises(UserError, match=r"ships with this project.*copy .*nedr/config\.yml into a new folder"):
         run(folder)
+    with pytest.raises(UserError, match="ships with this project"):
+        run(folder, *OTHERS["aknet"], model="aknet")
     assert (folder / "weights.safetensors").read_bytes() == b"weights"
+
+
+def test_the_folder_may_begin_with_the_home_folder(experiment, monkeypatch):
+    monkeypatch.setenv("HOME", str(experiment.parent))
+    assert run("~/experiment", *OTHERS["aknet"], *LATEST, "train.steps=1", model="aknet") == 0
+    assert (experiment / "weights.safetensors").exists()
 
 
 REFUSED = {

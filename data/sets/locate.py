@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from data import images, paths
-from data.pictures import Folder, Paired, doubts
+from data import paths
+from data.pictures import Folder, Paired, doubts, of_other_size
 from data.sets import pairing
 from data.sets.table import BENCHMARKS, GROUPS, GT, HAZY, ORDER, RULES, TRUTH, WHOLE, Benchmark, unroll
 from utils.errors import UserError, nearest, quoted
@@ -27,8 +25,6 @@ SKIPPED = re.compile(r"train(ing)?|val(id|idation)?", re.IGNORECASE)  # folders 
 BRACES = re.compile("{([^,}]*),([^,}]*)}")  # {hazy,gt} in a layout
 PART = re.compile(r"part[-_ ]?[0-9]+", re.IGNORECASE)  # sub-folders in which a set's images may lie (OTS)
 MANY = 1000  # images in a folder after which the rest of it is not listed
-ORIENTATION = 0x0112  # the EXIF tag
-QUARTER_TURNS = (5, 6, 7, 8)  # its values that swap width and height
 
 
 @dataclass(frozen=True)
@@ -410,25 +406,10 @@ def _in_order(benchmark: Benchmark, hazy: list[Path], truths: list[Path], folder
 
 
 def _check_sizes(benchmark: Benchmark, pairs: list[tuple[Path, Path]]) -> None:
-    sizes = {path: _size(path) for path in dict.fromkeys(path for pair in pairs for path in pair)}
-    wrong = []
     border = benchmark.border
-    for hazy, truth in pairs:
-        if sizes[hazy] and sizes[truth]:
-            (w, h), (W, H) = sizes[hazy], sizes[truth]
-            if (W - w, H - h) not in [(0, 0), (2 * border, 2 * border)]:
-                wrong.append(f"{hazy} is {w}x{h} but its ground truth {truth} is {W}x{H}")
     larger = f", or the ground truth {border} pixels larger on every side" if border else ""
-    _refuse(wrong, f"sizes must be equal{larger}, and nothing is ever resized; download the set again")
-
-
-def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height when upright, from the header alone; None if unreadable, which is reported on reading."""
-    Image.MAX_IMAGE_PIXELS = images.MAX_PIXELS
-    with contextlib.suppress(Exception), Image.open(path) as image:  # on broken bytes Pillow raises nearly any kind
-        exif = Image.Image.getexif(image)  # the method of PNG files would decode all pixels
-        return image.size[::-1] if exif.get(ORIENTATION) in QUARTER_TURNS else image.size
-    return None
+    remedy = f"sizes must be equal{larger}, and nothing is ever resized; download the set again"
+    _refuse(of_other_size(pairs, border), remedy)
 
 
 def _refuse(problems: list[str], remedy: str) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from data import cache, images, paths, synthesis
 from data.cache import Cache
 from data.loading import loader
+from data.pictures import read_pair, read_with_depth
 from data.pixels import Pixels, Stack
 from data.sets import pairing
 from data.streams import Pairs, Stream, Synthetic, Unpaired, crop
@@ -170,6 +171,42 @@ def test_only_8_bit_images_are_cached(tmp_path):
     assert kept.used == 0
 
 
+@pytest.mark.parametrize("gib", [0, 0.01])
+def test_images_are_compared_and_cut_before_they_are_reduced(tmp_path, gib):
+    """A ground truth with SOTS' border, and files that only look alike once they are small."""
+    scene = torch.rand(3, 30, 40)
+    scene = F.interpolate(scene[None], (60, 80), mode="bilinear")[0].clamp(0, 1)
+    framed = F.pad(scene, (10, 10, 10, 10))
+    files = {"hazy": scene, "framed": framed, "double": scene.repeat_interleave(2, 1).repeat_interleave(2, 2)}
+    for name, image in files.items():
+        images.write(tmp_path / f"{name}.png", image)
+    images.write(tmp_path / "depth.png", files["double"][:1])
+    kept = Cache(gib, short_side=20)
+    kept.add([tmp_path / f"{name}.png" for name in files], [tmp_path / "depth.png"])
+    for _ in range(2):
+        hazy, clear = read_pair(tmp_path / "hazy.png", tmp_path / "framed.png", 10, kept)
+        assert hazy.shape == clear.shape == (3, 20, 27)
+        assert torch.equal(hazy[:], clear[:])
+        with pytest.raises(UserError, match=r"80x60 but its ground truth .* is 160x120"):
+            read_pair(tmp_path / "hazy.png", tmp_path / "double.png", 10, kept)
+        with pytest.raises(UserError, match=r"80x60 but its depth map .* is 160x120"):
+            read_with_depth(tmp_path / "hazy.png", tmp_path / "depth.png", kept)
+
+
+@pytest.mark.parametrize("gib", [0, 0.01])
+def test_depth_is_divided_by_the_maximum_of_the_whole_map(tmp_path, gib):
+    """Of 8 bit and of 16, though the maximum lies in the border that is cut."""
+    depth = np.full((30, 40), 100, np.uint8)
+    depth[0] = 255
+    Image.fromarray(depth).save(tmp_path / "8.png")
+    Image.fromarray(depth.astype(np.uint16)).save(tmp_path / "16.png")
+    kept = Cache(gib, border=2)
+    kept.add([], [tmp_path / "8.png", tmp_path / "16.png"])
+    for _ in range(2):
+        for name in ("8.png", "16.png"):
+            assert kept.depth(tmp_path / name)[:].max() == pytest.approx(100.5 / 255.5)
+
+
 def test_broken_files_are_refused_every_time(pool):
     path = paths.find(pool / "clear")[0]
     path.write_bytes(b"junk")
@@ -195,7 +232,7 @@ def test_a_slice_equals_the_slice_of_the_tensor(data, height, width, most):
     values = torch.randint(0, most + 1, (height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in (height, width)]
     cut = (slice(None), *(slice(*ends) for ends in bounds))
-    picture, depth = Pixels(values), images.depth_pixels(values[:1])
+    picture, depth = Pixels(values), images.depth_pixels(values[:1], int(values[:1].max()))
     want = values.float() / 255
     far = ((values[:1].double() + 0.5) / (values[0].max().item() + 0.5)).float()
     assert torch.equal(picture[cut], want[cut])

@@ -520,15 +520,30 @@ def test_command_refusals(scenes, tmp_path):
         command(scenes, "x", "--border", "10")
     with pytest.raises(UserError, match="--per-image"):
         command(scenes, "x", "--per-image", "0")
-    images.write(scenes / "depth" / "1.png", torch.rand(1, 10, 10))
-    with pytest.raises(UserError, match=r"30x20 but its depth map .* is 10x10"):
-        command(scenes, "x", "--depth", str(scenes / "depth"), "--workers", "1")  # through a process, too
     (scenes / "depth" / "2.png").unlink()
     with pytest.raises(UserError, match=r"2\.png: no depth map"):
         command(scenes, "y", "--depth", str(scenes / "depth"))
     command(scenes, "z")
     with pytest.raises(UserError, match="already"):
         command(scenes, "z")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_command_leaves_out_what_it_cannot_use(scenes, capsys, workers):
+    """A depth map of another size, a damaged image: the others are done, and come out as ever."""
+    whole = command(scenes, "whole", "--depth", str(scenes / "depth"))
+    images.write(scenes / "depth" / "1.png", torch.rand(1, 10, 10))
+    content = (scenes / "rgb" / "2.png").read_bytes()
+    (scenes / "rgb" / "2.png").write_bytes(content[: len(content) // 2])
+    options = ["--clear", str(scenes / "rgb"), "--output", str(scenes / "some"), "--depth", str(scenes / "depth")]
+    assert haze.main([*options, "--per-image", "2", "--workers", str(workers)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"left out: .*1\.png is 30x20 but its depth map .* is 10x10", said)
+    assert re.search(r"left out: .*2\.png: cannot be read as an image", said)
+    assert f"error: 2 of {len(list((scenes / 'rgb').iterdir()))} images could not be used" in said
+    some = {path.relative_to(scenes / "some") for path in (scenes / "some").rglob("*.png")}
+    assert some == {name for name in whole if name.name[0] not in "12"}
+    assert all((scenes / "some" / name).read_bytes() == (scenes / "whole" / name).read_bytes() for name in some)
 
 
 def test_command_keeps_sub_folders(tmp_path, capsys):

@@ -324,12 +324,11 @@ class Evaluation:
                 item = image_set.items[image_set.items.names.index(score.name)]
                 with scoring.enough_memory(item, self.device, self._remedies):
                     outputs = candidate.estimate(item["hazy"][None].to(self.device))
+                maps = {name: value[0].float().cpu() for name, value in outputs.items()}
+                shown = panels.parts(item["hazy"], maps, item.get("clear"), score)
+                self.write(folder / f"{rank}_{Path(score.name).stem}.png", panels.panel(shown))
             except UserError as error:  # a missing panel must not cost the figures
                 self.say(f"no panel: {error}")
-                continue
-            maps = {name: value[0].float().cpu() for name, value in outputs.items()}
-            shown = panels.parts(item["hazy"], maps, item.get("clear"), score)
-            self.write(folder / f"{rank}_{Path(score.name).stem}.png", panels.panel(shown))
 
 
 def _settings_in_force(candidate: Candidate, scores: Sequence[scoring.Score]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ REQUIRED_FIELDS = ("stage", "step", "best", "networks", "ema", "updater", "rando
 FIXED = {"seed": "the order of the images comes from it", "train.init": ONLY_AT_START}
 FIXED |= {f"{name}.{key}": why for name, keys in METHOD_SETTINGS.items() for key, why in keys.items()}
 FREE_IN_WARM_START = ("warm_start.clear", "warm_start.depth", "warm_start.outdoor")  # folders of images
-FREE_IN_WARM_START += ("warm_start.replay",)  # used by the adversarial training that follows
+FREE_IN_WARM_START += ("warm_start.replay", "warm_start.outdoor_share")  # used by the adversarial training that follows
 VALIDATION_SETTINGS = ("data.validation_pairs", "data.validation_hazy", "data.validation_clear", "data.root")
 VALIDATION_SETTINGS += ("log.validation_limit",)
 

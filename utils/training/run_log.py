@@ -55,6 +55,14 @@ class Speed:
         rate = steps / seconds
         return {"steps_per_second": rate, "images_per_second": rate * self.images, "waiting": waited / seconds}
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the time does not count: what is done is not training."""
+        start = time.perf_counter()
+        yield
+        step, waited, seconds = self.last
+        self.last = step, waited, seconds + time.perf_counter() - start
+
 
 class NullLog:
     """The log of a process that is not the first of several: only the first one logs."""

@@ -99,6 +99,10 @@ def test_speed_is_measured_since_the_last_call(monkeypatch):
     assert speed.figures(18) == {"steps_per_second": 2, "images_per_second": 12, "waiting": 0.25}
     clock[0] = 105.0
     assert speed.figures(19) == {"steps_per_second": 1, "images_per_second": 6, "waiting": 0}
+    with speed.paused():  # a validation
+        clock[0] = 905.0
+    clock[0], waiting.seconds = 907.0, 7.0
+    assert speed.figures(23) == {"steps_per_second": 2, "images_per_second": 12, "waiting": 0.5}
 
 
 def test_the_other_processes_write_nothing(tmp_path, capsys):
