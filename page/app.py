@@ -104,7 +104,7 @@ class Page:
             return None, GONE
         with self.visitors.at_work(visitor):
             try:
-                return str(work.write(path, self.methods[method], strength, visitor.new_folder())), ""
+                return str(work.write(path, self.methods[method], strength, visitor.result_folder())), ""
             except UserError as error:
                 return None, _messages([work.message(error, path)])
 
@@ -127,7 +127,7 @@ class Page:
 
         with self.visitors.at_work(visitor):
             try:
-                archive = visitor.new_folder() / "dehazed.zip"
+                archive = visitor.result_folder() / "dehazed.zip"
                 write = partial(work.write, method=self.methods[method], strength=strength, folder=archive.parent)
                 return str(archive), _messages(work.write_zip(archive, paths, write, proceed))
             except UserError as error:  # the visitor has left

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from page import work
 from utils.errors import UserError
 
 KEEP = 12  # files of shown images; the browser may still be loading earlier ones
+KEEP_RESULTS = 2  # results; the browser may still be loading the one before
 LINGER = 600.0  # seconds for which the server's first copy of an upload is kept
 IDLE = 6 * 3600.0  # seconds without activity after which a visitor counts as gone
 
@@ -28,7 +29,8 @@ class Visitor:
         self._taken: dict[Path, Path] = {}  # by the server's file of the upload
         self.view: work.View | None = None
         self.strength = 1.0  # of the image shown
-        self._shown: list[Path] = []
+        self._shown: list[Path] = []  # folders, and so are these
+        self._results: list[Path] = []
         self.seen = time.monotonic()
 
     def take(self, files: Sequence[str | Path], megapixels: float) -> list[str]:
@@ -47,10 +49,10 @@ class Visitor:
                 return
             work.check(source, megapixels)
             # A copy, since another visitor's upload of the same bytes may be the same file.
-            self._taken[source] = shutil.copyfile(source, _unused(uploads / source.name, self.images))
+            self._taken[source] = shutil.copyfile(source, uploads / work.unused(source.name, self.images))
 
         refused = work.for_each([Path(file) for file in files], take, lambda done: True)
-        kept = {path.parent for path in self._taken.values()}
+        kept = {path.parent for path in self._taken.values()} | {*self._results}  # one may be in the making
         for folder in self.folder.iterdir():
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -63,13 +65,13 @@ class Visitor:
 
     def show(self, image: Tensor) -> str:
         """Write an image (1,C,H,W) for the browser, under a new name because of its cache, and delete old ones."""
-        path = self.new_folder() / "shown.jpg"
+        path = self._folder_among(self._shown, KEEP) / "shown.jpg"
         images.write(path, image[0])
-        self._shown.append(path)
-        for old in self._shown[:-KEEP]:
-            shutil.rmtree(old.parent, ignore_errors=True)
-        self._shown = self._shown[-KEEP:]
         return str(path)
+
+    def result_folder(self) -> Path:
+        """A new folder for what is downloaded; old ones are deleted. Raises `UserError` if the visitor has left."""
+        return self._folder_among(self._results, KEEP_RESULTS)
 
     def new_folder(self) -> Path:
         """A new folder among the visitor's own. Raises `UserError` if the visitor has left."""
@@ -77,6 +79,14 @@ class Visitor:
             return Path(tempfile.mkdtemp(dir=self.folder))
         except FileNotFoundError as error:
             raise UserError("these images were deleted when the page was left; drop them again") from error
+
+    def _folder_among(self, folders: list[Path], keep: int) -> Path:
+        """A new folder, the last of ``folders``, of which only the last ``keep`` are kept."""
+        folders.append(self.new_folder())
+        for old in folders[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        del folders[:-keep]
+        return folders[-1]
 
 
 class Visitors:
@@ -129,13 +139,3 @@ def _delete_old(path: Path) -> None:
             path.unlink()
     except FileNotFoundError:  # the visitor has left meanwhile
         pass
-
-
-def _unused(path: Path, names: Collection[str]) -> Path:
-    """``path``, with a number added if its name is among ``names``."""
-    number = 1
-    unused = path
-    while unused.name in names:
-        number += 1
-        unused = path.with_name(f"{path.stem} ({number}){path.suffix}")
-    return unused

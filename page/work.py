@@ -1,7 +1,7 @@
 """The page's work on images: check them, estimate the haze, change the strength, write the results."""
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,10 +97,20 @@ def write_zip(
 
         def add(path: Path) -> None:
             written = write(path)
-            file.write(written, written.name)
+            file.write(written, unused(written.name, file.namelist()))
             written.unlink()
 
         return for_each(paths, add, proceed)
+
+
+def unused(name: str, names: Collection[str]) -> str:
+    """``name``, with a number added if it is among ``names``."""
+    number = 1
+    free = name
+    while free in names:
+        number += 1
+        free = f"{Path(name).stem} ({number}){Path(name).suffix}"
+    return free
 
 
 def _estimate(path: Path, method: Method, strength: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:

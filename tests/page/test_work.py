@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -162,6 +163,36 @@ def test_several_images_give_a_zip_of_the_readable_ones(photo, method, tmp_path)
         assert archive.namelist() == ["sea_dehazed.JPG"]  # the third was not begun
         assert archive.testzip() is None
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_zip_holds_every_image_though_their_results_have_one_name(photo, method, tmp_path):
+    visitor = Visitors(tmp_path).get("a")
+    for name in ("a.bmp", "a.gif", "a.png"):
+        Image.open(photo).save(tmp_path / name)
+    visitor.take([tmp_path / name for name in ("a.bmp", "a.gif", "a.png")], 60)
+    archive = visitor.result_folder() / "a.zip"
+    taken = list(visitor.images.values())
+    write = partial(work.write, method=method, strength=1, folder=archive.parent)
+    assert work.write_zip(archive, taken, write, lambda done: True) == []
+    with zipfile.ZipFile(archive) as file:
+        assert file.namelist() == ["a_dehazed.png", "a_dehazed (2).png", "a_dehazed (3).png"]
+
+
+def test_a_zip_in_the_making_survives_another_upload(photo, method, tmp_path):
+    visitor = Visitors(tmp_path).get("a")
+    Image.new("RGB", (9, 9)).save(tmp_path / "other.png")
+    visitor.take([photo], 60)
+    archive = visitor.result_folder() / "a.zip"
+
+    def proceed(done):
+        return visitor.take([photo, tmp_path / "other.png"], 60) == []
+
+    work.write_zip(archive, [visitor.images["sea.JPG"]], lambda p: work.write(p, method, 1, archive.parent), proceed)
+    assert zipfile.ZipFile(archive).namelist() == ["sea_dehazed.JPG"]
+    for _ in range(3):
+        latest = visitor.result_folder()
+    assert latest.exists()
+    assert not archive.exists()
 
 
 def test_a_visitors_files_are_deleted_with_the_session(photo, tmp_path):
