@@ -134,6 +134,7 @@ def _budget(settings: Mapping[str, Any]) -> str:
         if steps := settings[f"{stage}.steps"]:
             batch = settings[f"{stage}.batch"] * settings.get(f"{stage}.accumulate", 1)
             parts.append(f"{kind} steps: {steps:,} of {tables.image_count(batch)}")
-    weights = "the best on the validation images" if settings["data.validation_hazy"] else "the last"
+    validated = settings["data.validation_hazy"] or settings.get("data.validation_pairs")
+    weights = "the best on the validation images" if validated else "the last"
     crop = f"{settings['data.crop_size']} pixels ({settings['data.crop']})"
     return f"every case: {', then '.join(parts)}; crops of {crop}; seed {settings['seed']}; weights: {weights}"

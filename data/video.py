@@ -285,14 +285,19 @@ class Writer:
         raise UnwrittenError(f"{self.path}: cannot be written ({why}); check permissions and space") from error
 
 
+def extension(path: Path) -> str:
+    """The extension of a clip made from ``path``: the same, if that can be written, else .mp4."""
+    return path.suffix.lower() if path.suffix.lower() in WRITTEN else ".mp4"
+
+
 def name(path: Path, reader: Reader) -> str:
-    """The file name of a clip made from ``path``: the same extension, if that can be written and holds its sound."""
-    extension = path.suffix.lower() if path.suffix.lower() in WRITTEN else ".mp4"
-    if extension != ".mkv" and reader.sound:
-        supported = _supported_codecs(reader.av, WRITTEN[extension])
+    """The file name of a clip made from ``path``, with `extension`, or .mkv if that cannot hold its sound."""
+    ending = extension(path)
+    if ending != ".mkv" and reader.sound:
+        supported = _supported_codecs(reader.av, WRITTEN[ending])
         if any(stream.codec_context.name not in supported for stream in reader.sound):
-            extension = ".mkv"  # holds any codec
-    return path.stem + extension
+            ending = ".mkv"  # holds any codec
+    return path.stem + ending
 
 
 def _supported_codecs(av: Any, container: str) -> set[str]:

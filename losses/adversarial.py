@@ -7,11 +7,9 @@ non-saturating; hinge: Lim and Ye, 1705.02894.
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("lsgan", "vanilla", "hinge")
-
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """Half the loss on real plus half the loss on fake logits, a scalar. ``kind`` is one of `KINDS`."""
+    """Half the loss on real plus half the loss on fake logits, a scalar. ``kind``: lsgan | vanilla | hinge."""
     if kind == "hinge":
         return ((1 - real).relu().mean() + (1 + fake).relu().mean()) / 2
     return (_distance(real, 1.0, kind) + _distance(fake, 0.0, kind)) / 2

@@ -189,12 +189,13 @@ def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Ca
     """The files named by ``test``, or the best weights in an experiment's folder, or the shipped ones."""
     if test.weights:
         paths = [expand_home(name) for name in dict.fromkeys(test.weights)]
+    elif folder is None:
+        paths = [_shipped(name, say) for name in trained or ["nedr"]]
+    if test.weights or folder is None:
         for path in paths:
             if not test.ema and path.suffix == ".safetensors":
                 raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
         return paths
-    if folder is None:
-        return [_shipped(name, say) for name in trained or ["nedr"]]
     choice = WEIGHTS if test.ema else WEIGHTS[1:]
     for name in choice:
         if (folder / name).is_file():

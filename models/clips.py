@@ -34,6 +34,8 @@ STOPPED = 130
 
 def run(paths: Sequence[Path], tested: Sequence[Tested], settings: Settings, device: torch.device, out: Path) -> int:
     """Dehaze all ``paths`` by each method. -> exit status: 0; 2 if a clip was unusable or broken; 130 if stopped."""
+    if video.is_clip(out) and len(tested) > 1:
+        raise UserError(f"--output {quoted(out)}: one file for {len(tested)} methods; name a folder")
     status = 0
     for path in paths:
         for each in tested:
@@ -57,6 +59,11 @@ def check(paths: Sequence[Path], test: config.Test) -> None:
         raise UserError("clips are dehazed, not scored; leave out --clear and --metrics, or score a folder of frames")
     if video.is_clip(test.output or "") and len(paths) > 1:
         raise UserError(f"--output {quoted(test.output)}: one file for {len(paths)} clips; name a folder")
+    names: dict[str, Path] = {}
+    for path in paths:
+        name = f"{path.stem}{video.extension(path)}"
+        if (other := names.setdefault(name.casefold(), path)) != path:
+            raise UserError(f"{other} and {path} would both be written as {name}; rename one, or give two commands")
     video.library()
 
 
@@ -95,6 +102,8 @@ def plan(tested: Tested, settings: Settings, device: torch.device, name: str, ra
     The output is t if test.show=transmission. ``name`` appears in the error for too little memory.
     """
     method, test = tested.method.to(device), settings.test
+    if test.self_ensemble:
+        raise UserError("test.self_ensemble=true: of single images, not over time; leave it out")
     memory = scoring.Remedies("set test.tile=512 or shrink the frames")
 
     def apply(function: Callable, hazy: Tensor, *options: Any) -> Any:

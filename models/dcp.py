@@ -32,5 +32,5 @@ class DCP(Method):
         t = tiling.apply(transmission, hazy, tile=tile, halo=physics.DARK_CHANNEL_SIZE // 2)
         if self.settings.guided_filter:
             t = physics.guided_filter(hazy, t, tile=tile)
-        t = t.clamp(min=physics.LEAST_TRANSMISSION)
+        t = t.clamp(physics.LEAST_TRANSMISSION, 1)  # the filter overshoots
         return {"clear": tiling.apply(restore, hazy, tile=tile), "transmission": t, "airlight": A}

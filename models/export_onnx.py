@@ -26,7 +26,7 @@ import models
 from models.nedr import airlight, kan
 from models.nedr.method import NeDR
 from models.pyramid import STRIDE
-from utils import errors, physics
+from utils import errors, files, physics
 from utils.errors import UserError
 
 OPSET = 18
@@ -90,7 +90,8 @@ def export(method: NeDR, folder: Path) -> tuple[Path, Path]:
     """Write both graphs into ``folder``. Raises `UserError` for a method that has no working size."""
     onnx = library()
     size = _working_size(method)
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     small = torch.rand(1, 3, size, size + STRIDE)
     hazy = torch.rand(1, 3, 2 * size, 2 * size + 40)
     pooled = small.new_zeros(1, method.removal.pyramid.pooled)

@@ -7,6 +7,7 @@ convolutions of oneDNN and cuDNN need no reordering. docs/performance.md lists t
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -203,9 +204,10 @@ def untracked_batch_norm(network: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _batch_norms(*networks: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+def _batch_norms(*networks: nn.Module) -> Iterator[Any]:
+    """Batch norm, and whatever else has running statistics (the airlight head's `Standardise`)."""
     modules = (module for network in networks for module in network.modules())
-    return (module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return (module for module in modules if getattr(module, "running_mean", None) is not None)
 
 
 class _Normalise(torch.autograd.Function):

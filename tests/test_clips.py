@@ -207,6 +207,21 @@ def test_unsuitable_clips_are_refused(run, tmp_path):
     )
 
 
+def test_clips_whose_results_would_have_one_name_are_refused(run, tmp_path):
+    for name in ("one/a.mp4", "two/a.mp4", "one/a.avi", "one/a.mkv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, pan(2, 0, 64, 96))
+    for twice in (("one/a.mp4", "two/a.mp4"), ("one/a.mp4", "one/a.avi")):
+        status, _, err = run("--hazy", *twice, "--output", "out")
+        assert (status, "would both be written as a.mp4; rename one" in err) == (2, True)
+    assert run("--hazy", "one/a.mp4", "one/a.mkv", "--output", "out")[0] == 0
+    status, _, err = run("--model", "nedr", "dcp", "--hazy", "one/a.mp4", "--output", "b.mp4")
+    assert (status, "b.mp4: one file for 2 methods; name a folder" in err) == (2, True)
+    status, _, err = run("--hazy", "one/a.mp4", "--output", "new", "test.self_ensemble=true")
+    assert (status, "test.self_ensemble=true: of single images" in err) == (2, True)
+    assert not (tmp_path / "b.mp4").exists()
+
+
 def test_a_clip_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -655,6 +655,12 @@ def test_raw_weights_in_place_of_the_averaged_ones(run, pairs, experiment, tmp_p
     assert means[0] == means[1] != means[2]
 
 
+def test_the_shipped_weights_are_one_set(run, pairs):
+    done = run(*pairs, "test.ema=false")
+    assert done.status == 2
+    assert "holds one set of weights; raw ones (test.ema=false) are in a last.pt" in done.err
+
+
 def test_swapped_folders_are_warned_about(run, pairs, tmp_path):
     for path in (tmp_path / "hazy").iterdir():
         images.write(tmp_path / "same" / f"{path.stem.split('_')[0]}.png", images.read(path))

@@ -56,7 +56,10 @@ class StatisticsAirlight(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Normalise (N,C) by running mean and deviation, in training too: those of a small batch are too noisy."""
+    """Normalise (N,C) by running mean and deviation, in training too: those of a small batch are too noisy.
+
+    With ``momentum`` 0 they stay as they are.
+    """
 
     def __init__(self, count: int, momentum: float = 0.01):
         super().__init__()
@@ -66,7 +69,7 @@ class Standardise(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and self.momentum:
             self._track(x.detach())
         return (x - self.running_mean) / (self.running_var + 1e-4).sqrt()
 

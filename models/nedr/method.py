@@ -228,7 +228,7 @@ class NeDR(Method):
         if stage == "warm_start":
             options = {"lr": warm.learning_rate, "weight_decay": warm.weight_decay, "fused": True}
             parts = {"generators": self.removal.airlight if s.trained == "airlight" else self.removal}
-            parts |= {"depth": self.depth} if s.depth_weight else {}
+            parts |= {"depth": self.depth} if s.depth_weight and s.trained != "airlight" else {}
             groups = {name: _parameter_groups(part, s.encoder_rate, options["lr"]) for name, part in parts.items()}
             return {name: AdamW(group, **options) for name, group in groups.items()}
         parts = {"generators": ([self.removal, self.production], 1.0)}
@@ -247,7 +247,7 @@ class NeDR(Method):
         }
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> Iterator[Loss]:
-        return self._supervised(batch) if stage == "warm_start" else self._adversarial(batch)
+        return self._supervised(batch, self.settings.trained) if stage == "warm_start" else self._adversarial(batch)
 
     def training_warnings(self, stage: str, step: int, figures: Mapping[str, float]) -> Iterator[str]:
         return self.watch.warnings(step, figures) if stage == "train" else iter(())
@@ -256,8 +256,9 @@ class NeDR(Method):
         if self.settings.balance == "none":
             return self._predict(hazy, tile)
         colour = self._colour(hazy)
-        found = self._predict(hazy / colour, tile)
-        return found | {name: found[name] * colour for name in ("clear", "airlight")}
+        found = self._predict((hazy / colour).clamp(0, 1), tile)
+        A = found["airlight"] * colour
+        return found | {"clear": physics.restore_partly(hazy, found["transmission"], A), "airlight": A}
 
     def _predict(self, hazy: Tensor, tile: int | None) -> dict[str, Tensor]:
         removal = self.removal(hazy, self.settings.airlight, self.settings.guided_filter, tile)
@@ -313,8 +314,10 @@ class NeDR(Method):
 
     # The supervised stage: synthetic haze, so that all targets are known.
 
-    def _supervised(self, batch: dict[str, Tensor]) -> Iterator[Loss]:
+    def _supervised(self, batch: dict[str, Tensor], trained: str = "all") -> Iterator[Loss]:
         """L1 on t and J, MSE on beta, L1 on A if it is learned; the depth network has a target of its own.
+
+        ``trained`` is the setting of that name; replay in adversarial training trains everything.
 
         J is restored with the true airlight: an error of the estimate, which is large in crops, must not be
         compensated by t. The production network needs no warm start: untrained, it nearly is the scattering model.
@@ -323,7 +326,7 @@ class NeDR(Method):
         colour = self._colour(hazy)
         hazy, clear, airlight = hazy / colour, clear / colour, batch["airlight"] / colour
         s, beta = self.settings, batch["density"].view(-1, 1, 1, 1)
-        with self._partly_frozen():
+        with self._partly_frozen(trained):
             haze = self.removal.estimate_haze(hazy, s.airlight)
         terms = {
             "transmission": F.l1_loss(haze.transmission, t),
@@ -339,17 +342,17 @@ class NeDR(Method):
             terms["restored"] = F.l1_loss(restored, clear)
             total = total + s.found_airlight_weight * terms["restored"]
         yield Loss("generators", total, terms)
-        if s.depth_weight:
+        if s.depth_weight and trained != "airlight":
             depth = (-t.log() / beta).clamp(*s.depth_range)
             yield Loss("depth", F.l1_loss(self.depth(clear), depth), {})
 
     @contextlib.contextmanager
-    def _partly_frozen(self) -> Iterator[None]:
+    def _partly_frozen(self, trained: str) -> Iterator[None]:
         """Context in which only what ``trained`` names is trained in the removal network."""
         fixed = [network for name, network in self.removal.named_children() if name != "airlight"]
-        if self.settings.trained != "all":
+        if trained != "all":
             freeze_batch_norm(*fixed)
-        with frozen(*(fixed if self.settings.trained == "airlight" else ())):
+        with frozen(*(fixed if trained == "airlight" else ())):
             yield
 
     def _rescaled(self, maps: list[Tensor]) -> list[Tensor]:

@@ -96,6 +96,8 @@ class NeDRSettings:
                 f"{self.block}.working_size={self.working_size}: too few pixels; set 0 (full size), or {STRIDE} or "
                 f"more (160 to 256 work well)"
             )
+        if self.query > 1 and not self.idrm:
+            raise UserError(f"{self.block}.query={self.query}: only IDRM is asked at other sizes, and it is off; set 1")
         if not self.scales:
             raise UserError(f"{self.block}.scales=[]: name at least one, as [1.0]")
         if self.dark_channel_energy.size % 2 == 0:

@@ -84,6 +84,23 @@ def training(hazy, clear, depth=None, *, stage="train", kind="unpaired", size=16
     return datasets.training(options, stage, kind)
 
 
+def test_colours_of_a_pool_with_a_damaged_image(pool):
+    """It is left out and named; where no haze is added, none is read at all."""
+    folder = str(pool[0].parent)
+    pool[2].write_bytes(b"junk")
+    sections = {name: copy.copy(section(name)) for name in ("data", "haze", "degradations", "warm_start")}
+    sections["haze"].colours_of = folder
+    options = SimpleNamespace(model="some", seed=3, **sections)
+    options.data = dataclasses.replace(options.data, clear=folder, crop="random", crop_size=16)
+    made = datasets.training(options, "train", "synthetic")
+    assert [remark for remark in made.remarks if str(pool[2]) in remark and "left out" in remark]
+    for path in pool:
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"colours_of: left out: .*png: cannot be read"):
+        datasets.training(options, "train", "synthetic")
+    datasets.training(options, "train", "degraded")
+
+
 def batches(dataset, start, stop, workers):
     return list(loader(dataset, start, stop, 3, workers))
 

@@ -65,6 +65,14 @@ def test_registry():
     assert models.names() == ["nedr", "d4", "aknet", "kanet", "dcp"]
 
 
+def test_dcp_finds_no_transmission_above_1():
+    """Where the guided filter overshoots, between the dark and the bright."""
+    halves = torch.rand(3, 96, 96) * 0.05
+    halves[:, :, 48:] += 0.9
+    t = models.load("dcp").transmission(halves)
+    assert t.max() == 1
+
+
 def test_dcp_cannot_be_trained():
     values = config.load("dcp", models.settings_types())
     assert isinstance(models.build(values), DCP)

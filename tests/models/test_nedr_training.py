@@ -214,13 +214,23 @@ def test_frozen_statistics():
 def test_clear_images_of_the_identity_loss_leave_the_statistics_of_hazy_ones():
     statistics = []
     for weight in (0, 1):
-        overrides = (*SMALLEST, f"nedr.identity_weight={weight}")
+        overrides = (*SMALLEST, "nedr.airlight_head=statistics", f"nedr.identity_weight={weight}")
         method = tiny(*overrides)
         terms = step(method, tiny_settings(*overrides), "train", 64)
         statistics.append({name: b for name, b in method.removal.named_buffers() if "running" in name})
     assert "identity" in terms
     torch.testing.assert_close(*statistics)
     assert all(norm.momentum for norm in method.removal.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+
+
+def test_replay_trains_all_whatever_the_warm_start_trains():
+    """Batch norm stays in training mode, so that a resumed run, whose networks are built anew, does the same."""
+    overrides = (*SMALLEST, "nedr.airlight_head=statistics", "nedr.trained=weights", "warm_start.replay=true")
+    method, images = tiny(*overrides), batch(64)
+    images |= {f"replay_{name}": value for name, value in batch(64).items()}
+    for _ in method.losses(images, "train"):
+        pass
+    assert all(norm.training for norm in method.removal.modules() if isinstance(norm, torch.nn.BatchNorm2d))
 
 
 def test_lasting_trivial_solutions_are_reported():
@@ -477,6 +487,20 @@ def test_balance_takes_a_cast_out_before_the_haze_is_estimated():
             unbalanced = method.predict_any_size(hazy * cast)["airlight"]
             assert (unbalanced - plain["airlight"] * cast).abs().max() > 1e-2
             method.settings.balance = "image"
+
+
+@pytest.mark.parametrize("working_size", [0, 32])
+def test_balance_leaves_white_things_white(working_size):
+    """A sign in the fog that is brighter than the cast: J is not limited to the colour of the airlight."""
+    method = tiny(*SMALLEST, "nedr.balance=image", "nedr.airlight_head=statistics").eval()
+    hazy = torch.linspace(0.2, 0.6, 128).view(1, 1, 128, 1) * torch.tensor([1.0, 0.8, 0.5]).view(1, 3, 1, 1)
+    hazy = hazy.expand(1, 3, 128, 128).contiguous()
+    hazy[:, :, 8:12, 8:12] = 0.98
+    method.settings.working_size = working_size
+    outputs = method.predict_any_size(hazy)
+    expected = physics.restore(hazy, outputs["transmission"], outputs["airlight"])
+    torch.testing.assert_close(outputs["clear"], expected, atol=1e-6, rtol=0)
+    assert outputs["clear"][0, :, 10, 10].min() > 0.97
 
 
 def test_balance_is_refused_in_adversarial_training():

@@ -10,7 +10,7 @@ from test_tiles import in_double, smooth, vivid
 
 import models
 from models.nedr.working_size import network_size
-from utils import physics
+from utils import config, physics
 from utils.errors import UserError
 
 sides = st.integers(1, 9000)
@@ -154,3 +154,8 @@ def test_steps_at_several_scales():
     assert max(sizes.count(each) for each in set(sizes)) < 35
     with pytest.raises(UserError, match=r"nedr\.scales=\[\]"):
         tiny_settings("nedr.scales=[]")
+
+
+def test_only_idrm_is_asked_at_other_sizes():
+    with pytest.raises(UserError, match=r"nedr\.query=2: only IDRM is asked at other sizes"):
+        config.load("nedr", models.settings_types(), [], ["nedr.query=2", "nedr.idrm=false"])
