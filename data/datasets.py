@@ -42,6 +42,7 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
         raise UserError(
             f"data.pairs={quoted(data.pairs)}: {settings.model} does not train on pairs; empty it, set data.clear"
         )
+    mix = settings.haze.mix
     transform = partial(crop, shape=data.crop_shape, rule=data.crop, flip=data.flip, view=data.view)
     warnings: list[str] = []
 
@@ -56,16 +57,18 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
     def stream(source: str, name: str) -> Stream:
         return Stream(find(source), transform, settings.seed, name, cache)
 
-    def synthetic(name: str, add_haze: Callable) -> Synthetic:
+    def synthetic(name: str, add_haze: Callable, mix: float = 0.0) -> Synthetic:
         clear, depth = _clear_and_depth(settings, name, find)
-        return Synthetic(clear, depth, transform, add_haze, settings.seed, name, cache)
+        return Synthetic(clear, depth, transform, add_haze, settings.seed, name, cache, mix)
 
     def supervised(name: str) -> Stream | Mixed:
-        with_depth = synthetic(name, add_haze())
+        with_depth = synthetic(name, add_haze(), mix)
         if name != "warm_start" or warm_start.outdoor is None or not warm_start.outdoor_share:
             return with_depth
         outdoor_haze = partial(add_haze(), generated="outdoor")
-        outdoor = Synthetic(find(warm_start.outdoor), None, transform, outdoor_haze, settings.seed, "outdoor", cache)
+        outdoor = Synthetic(
+            find(warm_start.outdoor), None, transform, outdoor_haze, settings.seed, "outdoor", cache, mix
+        )
         return Mixed(with_depth, outdoor, warm_start.outdoor_share)
 
     match kind:
@@ -78,7 +81,7 @@ def training(settings: Settings, stage: str, kind: str, cache: Cache | None = No
             dataset = synthetic(stage, partial(degradations.degrade, settings=settings.degradations))
         case "unpaired":
             clear = stream(_required(data.clear, "data.clear"), "clear")
-            hazy = synthetic("hazy", add_haze()) if data.hazy is None else stream(data.hazy, "hazy")
+            hazy = synthetic("hazy", add_haze(), mix) if data.hazy is None else stream(data.hazy, "hazy")
             warnings += pool_checks.warnings(None if data.hazy is None else hazy.paths, clear.paths)
             dataset = Unpaired(hazy, clear)
             dataset = Replayed(dataset, supervised("warm_start")) if warm_start.replay else dataset

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import pictures
+from data import pictures, synthesis
 from data.cache import Cache
 from data.pictures import SOTS_BORDER, read_pair
 from data.pixels import Pixels, Stack
@@ -120,8 +120,9 @@ class Synthetic(Stream):
 
     ``add_haze(clear (3,h,w), depth (1,h,w) | None, rng)`` is called with the crop, as `synthesis.random_haze` or
     `degradations.degrade`. Depth maps are matched to the images by name, see `pairing`; without ``depth_paths`` it
-    generates them. The constructor raises `UserError` if an image has no depth map; a map of another size than its
-    image is skipped like an unreadable one.
+    generates them. With probability ``mix`` a second image covers a part of the first (`synthesis.mixed`). The
+    constructor raises `UserError` if an image has no depth map; a map of another size than its image is skipped like an
+    unreadable one.
     """
 
     def __init__(
@@ -133,7 +134,9 @@ class Synthetic(Stream):
         seed: int,
         name: str,
         cache: Cache | None = None,
+        mix: float = 0.0,
     ):
+        self.mix = mix
         self.depth = None if depth_paths is None else pairing.match_depth(clear_paths, depth_paths)
         self.add_haze = add_haze
         super().__init__(clear_paths, transform, seed, name, cache)
@@ -142,10 +145,16 @@ class Synthetic(Stream):
         self.cache.add(self.paths, self.depth or ())
 
     def _load(self, index: int, rng: np.random.Generator) -> dict:
+        crops = self._crops(index, rng)
+        if self.mix and rng.random() < self.mix:
+            crops = synthesis.mixed(crops, self._crops(int(rng.integers(len(self.paths))), rng), rng)
+        return self.add_haze(crops[:3], crops[3:] if self.depth else None, rng)
+
+    def _crops(self, index: int, rng: np.random.Generator) -> Tensor:
+        """The crop of an image, and of its depth if it has a map: (3 or 4,h,w)."""
         path = self.paths[index]
         image, depth = pictures.read_with_depth(path, self.depth and self.depth[index], self.cache)
-        crops = _transformed(path, self.transform, image if depth is None else Stack((image, depth)), rng)
-        return self.add_haze(crops[:3], None if depth is None else crops[3:], rng)
+        return _transformed(path, self.transform, image if depth is None else Stack((image, depth)), rng)
 
 
 class Pairs(Stream):

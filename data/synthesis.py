@@ -5,6 +5,8 @@ Single-Image Dehazing and Beyond", TIP 2019): d is the depth divided by the maxi
 [0.6, 1.8], A in [0.7, 1]. The command that writes a set is `data.haze`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,8 +45,7 @@ def outdoor_depth(clear: Tensor, rng: np.random.Generator) -> Tensor:
     horizon = rng.uniform(0.1, 0.6)
     near = rng.uniform(0.03, 0.4)
     plane = (near / (rows - horizon).clamp(min=0).add(near))[None, None]  # 1 at the horizon and above it
-    coarse = torch.from_numpy(rng.standard_normal((1, 1, int(rng.integers(3, 8)), int(rng.integers(3, 9)))))
-    noise = F.interpolate(coarse.float(), (height, width), mode="bicubic", align_corners=False)
+    noise = _smooth_noise((height, width), rng)[None]
     strength = rng.uniform(0, 0.7)
     noise_only = rng.random() < 0.15
     depth = (1.5 * noise).sigmoid() if noise_only else plane * (strength * noise).exp()
@@ -72,6 +73,39 @@ def varied_outdoor_depth(clear: Tensor, rng: np.random.Generator, shares: config
         return _dark_depth(clear)
     coarse = torch.from_numpy(rng.random((1, 1, 4, 5), np.float32))
     return _normalised(F.interpolate(coarse, clear.shape[1:], mode="bicubic", align_corners=True)[0])
+
+
+def warped(depth: Tensor, rng: np.random.Generator, law: config.Warp) -> Tensor:
+    """``depth`` (1,H,W) to a random power, times e^n with smooth noise n, with the same maximum: (1,H,W)."""
+    noise = _smooth_noise(depth.shape[1:], rng)
+    changed = depth ** float(rng.uniform(*law.power)) * (float(rng.uniform(*law.noise)) * noise).exp()
+    return changed * (depth.max() / changed.max().clamp(min=1e-3))
+
+
+def mixed(first: Tensor, second: Tensor, rng: np.random.Generator) -> Tensor:
+    """An image (3,H,W), or with its depth (4,H,W), of which parts are from ``second``, of the same shape.
+
+    With depth they are those where the second scene, at a random scale, is the nearer one, as if both were one scene:
+    more arrangements of things than there are images. Without depth they are what lies below an uneven line, or in a
+    random spot.
+    """
+    _, height, width = first.shape
+    if first.shape[0] == 4:
+        distance = second[3:] * float(rng.uniform(0.75, 1.3))
+        second, inside = torch.cat([second[:3], distance.clamp(max=1)]), distance < first[3:]
+    elif rng.random() < 0.5:
+        rows = torch.linspace(0, 1, height).view(height, 1)
+        rows = rows + rng.uniform(-0.4, 0.4) * torch.linspace(-0.5, 0.5, width)
+        inside = rows + 0.06 * _smooth_noise((height, width), rng) > rng.uniform(0.35, 0.75)
+    else:
+        inside = _smooth_noise((height, width), rng) > rng.uniform(0, 0.8)
+    return torch.where(inside, second, first)
+
+
+def _smooth_noise(shape: Sequence[int], rng: np.random.Generator) -> Tensor:
+    """Normal noise on a coarse grid of 3x3 to 7x8 points, interpolated: (1,*shape)."""
+    coarse = torch.from_numpy(rng.standard_normal((1, 1, int(rng.integers(3, 8)), int(rng.integers(3, 9)))))
+    return F.interpolate(coarse.float(), tuple(shape), mode="bicubic", align_corners=False)[0]
 
 
 def _patches(clear: Tensor, depth: Tensor, rng: np.random.Generator) -> Tensor:
@@ -133,6 +167,8 @@ def random_haze(
         clear = clear.clamp(min=1e-3) ** float(gamma[0])
     if gains is not None:
         clear = (clear * torch.from_numpy(gains.astype(np.float32)).view(3, 1, 1)).clamp(0, 1)
+    if depth is not None and law.warp.probability and rng.random() < law.warp.probability:
+        depth = warped(depth, rng, law.warp)
     if depth is None:
         outdoor = (generated or law.depth) == "outdoor"
         depth = varied_outdoor_depth(clear, rng, law.outdoor) if outdoor else smooth_depth(*clear.shape[1:], rng)

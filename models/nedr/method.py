@@ -341,6 +341,10 @@ class NeDR(Method):
             restored = physics.unbounded(hazy, haze.transmission.detach(), haze.airlight)
             terms["restored"] = F.l1_loss(restored, clear)
             total = total + s.found_airlight_weight * terms["restored"]
+        if s.airlight == "learned" and s.psnr_weight:
+            error = (physics.unbounded(hazy, haze.transmission, haze.airlight) - clear).square().mean((1, 2, 3))
+            terms["psnr"] = -10 * (error + 1e-4).log10().mean()  # images beyond 40 dB do not count
+            total = total - s.psnr_weight * terms["psnr"]
         yield Loss("generators", total, terms)
         if s.depth_weight and trained != "airlight":
             depth = (-t.log() / beta).clamp(*s.depth_range)

@@ -58,6 +58,7 @@ class NeDRSettings:
     depth_weight: Weight
     airlight_weight: Weight
     found_airlight_weight: Weight
+    psnr_weight: Weight
     scales: list[Annotated[float, Range(above=0, high=4)]]
     perceptual_weight: Weight
     perceptual: Perceptual

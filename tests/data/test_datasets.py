@@ -364,3 +364,12 @@ def test_skipped_files_are_reported(pool, scenes):
     assert "earlier run" in results
     assert "5 are grey" in pool_check
     assert not training(None, pool[0].parent, kind="degraded").remarks[1:]  # pools of unpaired training alone
+
+
+def test_mixed_images_are_a_function_of_the_position(pool):
+    """haze.mix: two images of the pool in some items, in no others, the same whenever they are asked for."""
+    made = Synthetic(pool, None, whole, lambda clear, depth, rng: {"clear": clear}, 1, "train", mix=0.5)
+    items = [made[k]["clear"] for k in range(40)]
+    counts = [len(item[0].unique()) for item in items]
+    assert 8 < sum(count > 1 for count in counts) < 32
+    assert all(torch.equal(made[k]["clear"], items[k]) for k in (31, 7, 0, 7))

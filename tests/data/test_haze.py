@@ -614,3 +614,49 @@ def test_airlight_has_the_colours_of_given_images(tmp_path):
         light = light.flatten()
         assert 0.7 <= light.max() <= 0.9
         assert min(((light / light.max()) - colour).abs().max() for colour in colours) < 1e-6
+
+
+@given(st.integers(0, 10_000), st.floats(0.2, 3), st.floats(0, 1))
+def test_warped_depth_keeps_its_maximum_and_its_order_without_noise(seed, power, noise):
+    rng = np.random.default_rng(seed)
+    depth = torch.from_numpy(rng.uniform(0.01, 0.7, (1, 9, 12)).astype(np.float32))
+    plain = synthesis.warped(depth, rng, config.Warp(1, [power, power], [0, 0]))
+    torch.testing.assert_close(plain, 0.0 + (depth / depth.max()) ** power * depth.max(), rtol=1e-4, atol=1e-6)
+    changed = synthesis.warped(depth, rng, config.Warp(1, [1, 1], [noise, noise]))
+    assert changed.max().item() == pytest.approx(depth.max().item(), rel=1e-5)
+    assert (changed > 0).all()
+
+
+def test_mixed_scenes_show_what_is_nearer():
+    """As if both were one scene: a wall at 0.5, and before it, in its left half, another one."""
+    far, near = torch.full((4, 8, 10), 0.5), torch.full((4, 8, 10), 0.9)
+    near[3, :, :5], near[3, :, 5:] = 0.2, 1
+    for seed in range(20):
+        both = synthesis.mixed(far, near, np.random.default_rng(seed))
+        assert (both[:3, :, :5] == 0.9).all()
+        assert (both[:, :, 5:] == 0.5).all()
+        assert 0.2 * 0.75 <= both[3, 0, 0] <= 0.2 * 1.3
+        assert (both[3, :, :5] == both[3, 0, 0]).all()
+
+
+def test_without_depth_a_part_is_of_the_second_image():
+    shares = []
+    for seed in range(50):
+        both = synthesis.mixed(torch.zeros(3, 40, 60), torch.ones(3, 40, 60), np.random.default_rng(seed))
+        assert set(both.unique().tolist()) <= {0.0, 1.0}
+        assert (both[0] == both[2]).all()
+        shares.append(both.mean().item())
+    assert 0.2 < np.mean(shares) < 0.6
+    assert sum(0 < share < 1 for share in shares) > 40
+
+
+def test_warp_and_mix_are_off_unless_they_are_asked_for():
+    law = config.section("haze", [])
+    clear, depth = torch.rand(3, 12, 16), torch.rand(1, 12, 16) * 0.9 + 0.1
+    made = synthesis.random_haze(clear, depth, np.random.default_rng(1), law)
+    torch.testing.assert_close(-made["transmission"].log() / made["density"], depth, rtol=1e-4, atol=1e-5)
+    law = config.section("haze", ["warp.probability=1"])
+    made = synthesis.random_haze(clear, depth, np.random.default_rng(1), law)
+    changed = -made["transmission"].log() / made["density"]
+    assert (changed - depth).abs().mean() > 0.02
+    assert changed.max().item() == pytest.approx(depth.max().item(), rel=1e-3)

@@ -223,6 +223,21 @@ def test_clear_images_of_the_identity_loss_leave_the_statistics_of_hazy_ones():
     assert all(norm.momentum for norm in method.removal.modules() if isinstance(norm, torch.nn.BatchNorm2d))
 
 
+def test_the_psnr_of_the_restored_image_trains_t_and_airlight():
+    overrides = (*SMALLEST, "nedr.airlight_head=statistics", "nedr.psnr_weight=0.01")
+    method, images = tiny(*overrides), batch(64)
+    [loss, *_] = method.losses(images, "warm_start")
+    with torch.no_grad():
+        haze = method.removal.estimate_haze(images["hazy"], "learned")
+        restored = physics.unbounded(images["hazy"], haze.transmission, haze.airlight)
+        psnr = -10 * ((restored - images["clear"]).square().mean((1, 2, 3)) + 1e-4).log10().mean()
+    torch.testing.assert_close(loss.terms["psnr"], psnr)
+    gradients = torch.autograd.grad(
+        loss.terms["psnr"], [*method.removal.head.parameters(), *method.removal.airlight.parameters()]
+    )
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
 def test_replay_trains_all_whatever_the_warm_start_trains():
     """Batch norm stays in training mode, so that a resumed run, whose networks are built anew, does the same."""
     overrides = (*SMALLEST, "nedr.airlight_head=statistics", "nedr.trained=weights", "warm_start.replay=true")

@@ -54,6 +54,15 @@ class OutdoorDepth:
 
 
 @dataclass
+class Warp:
+    """A change of given depth maps, applied with a probability: a power, and smooth noise of a strength."""
+
+    probability: Fraction
+    power: Annotated[Interval, Ends(0.1, 10)]
+    noise: Annotated[Interval, Ends(0, 2)]
+
+
+@dataclass
 class Haze:
     """The distributions that `data.synthesis.random_haze` draws from."""
 
@@ -68,6 +77,8 @@ class Haze:
     noise: Annotated[float, Range(0, 255)]
     depth: Literal["smooth", "outdoor"]
     outdoor: OutdoorDepth
+    warp: Warp
+    mix: Fraction
 
     def __post_init__(self):
         check_interval("haze.density", self.density)
