@@ -191,16 +191,20 @@ def _weights(folder: Path | None, test: config.Test, trained: list[str], say: Ca
         paths = [expand_home(name) for name in dict.fromkeys(test.weights)]
     elif folder is None:
         paths = [_shipped(name, say) for name in trained or ["nedr"]]
-    if test.weights or folder is None:
-        for path in paths:
-            if not test.ema and path.suffix == ".safetensors":
-                raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
-        return paths
-    choice = WEIGHTS if test.ema else WEIGHTS[1:]
-    for name in choice:
+    else:
+        return [_in_folder(folder, WEIGHTS if test.ema else WEIGHTS[1:])]
+    for path in paths:
+        if not test.ema and path.suffix == ".safetensors":
+            raise UserError(f"{path}: holds one set of weights; raw ones (test.ema=false) are in a last.pt")
+    return paths
+
+
+def _in_folder(folder: Path, names: Sequence[str]) -> Path:
+    """The first of the ``names`` that is a file in an experiment's ``folder``."""
+    for name in names:
         if (folder / name).is_file():
-            return [folder / name]
-    raise UserError(f"{folder}: no {' or '.join(choice)}; train it, or give --weights FILE (official ones too)")
+            return folder / name
+    raise UserError(f"{folder}: no {' or '.join(names)}; train it, or give --weights FILE (official ones too)")
 
 
 def _shipped(name: str, say: Callable[[str], None]) -> Path:
