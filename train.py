@@ -228,8 +228,8 @@ class Run:
                         with self.evaluating() as method:
                             self.log.pictures(progress.global_step, method.sample_images(chunk[-1]))
                     if progress.due(log.validate_every) or progress.stage_ends:
-                        self.save_before_validation()
-                        self.validate(stage)
+                        with self.saved_on_failure():
+                            self.validate(stage)
                     if save_due and not self.divergence.consecutive:
                         self.save()
                         save_due = False
@@ -323,25 +323,35 @@ class Run:
             scores = self.scores(stage, method)
             if None in scores:
                 return
-            progress.validated = True
             if pairs is None:
-                return self.export(method)
+                self.export(method)
+                progress.validated = True
+                return
             mean = scoring.mean(scores)
             psnr, ssim, hazy = (mean[key] for key in ("ours.psnr", "ours.ssim", "hazy.psnr"))
             if better := psnr > progress.best:
-                progress.best = psnr
                 self.export(method)
+                progress.best = psnr
+            progress.validated = True
         self.log.figures(stage.name, step, validation={"psnr": psnr, "ssim": ssim})
         self.log.say(
             f"step {step}: {psnr:.2f} dB, SSIM {ssim:.4f} on {len(pairs)} validation images "
             f"(hazy: {hazy:.2f} dB){', the best of this stage so far' if better else ''}"
         )
 
-    def save_before_validation(self) -> None:
-        """Save, so that no step is lost if an image cannot be scored; the resumed run then begins with validating."""
-        self.progress.validated = False
-        if self.validation is not None and not self.divergence.consecutive:
-            self.save()
+    @contextlib.contextmanager
+    def saved_on_failure(self) -> Iterator[None]:
+        """A context for validating: if an image cannot be scored, no step is lost, and the resumed run validates first.
+
+        Of several processes the others do not know of the failure, so there the last save is the one before.
+        """
+        try:
+            yield
+        except UserError:
+            if self.ranks.world == 1 and not self.divergence.consecutive:
+                with contextlib.suppress(UserError):  # the first failure is the one to report
+                    self.save()
+            raise
 
     def scores(self, stage: Stage, method: models.Method) -> list[scoring.Score | None]:
         """Scores of the validation images, shared out among all processes; some are None if a signal interrupted it."""

@@ -46,9 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; ``arguments`` as on the command line."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m models.average", description=__doc__, formatter_class=style)
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="weights.safetensors of several runs"
-    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="weights.safetensors of several runs")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="what to write")
     parser.add_argument("--float16", action="store_true", help="matrices in half precision: half the size")
     options = parser.parse_args(arguments)

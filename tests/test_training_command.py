@@ -434,6 +434,22 @@ def test_a_validation_that_fails_costs_no_step(experiment, tmp_path):
     assert [line["step"] for line in lines(experiment) if "validation/psnr" in line] == [2, 3]
 
 
+def test_an_export_that_fails_is_made_up_for(experiment, monkeypatch):
+    """A full disk when the best weights are written: the resumed run validates again and writes them."""
+
+    def full(path, *_):
+        raise UserError(f"{path}: No space left on device")
+
+    how = [*OTHERS["aknet"], "warm_start.steps=0", "train.steps=2", "log.validate_every=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "save_weights", full)
+        with pytest.raises(UserError, match=r"weights\.safetensors: No space left"):
+            run(experiment, *how, model="aknet")
+    assert checkpoint.read(experiment / "last.pt")["step"] == 2
+    assert run(experiment, *how, "--resume", model="aknet") == 0
+    assert checkpoint.read_metadata(experiment / "weights.safetensors")["step"] == 2
+
+
 def test_training_can_begin_with_the_weights_of_a_file(experiment, tmp_path):
     steps = ["warm_start.steps=0", "train.steps=1", "data.validation_hazy="]
     assert run(experiment, *steps) == 0
