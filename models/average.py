@@ -16,6 +16,7 @@ from torch import Tensor
 import models
 from utils import checkpoint, errors
 from utils.errors import UserError
+from utils.evaluation import selection
 
 
 def average(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,11 +35,11 @@ def average(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weights = {name: mean[name].to(value.dtype) for name, value in method.inference_state().items()}
     contents = [checkpoint.read_metadata(file) for file in files]
     chosen = [content["chosen_on"] for content in contents if content.get("chosen_on")]
-    merged = chosen and {
-        "sets": sorted({name for each in chosen for name in each["sets"]}),
-        "pictures": max(each["pictures"] for each in chosen),
-        "truths": sorted({truth for each in chosen for truth in each["truths"]}),
-    }
+    merged = chosen and selection.chosen_on(
+        sorted({name for each in chosen for name in each["sets"]}),
+        max(each["pictures"] for each in chosen),
+        [truth for each in chosen for truth in each["truths"]],
+    )
     return weights, contents[0] | {"chosen_on": merged or None, "mean_of": [str(file) for file in files]}
 
 
