@@ -128,7 +128,8 @@ def start(method: Method, file: str | Path | None) -> None:
     method.start()
     if file is None:
         return
-    source = load(file)
+    with checkpoint.unmoved_random_states():  # training is the same whichever networks the file holds
+        source = load(file)
     if type(source) is not type(method):
         raise UserError(f"{file} holds a {name_of(source)} model, not {name_of(method)}; name another train.init")
     networks = [(name, child) for name, child in source.named_children() if next(child.parameters(), None) is not None]

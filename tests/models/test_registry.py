@@ -265,6 +265,15 @@ def test_nonfinite_weights_are_named_when_read(tmp_path):
             reading()
 
 
+def test_the_weights_to_begin_with_leave_the_random_numbers_of_the_training_as_they_are(tmp_path):
+    method, drawn = small("aknet"), []
+    for file in (None, file_of(tmp_path)):
+        torch.manual_seed(3)
+        models.start(method, file)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+
+
 def test_a_small_file_cannot_request_a_large_network(tmp_path):
     assert models.load(file_of(tmp_path)).settings.width == 8
     with pytest.raises(UserError, match="asks for networks far larger than its"):
