@@ -29,6 +29,7 @@ from models.pyramid import STRIDE
 from utils import errors, files, physics
 from utils.errors import UserError
 
+LARGE = 2**16  # weights of a layer from which on it is written in 8 bits
 OPSET = 18
 NETWORK, PICTURE = "network.onnx", "picture.onnx"
 
@@ -269,7 +270,8 @@ def main(argv: list[str] | None = None) -> None:
 def compress(path: Path, kind: str) -> Path:
     """Write a graph beside ``path`` whose large weights are stored as ``fp16`` or ``int8``; it computes in float32.
 
-    int8: one scale per row of a weight, which in nearly all of them is an output channel.
+    int8: one scale per row of a weight, which in nearly all of them is an output channel. Layers with few weights, which
+    make up little of the file and are the ones that lose by it, stay in half precision.
     """
     onnx = library()
     model = onnx.load(str(path))
@@ -278,7 +280,7 @@ def compress(path: Path, kind: str) -> Path:
         values = onnx.numpy_helper.to_array(weight)
         if values.dtype != np.float32 or values.size < 1024:
             weights.append(weight)
-        elif kind == "int8" and values.ndim > 1:
+        elif kind == "int8" and values.ndim > 1 and values.size >= LARGE:
             scale = np.abs(values).reshape(len(values), -1).max(1).clip(1e-12) / 127
             integers = (values / scale.reshape(-1, *[1] * (values.ndim - 1))).round().astype(np.int8)
             names = [f"{weight.name}/{part}" for part in ("int8", "scale")]
