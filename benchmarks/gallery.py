@@ -118,7 +118,7 @@ SAMPLES = {
     "test/coffee_2": "Not in the training data. The haze is removed; dark areas become slightly too dark.",
     "test/chelsea_3": "Dense haze: the colours are recovered, while dcp mistakes pale fur for haze.",
     "train/motorcycle_left_2": "Haze by measured depth is removed evenly, near and far.",
-    "train/rocket_1": "**Fails in part.** The dark blue sky at dusk is mistaken for haze and becomes darker than it was.",
+    "train/rocket_1": "**Fails in part.** The dark blue sky at dusk is taken for haze and becomes too dark.",
 }
 REMARKS = {
     "street": "Near and middle distance are right. The sky, from which hardly any light arrived, becomes white.",

@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", metavar="FILE", help="of nedr or d4; by default the shipped ones")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("onnx"), help="folder to write to (onnx)")
     parser.add_argument("--fp16", action="store_true", help="also write half-precision weights: half the size")
-    parser.add_argument("--int8", action="store_true", help="also write 8-bit weights: a quarter of the size")
+    parser.add_argument("--int8", action="store_true", help="also write 8-bit weights: a third of the size")
     args = parser.parse_args(argv)
     method = models.load(args.weights)
     for path in export(method, args.output):
@@ -270,8 +270,8 @@ def main(argv: list[str] | None = None) -> None:
 def compress(path: Path, kind: str) -> Path:
     """Write a graph beside ``path`` whose large weights are stored as ``fp16`` or ``int8``; it computes in float32.
 
-    int8: one scale per row of a weight, which in nearly all of them is an output channel. Layers with few weights, which
-    make up little of the file and are the ones that lose by it, stay in half precision.
+    int8: one scale per row of a weight, which in nearly all of them is an output channel. Layers with few weights
+    make up little of the file and are the ones that lose by it; they stay in half precision.
     """
     onnx = library()
     model = onnx.load(str(path))
